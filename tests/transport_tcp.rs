@@ -4,13 +4,13 @@
 
 mod common {
     pub mod failing;
+    pub mod ports;
 }
 #[path = "common/transport_suite/mod.rs"]
 mod transport_suite;
 
-use std::net::TcpListener;
-use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::io::{BufRead, BufReader, Read};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -24,12 +24,15 @@ use burn_parallel::mesh::Mesh;
 use libtest_mimic::{Arguments, Failed, Trial};
 
 use crate::common::failing::hide_panics_on_purpose;
+use crate::common::ports::free_port;
 use crate::transport_suite::{WorldFactory, checks, short_of_memory};
 
 /// A process with this as its first argument is a rank, and the second says what it does.
 const RANK: &str = "as-a-rank";
 /// How long any scenario may last.
 const LIMIT: Duration = Duration::from_secs(60);
+/// Begins the line on which a rank says how long its last call took, in milliseconds.
+const LASTED: &str = "the last call took ";
 
 fn main() {
     let mut arguments = std::env::args().skip(1);
@@ -86,7 +89,7 @@ fn main() {
     let arguments = Arguments::from_args();
     let arguments = Arguments { test_threads: arguments.test_threads.or(Some(4)), ..arguments };
     let conclusion = libtest_mimic::run(&arguments, trials);
-    // These measure how long an error takes, so nothing that computes runs beside them.
+    // These measure how long an error takes, so nothing runs beside them that computes all the time.
     let timed = (0..3).flat_map(|culprit| ["stopped", "stopped-moving"].map(|role| (culprit, role)));
     let timed = timed.map(|(culprit, role)| {
         Trial::test(format!("rank_{culprit}_is_{role}"), move || all_name_the_stopped(role, culprit))
@@ -180,6 +183,15 @@ fn one_rank(role: &str) {
         }
         let part = rank.split_named("part", 0, 0)?;
         part.all_reduce(vec![1.0f32; 7], ReduceOp::Sum)?;
+        if role == "computing" {
+            // The others may still be in the collective that the culprit is done with.
+            match rank.rank() == culprit {
+                true => (0..rank.size())
+                    .filter(|other| *other != culprit)
+                    .try_for_each(|other| rank.recv::<Vec<u8>>(other, 6).map(drop))?,
+                false => rank.send(vec![1u8], culprit, 6)?,
+            }
+        }
         let culprit = rank.rank() == culprit;
         match (role, culprit) {
             ("error", true) => return Err(Error::user("the disk is full")),
@@ -195,7 +207,7 @@ fn one_rank(role: &str) {
                 });
             }
             ("computing", true) => {
-                // The others may still be in the collective that this rank is done with.
+                // Or in the call that told it.
                 thread::sleep(Duration::from_millis(200));
                 kill_itself();
             }
@@ -226,10 +238,10 @@ fn one_rank(role: &str) {
                 checks::groups_of_groups(&rank)
             }
             "moving" | "cut" | "stopped-moving" => loop {
-                rank.all_reduce(vec![1.0f32; 2_000_000], ReduceOp::Sum)?;
+                timed(|| rank.all_reduce(vec![1.0f32; 2_000_000], ReduceOp::Sum))?;
             },
             "stopped" => {
-                rank.all_reduce(vec![1.0f32; 1000], ReduceOp::Sum)?;
+                timed(|| rank.all_reduce(vec![1.0f32; 1000], ReduceOp::Sum))?;
                 // The one that was stopped may find all of it there that it needs, and the reason why the others ended
                 // behind it: then its next call says so.
                 rank.barrier()
@@ -247,6 +259,12 @@ fn one_rank(role: &str) {
     println!("<{}>", outcome.map_or_else(|error| error.to_string(), |()| "well".into()).replace("\n ", " "));
 }
 
+/// Says how long a call takes that fails.
+fn timed<T>(call: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    let began = Instant::now();
+    call().inspect_err(|_| println!("{LASTED}{}", began.elapsed().as_millis()))
+}
+
 /// Ranks of a mesh meet along one axis, then along the other, so that they wait for ranks that wait themselves.
 fn in_turn(world: &Rank, culprit: usize, role: &str) -> Result<(), Error> {
     let mesh = Mesh::new(world, [("dp", 2), ("tp", 2)])?;
@@ -257,21 +275,35 @@ fn in_turn(world: &Rank, culprit: usize, role: &str) -> Result<(), Error> {
             _ => {}
         }
         for axis in ["tp", "dp"] {
-            mesh.axis(axis)?.all_reduce(vec![1.0f32; 100], ReduceOp::Sum)?;
+            let axis = mesh.axis(axis)?;
+            timed(|| axis.all_reduce(vec![1.0f32; 100], ReduceOp::Sum))?;
         }
     }
     Ok(())
 }
 
+/// A process, and what it has said that was read.
+struct OneRank {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+    said: String,
+}
+
 /// Processes that are ended if the test fails.
-struct Ranks(Vec<Child>);
+struct Ranks(Vec<OneRank>);
 
 impl Drop for Ranks {
     fn drop(&mut self) {
         self.0.iter_mut().for_each(|rank| {
-            let _ = rank.kill().and_then(|()| rank.wait().map(drop));
+            let _ = rank.child.kill().and_then(|()| rank.child.wait().map(drop));
         });
     }
+}
+
+/// What a rank says of its end, and in how many milliseconds its last call failed.
+fn end_and_time(said: &str) -> (String, Option<u64>) {
+    let (times, rest): (Vec<&str>, Vec<&str>) = said.lines().partition(|line| line.starts_with(LASTED));
+    (rest.join("\n"), times.last().and_then(|line| line[LASTED.len()..].parse().ok()))
 }
 
 impl Ranks {
@@ -291,7 +323,10 @@ impl Ranks {
             command.env("LOCAL_RANK", local_rank.to_string()).env("LOCAL_WORLD_SIZE", local_size.to_string());
             command.env("BURN_PARALLEL_SECRET", "nobody knows");
             command.env("MASTER_ADDR", at.0).env("MASTER_PORT", at.1.to_string());
-            command.env("BURN_PARALLEL_TIMEOUT_S", timeout).stdout(Stdio::piped()).spawn().unwrap()
+            command.env("BURN_PARALLEL_TIMEOUT_S", timeout).stdout(Stdio::piped());
+            let mut child = command.spawn().unwrap();
+            let stdout = BufReader::new(child.stdout.take().unwrap());
+            OneRank { child, stdout, said: String::new() }
         };
         Self((0..size).map(start).collect())
     }
@@ -309,16 +344,32 @@ impl Ranks {
     /// What each said in the end. All must end in time.
     fn end(mut self) -> Result<Vec<String>, Failed> {
         self.await_others(self.0.len())?;
-        let said = |rank: Child| String::from_utf8_lossy(&rank.wait_with_output().unwrap().stdout).into_owned();
-        Ok(self.0.drain(..).map(said).collect())
+        let said = |rank: &mut OneRank| {
+            let mut bytes = Vec::new();
+            rank.stdout.read_to_end(&mut bytes).unwrap();
+            std::mem::take(&mut rank.said) + &String::from_utf8_lossy(&bytes)
+        };
+        Ok(self.0.iter_mut().map(said).collect())
+    }
+
+    /// Waits until all say this.
+    fn await_words(&mut self, words: &str) -> Result<(), Failed> {
+        for rank in &mut self.0 {
+            while !rank.said.contains(words) {
+                if rank.stdout.read_line(&mut rank.said)? == 0 {
+                    return Err(format!("`{words}` does not come: {}", rank.said).into());
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Waits until all but one have ended.
     fn await_others(&mut self, one: usize) -> Result<(), Failed> {
         let began = Instant::now();
-        while self.0.iter_mut().enumerate().any(|(rank, child)| rank != one && child.try_wait().unwrap().is_none()) {
-            // Far beyond every time-out of the ranks: a slow machine takes a minute or two for the suite.
-            if began.elapsed() > 4 * LIMIT {
+        while self.0.iter_mut().enumerate().any(|(rank, it)| rank != one && it.child.try_wait().unwrap().is_none()) {
+            // Far beyond every time-out of the ranks: a busy machine takes some minutes for the suite.
+            if began.elapsed() > 10 * LIMIT {
                 return Err("ranks did not end".into());
             }
             thread::sleep(Duration::from_millis(10));
@@ -351,6 +402,7 @@ fn all_say(role: &str, words: &str) -> Result<(), Failed> {
 fn survivors_say(role: &str, culprit: usize) -> Result<(), Failed> {
     let began = Instant::now();
     let said = Ranks::here(&format!("{role} {culprit}"), 3).end()?;
+    let said: Vec<String> = said.iter().map(|said| end_and_time(said).0).collect();
     let survivors: Vec<&String> =
         said.iter().enumerate().filter(|(rank, _)| *rank != culprit).map(|(_, said)| said).collect();
     let words = match role {
@@ -374,13 +426,7 @@ fn survivors_say(role: &str, culprit: usize) -> Result<(), Failed> {
 /// Continued, it says what they say; where its connections were full of data, their words may not have come through
 /// before they ended, and it says so in words of its own, with itself as the culprit.
 fn all_name_the_stopped(role: &str, culprit: usize) -> Result<(), Failed> {
-    let mut ranks = Ranks::here_within(&format!("{role} {culprit}"), 3, "4");
-    let began = Instant::now();
-    ranks.await_others(culprit)?;
-    let took = began.elapsed();
-    // SAFETY: no memory is involved. The process is a child that has not been waited for.
-    unsafe { libc::kill(ranks.0[culprit].id() as i32, libc::SIGCONT) };
-    let said = ranks.end()?;
+    let (said, took) = when_stopped(role, culprit, 3)?;
     let others: Vec<&String> =
         said.iter().enumerate().filter(|(rank, _)| *rank != culprit).map(|(_, text)| text).collect();
     let itself = format!(" for itself: the process of rank {culprit} of the world did not run for that long");
@@ -390,21 +436,29 @@ fn all_name_the_stopped(role: &str, culprit: usize) -> Result<(), Failed> {
         && said.iter().all(|text| text.contains("<time-out in group `world`"))
         && said.iter().all(|text| text.contains(&format!("rank {culprit}")))
         && others[0].contains(&format!("rank {culprit}: no answer"))
-        // Starting the processes and meeting takes a while, too.
+        // A busy machine takes a while for all of that.
         && took < Duration::from_secs(6 + 2);
     if good { Ok(()) } else { Err(format!("after {took:?}: {said:#?}").into()) }
+}
+
+/// What all ranks say in the end when this happens to one of them, whose process goes on when the others have ended;
+/// and in what time their last calls have failed.
+fn when_stopped(role: &str, culprit: usize, size: usize) -> Result<(Vec<String>, Duration), Failed> {
+    let mut ranks = Ranks::here_within(&format!("{role} {culprit}"), size, "4");
+    ranks.await_others(culprit)?;
+    // SAFETY: no memory is involved. The process is a child that has not been waited for.
+    unsafe { libc::kill(ranks.0[culprit].child.id() as i32, libc::SIGCONT) };
+    let (said, times): (Vec<String>, Vec<Option<u64>>) = ranks.end()?.iter().map(|said| end_and_time(said)).unzip();
+    let others = times.iter().enumerate().filter(|(rank, _)| *rank != culprit);
+    let slowest =
+        others.map(|(_, time)| time.ok_or("a rank's last call did not fail")).collect::<Result<Vec<_>, _>>()?;
+    Ok((said, Duration::from_millis(slowest.into_iter().max().unwrap_or(0))))
 }
 
 /// A rank is stopped, or computes for too long, and the others wait for each other behind it: they name it before any
 /// other, by its number in the world.
 fn all_name_the_root(role: &str, culprit: usize) -> Result<(), Failed> {
-    let mut ranks = Ranks::here_within(&format!("{role} {culprit}"), 4, "4");
-    let began = Instant::now();
-    ranks.await_others(culprit)?;
-    let took = began.elapsed();
-    // SAFETY: no memory is involved. The process is a child that has not been waited for.
-    unsafe { libc::kill(ranks.0[culprit].id() as i32, libc::SIGCONT) };
-    let said = ranks.end()?;
+    let (said, took) = when_stopped(role, culprit, 4)?;
     let others: Vec<&String> =
         said.iter().enumerate().filter(|(rank, _)| *rank != culprit).map(|(_, text)| text).collect();
     let why = if role == "mesh-computing" { "is in no call" } else { "gives no answer" };
@@ -423,7 +477,7 @@ fn a_rank_that_never_ends() -> Result<(), Failed> {
     let began = Instant::now();
     ranks.await_others(1)?;
     let took = began.elapsed();
-    ranks.0[1].kill()?;
+    ranks.0[1].child.kill()?;
     let said = ranks.end()?;
     let good = said[0].contains("<well>") && said[2].contains("<well>") && took < Duration::from_secs(10);
     if good { Ok(()) } else { Err(format!("after {took:?}: {said:#?}").into()) }
@@ -435,14 +489,6 @@ fn broken_connections() -> Result<(), Failed> {
     let good = said[1].contains("<rank 0 left group") || said[1].contains("<rank 2 left group");
     let good = good && said[0].contains("<rank 1 left group `world`") && said[0] == said[2];
     if good { Ok(()) } else { Err(format!("{said:#?}").into()) }
-}
-
-/// A port that no other trial takes, below those that the system gives to connections.
-fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = 10_000 + (std::process::id() % 20_000) as u16;
-    let mut ports = (0..1000).map(|_| first + NEXT.fetch_add(1, Ordering::Relaxed));
-    ports.find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok()).expect("a port that nobody listens at")
 }
 
 /// Two hosts, joined by a cable, gone when the test ends. One pair at a time.
@@ -503,8 +549,9 @@ fn ranks_on_hosts() -> Result<(), Failed> {
 /// The cable is pulled while data moves: on both sides all return an error, in time.
 fn hosts_that_are_cut_off() -> Result<(), Failed> {
     let hosts = Hosts::new().ok_or("no hosts")?;
-    let ranks = hosts.start("cut", "3");
-    thread::sleep(Duration::from_secs(2));
+    let mut ranks = hosts.start("cut", "3");
+    ranks.await_words("<ready>")?;
+    thread::sleep(Duration::from_millis(300));
     ip(&format!("-n bp{}-1 link set eth0 down", hosts.0)).ok_or("the cable can't be pulled")?;
     let said = ranks.end()?;
     let good = said.iter().all(|said| {

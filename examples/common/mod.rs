@@ -9,6 +9,7 @@ pub mod memory;
 pub mod mesh;
 pub mod program;
 pub mod progress;
+pub mod resume;
 pub mod saving;
 pub mod start;
 pub mod usage;

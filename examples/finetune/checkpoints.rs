@@ -11,7 +11,8 @@ use burn_parallel::train::Parallel;
 use crate::args::Args;
 use crate::base::MadeOf;
 use crate::common::batch::Batch;
-use crate::common::saving::{MADE_OF, STEPS, WENT_BACK};
+use crate::common::resume::run_names;
+use crate::common::saving::{MADE_OF, RUN, STEPS};
 use crate::input::Input;
 use crate::model::Llama;
 use crate::report::HeldOut;
@@ -34,8 +35,8 @@ pub struct Run {
     made_of: MadeOf,
     /// How many steps the whole run has.
     steps: usize,
-    /// The step that it went back to.
-    went_back: Option<u64>,
+    /// By what launchers know it.
+    run: Vec<String>,
 }
 
 impl Run {
@@ -50,8 +51,8 @@ impl Run {
         let (steps, made_of) = (input.steps(args), MadeOf::of(args, input));
         let (losses, grad_norms, held_out) = (Vec::new(), Vec::new(), Vec::new());
         let (batch, position, data) = (Batch::default(), DataPosition::default(), input.data.fingerprint());
-        let went_back = args.saving.resume_step;
-        Self { model, optim, schedule, losses, grad_norms, held_out, batch, position, data, made_of, steps, went_back }
+        let run = run_names();
+        Self { model, optim, schedule, losses, grad_norms, held_out, batch, position, data, made_of, steps, run }
     }
 
     /// The number of the next row, through all epochs.
@@ -77,7 +78,7 @@ impl Run {
             .with_value("data", &mut self.data)
             .with_value(MADE_OF, &mut self.made_of)
             .with_value(STEPS, &mut self.steps)
-            .with_value(WENT_BACK, &mut self.went_back)
+            .with_value(RUN, &mut self.run)
     }
 
     /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already, and the checkpoints if it
@@ -104,7 +105,7 @@ impl Run {
         })?;
         // Where the model is now.
         self.made_of = made_of;
-        (self.steps, self.went_back) = (input.steps(args), args.saving.resume_step);
+        (self.steps, self.run) = (input.steps(args), run_names());
         self.batch = self.batch.clone().begin(args.batch(), args.growth, input.steps(args))?;
         Ok(begun)
     }

@@ -106,7 +106,8 @@ impl Input {
 }
 
 /// Makes sure that the model can be split as it is to be, and that the weights in the directory are those of the model
-/// that its config describes. Counts them, and gives the names of those that are left over. Nothing of them is read.
+/// that its config describes. Counts them, and gives the names of those that are left over. Reads none but those of an
+/// output layer that is to be the embedding.
 fn weights(args: &Args) -> Result<(usize, Vec<String>), String> {
     let dir = args.model.display();
     let wrong = |why: String| format!("{dir}: {}", why.replace('\n', " "));

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::args::Args;
 use crate::common::batch::Batch;
-use crate::common::saving::{STEPS, WENT_BACK, other_model};
+use crate::common::resume::run_names;
+use crate::common::saving::{RUN, STEPS, other_model};
 use crate::gpt::Gpt;
 
 /// The flags of a run that its checkpoints hold.
@@ -74,8 +75,8 @@ pub struct Run {
     pub batch: Batch,
     /// How many steps the whole run has.
     pub steps: usize,
-    /// The step that it went back to.
-    pub went_back: Option<u64>,
+    /// By what launchers know it.
+    pub run: Vec<String>,
 }
 
 impl Run {
@@ -88,7 +89,7 @@ impl Run {
             .with_value("grad_norms", &mut self.grad_norms)
             .with_value("batch", &mut self.batch)
             .with_value(STEPS, &mut self.steps)
-            .with_value(WENT_BACK, &mut self.went_back)
+            .with_value(RUN, &mut self.run)
     }
 
     /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already, and the checkpoints if it
@@ -101,7 +102,7 @@ impl Run {
                 changed.iter().for_each(|flag| eprintln!("{flag}"));
             }
             checkpoints.restore_step(step, self.state())?;
-            (self.flags, self.steps, self.went_back) = (SavedFlags::of(args), args.steps, args.saving.resume_step);
+            (self.flags, self.steps, self.run) = (SavedFlags::of(args), args.steps, run_names());
             Ok(())
         })
     }

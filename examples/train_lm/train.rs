@@ -21,6 +21,7 @@ use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
 use crate::common::program::Ended;
 use crate::common::progress::Progress;
+use crate::common::resume::run_names;
 use crate::common::saving::Saving;
 use crate::common::usage::Pipeline;
 use crate::gpt::Gpt;
@@ -50,8 +51,8 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init_fused();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
     let (losses, grad_norms) = (Vec::new(), Vec::new());
-    let (steps, went_back) = (args.steps, args.saving.resume_step);
-    let mut run = Run { model, optim, schedule, flags, losses, grad_norms, batch: size, steps, went_back };
+    let (steps, names) = (args.steps, run_names());
+    let mut run = Run { model, optim, schedule, flags, losses, grad_norms, batch: size, steps, run: names };
     let (first, opened) = run.resume(&world, args)?;
     run.batch = begin(run.batch)?;
     let mut saving = Saving::begin(&args.saving, &world, folder, (&args.strategy, args.steps), opened)?;

@@ -1,4 +1,4 @@
-//! Safetensors files and indices of any bytes: opened, and read in parts.
+//! Safetensors files of any bytes: opened, and read in parts.
 #![no_main]
 
 use burn::tensor::DType;

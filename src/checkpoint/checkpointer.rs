@@ -2,26 +2,24 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::thread::JoinHandle;
 
 use serde::de::DeserializeOwned;
 
 use super::agree::{attempt, together};
+use super::background::Running;
 use super::contents::{OwnSteps, Snapshot};
-use super::directory::{as_written, clean_up, name_of, steps};
+use super::directory::{clean_up, name_of, steps};
 use super::index::Index;
 use super::job::{self, Saved};
 use super::moments::KnownStates;
 use super::options::CheckpointOptions;
+use super::order::as_written;
 use super::params::Statistics;
 use super::restore::{self, Restored};
 use super::state::TrainState;
 use super::{checkpoint_error, file_problem, value};
 use crate::Error;
-use crate::comm::{Communicator, panic_message};
+use crate::comm::Communicator;
 use crate::params::{agree, share_bytes};
 use crate::train::ParallelModule;
 
@@ -43,15 +41,6 @@ pub struct Checkpointer {
     stuck: Option<Error>,
 }
 
-/// A save in the background.
-struct Running {
-    step: u64,
-    outcome: Receiver<Result<Saved, Error>>,
-    thread: JoinHandle<()>,
-    /// Bytes that it has written.
-    written: Arc<AtomicU64>,
-}
-
 impl Checkpointer {
     /// Opens a directory of checkpoints for the ranks of `world`, which are all that the model is spread over. It is
     /// made if it is not there, and what a save that was ended has left in it is removed. Collective.
@@ -67,12 +56,11 @@ impl Checkpointer {
             ("the options of checkpoints".to_owned(), format!("{options:?}").replace('\n', " ")),
         ];
         agree(&said, &group)?;
-        let made = match group.rank() {
-            0 => std::fs::create_dir_all(dir)
-                .map_err(|why| file_problem(dir, format!("cannot be made: {why}")))
-                .and_then(|()| clean_up(dir)),
-            _ => Ok(()),
+        let make = || {
+            std::fs::create_dir_all(dir).map_err(|why| file_problem(dir, format!("cannot be made: {why}")))?;
+            clean_up(dir)
         };
+        let made = if group.rank() == 0 { attempt(make) } else { Ok(()) };
         together(made, &group)?;
         let root = together(
             dir.canonicalize()
@@ -121,24 +109,13 @@ impl Checkpointer {
     pub fn save_async<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<(), Error> {
         self.wait()?;
         let snapshot = together(attempt(|| self.snapshot(step, &state)), &self.group)?;
-        let written = snapshot.written.clone();
+        let progress = snapshot.progress.clone();
         let (root, options, group) = (self.root.clone(), self.options.clone(), self.group.clone());
         // The save begins when all ranks have a thread for it: until then its group is this thread's.
-        let (begin, begun) = std::sync::mpsc::channel::<()>();
-        let (tell, outcome) = std::sync::mpsc::channel();
-        let run = move || {
-            let ran = match begun.recv() {
-                Ok(()) => job::run(snapshot, &root, &options, &group),
-                Err(_) => Err(checkpoint_error("another rank has no thread to save in")),
-            };
-            // Nobody asks any more if the program has not waited to the end.
-            let _ = tell.send(ran);
-        };
-        let started = std::thread::Builder::new().name("checkpoint".into()).spawn(run);
-        let started = started.map_err(|why| checkpoint_error(format!("no thread to save in: {why}")));
-        let thread = together(started, &self.group)?;
-        self.running = Some(Running { step, outcome, thread, written });
-        let _ = begin.send(());
+        let running = Running::prepare(step, progress, move || job::run(snapshot, &root, &options, &group));
+        let running = together(running, &self.group)?;
+        running.begin();
+        self.running = Some(running);
         Ok(())
     }
 
@@ -157,34 +134,10 @@ impl Checkpointer {
         if let Some(error) = &self.stuck {
             return Err(error.clone());
         }
-        let Some(Running { step, outcome, thread, written }) = self.running.take() else { return Ok(None) };
-        let patience = self.group.timeout().saturating_mul(2);
-        let mut before = written.load(Ordering::Relaxed);
-        loop {
-            match outcome.recv_timeout(patience) {
-                Ok(outcome) => {
-                    // It has nothing left to do but to let go of the group.
-                    let _ = thread.join();
-                    return outcome.map(Some);
-                }
-                Err(RecvTimeoutError::Disconnected) => {
-                    let panic = thread.join().err().map(|panic| panic_message(&*panic)).unwrap_or_default();
-                    return Err(checkpoint_error(format!("the save panicked: {panic}")));
-                }
-                Err(RecvTimeoutError::Timeout) => {}
-            }
-            let now = written.load(Ordering::Relaxed);
-            if now == before {
-                let name = name_of(step);
-                let error = checkpoint_error(format!(
-                    "rank {}: the save of {name} into {} has written {now} bytes, and none in the last {patience:?}: does the disk \
-                     still answer? BURN_PARALLEL_TIMEOUT_S gives it more time; open another `Checkpointer` to go on",
-                    self.group.rank(),
-                    self.root.display()
-                ));
-                return Err(self.stuck.insert(error).clone());
-            }
-            before = now;
+        let Some(running) = self.running.take() else { return Ok(None) };
+        match running.wait(self.group.timeout().saturating_mul(2), (self.group.rank(), &self.root)) {
+            Ok(outcome) => outcome.map(Some),
+            Err(error) => Err(self.stuck.insert(error).clone()),
         }
     }
 
@@ -211,7 +164,7 @@ impl Checkpointer {
     /// What rank 0 finds in the directory.
     fn found(&mut self, look: fn(&Path) -> Result<Vec<u64>, Error>) -> Result<Vec<u64>, Error> {
         self.wait()?;
-        let found = if self.group.rank() == 0 { look(&self.root) } else { Ok(Vec::new()) };
+        let found = if self.group.rank() == 0 { attempt(|| look(&self.root)) } else { Ok(Vec::new()) };
         let found = together(found, &self.group)?;
         let bytes = share_bytes(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0, &self.group)?;
         Ok(bytes.as_chunks::<8>().0.iter().map(|step| u64::from_le_bytes(*step)).collect())
@@ -226,13 +179,13 @@ impl Checkpointer {
     pub fn read_value<T: DeserializeOwned>(&mut self, step: u64, name: &str) -> Result<Option<T>, Error> {
         self.wait()?;
         let dir = self.root.join(name_of(step));
-        let read = Index::read(&dir).and_then(|mut index| {
-            let value = index.values.remove(name).map(|json| serde_json::from_value(value::plain(json)));
-            value.transpose().map_err(|why| {
+        let read = || {
+            let value = Index::read(&dir)?.values.remove(name);
+            value.map(|json| serde_json::from_value(value::plain(json))).transpose().map_err(|why| {
                 file_problem(&dir, format!("value `{name}` is not what this program takes for it: {why}"))
             })
-        });
-        together(read, &self.group)
+        };
+        together(attempt(read), &self.group)
     }
 
     /// Gives a state the values of the latest checkpoint, or leaves it as it is if there is none. Whatever mesh it was

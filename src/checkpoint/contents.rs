@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::module::ParamId;
@@ -10,6 +9,7 @@ use burn::optim::ModuleOptimizer;
 use burn::tensor::DType;
 use serde_json::Value;
 
+use super::background::Progress;
 use super::checkpoint_error;
 use super::index::SavedRandom;
 use super::moments::{self, KnownState, KnownStates};
@@ -93,8 +93,8 @@ pub(super) struct Snapshot {
     known: KnownStates,
     /// Those of the run up to this save.
     pub(super) own_steps: OwnSteps,
-    /// Bytes of it that are written.
-    pub(super) written: Arc<AtomicU64>,
+    /// How far the save is.
+    pub(super) progress: Progress,
 }
 
 /// All that this rank has for a checkpoint.
@@ -104,7 +104,7 @@ pub(super) struct Contents {
     /// Those of whose moments there are slices, by name.
     pub(super) optimizers: BTreeMap<String, HeldOptimizer>,
     /// Counts the bytes that are written.
-    pub(super) written: Arc<AtomicU64>,
+    pub(super) progress: Progress,
 }
 
 /// An optimizer, and what is known of it.
@@ -156,7 +156,7 @@ impl Snapshot {
             values,
             known,
             own_steps,
-            written: Arc::default(),
+            progress: Progress::default(),
         })
     }
 
@@ -175,7 +175,7 @@ impl Snapshot {
             scalars.insert(name.clone(), found.scalars);
             optimizers.insert(name.clone(), HeldOptimizer { state: state.clone(), known: known.clone() });
         }
-        Ok(Contents { slices, scalars, optimizers, written: self.written.clone() })
+        Ok(Contents { slices, scalars, optimizers, progress: self.progress.clone() })
     }
 
     /// The optimizers are not what they were at the save before: they are looked at again.

@@ -9,11 +9,6 @@ use super::file_problem;
 use super::index::INDEX;
 use super::options::CheckpointOptions;
 use crate::Error;
-use crate::tensor_file::{sync_dir, write_file};
-
-/// The file that says in which order checkpoints were written, where that is not the order of their steps: one step a
-/// line.
-pub(super) const ORDER: &str = ".order";
 
 /// The name of the checkpoint of a step.
 pub(super) fn name_of(step: u64) -> String {
@@ -25,7 +20,7 @@ fn step_of(name: &str) -> Option<u64> {
     (name_of(step) == name).then_some(step)
 }
 
-fn failed(path: &Path, why: &io::Error) -> Error {
+pub(super) fn failed(path: &Path, why: &io::Error) -> Error {
     file_problem(path, format!("cannot be used: {why}"))
 }
 
@@ -62,6 +57,11 @@ pub(super) fn steps(root: &Path) -> Result<Vec<u64>, Error> {
 pub(super) fn clean_up(root: &Path) -> Result<(), Error> {
     for name in names(root)? {
         let Some((hidden, what)) = name.strip_prefix('.').and_then(|name| name.rsplit_once('.')) else { continue };
+        // Each draft has a name of its own.
+        let hidden = match what {
+            "unfinished" => hidden.split('.').next().unwrap_or_default(),
+            _ => hidden,
+        };
         if step_of(hidden).is_none() || !["unfinished", "replaced", "removed"].contains(&what) {
             continue;
         }
@@ -84,68 +84,13 @@ fn remove(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// The steps of which there are checkpoints, in the order in which they were written: a run goes on from the last of
-/// them.
-///
-/// # Errors
-/// [`Error::Checkpoint`] if the system refuses, or if [`ORDER`] is not what a save writes.
-pub(super) fn as_written(root: &Path) -> Result<Vec<u64>, Error> {
-    ordered(root, &[])
-}
-
-/// The same, where `own` are the steps that a run has restored or written last, in this order.
-fn ordered(root: &Path, own: &[u64]) -> Result<Vec<u64>, Error> {
-    let (mut steps, listed) = (steps(root)?, listed(root)?);
-    // One that is not listed came later: a run was ended before it could list it, or somebody has put it there.
-    let place = |steps: &[u64], step: u64| steps.iter().rposition(|other| *other == step);
-    steps.sort_by_key(|step| (place(own, *step), place(&listed, *step).unwrap_or(usize::MAX), *step));
-    Ok(steps)
-}
-
-/// What [`ORDER`] lists; nothing if it is not there.
-fn listed(root: &Path) -> Result<Vec<u64>, Error> {
-    let path = root.join(ORDER);
-    let text = match fs::read_to_string(&path) {
-        Err(why) if why.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        text => text.map_err(|why| failed(&path, &why))?,
-    };
-    let steps: Result<Vec<u64>, _> = text.lines().map(str::parse).collect();
-    steps.map_err(|why| {
-        file_problem(&path, format!("is no list of steps: {why}; remove it, and the highest step is the latest again"))
-    })
-}
-
-/// Puts down that `own`, the steps that this run has restored or written, came after all others, in this order. Of a
-/// run that has never gone back that is the order of the steps, and there is no file of it.
+/// Removes the checkpoints that are not to be kept, of all in the order in which they were written. One is renamed
+/// first, so that none that looks whole lacks files.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses.
-pub(super) fn put_down_order(root: &Path, own: &[u64]) -> Result<(), Error> {
-    let order = ordered(root, own)?;
-    let order = if order.is_sorted() { Vec::new() } else { order };
-    if order == listed(root)? {
-        return Ok(());
-    }
-    let path = root.join(ORDER);
-    let refused = |why: io::Error| failed(&path, &why);
-    if order.is_empty() {
-        fs::remove_file(&path).map_err(refused)?;
-    } else {
-        let draft = root.join(format!("{ORDER}.unfinished"));
-        write_file(&draft, order.iter().map(|step| format!("{step}\n")).collect::<String>().as_bytes())?;
-        fs::rename(&draft, &path).map_err(refused)?;
-    }
-    sync_dir(root)
-}
-
-/// Removes the checkpoints that are not to be kept. `own` are the steps that this run has restored or written, in this
-/// order. One is renamed first, so that none that looks whole lacks files.
-///
-/// # Errors
-/// [`Error::Checkpoint`] if the system refuses.
-pub(super) fn prune(root: &Path, options: &CheckpointOptions, own: &[u64]) -> Result<(), Error> {
+pub(super) fn prune(root: &Path, options: &CheckpointOptions, steps: &[u64]) -> Result<(), Error> {
     let Some(last) = options.keep_last else { return Ok(()) };
-    let steps = ordered(root, own)?;
     let old = &steps[..steps.len().saturating_sub(last)];
     for step in old.iter().filter(|step| options.keep_every.is_none_or(|every| !step.is_multiple_of(every))) {
         let path = root.join(name_of(*step));

@@ -3,7 +3,7 @@
 pub(super) use crate::tensor_file::fault::point;
 
 #[cfg(test)]
-pub(super) use crate::tensor_file::fault::STALL;
+pub(super) use crate::tensor_file::fault::{NO_EXCHANGE, STALL, STALL_MS};
 
 /// All points, in their order.
 #[cfg(test)]

@@ -48,6 +48,10 @@ pub(super) struct Index {
     /// The strategy that it was made under, in words.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) made_under: Option<String>,
+    /// The checksum of the index of the checkpoint of the same step that this one took the place of. So no two of one
+    /// step have the same index, whatever they hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) replaces: Option<String>,
     pub(super) block_bytes: usize,
     pub(super) files: Vec<StoredFile>,
     pub(super) model: BTreeMap<String, StoredTensor>,
@@ -151,6 +155,7 @@ impl Index {
             ranks,
             replicas,
             made_under: None,
+            replaces: None,
             block_bytes: BLOCK_BYTES,
             files: Vec::new(),
             model: BTreeMap::new(),

@@ -6,14 +6,17 @@ use serde::{Deserialize, Serialize};
 
 use super::agree::{attempt, gather, together};
 use super::contents::{Contents, ParamScalars, Snapshot};
-use super::directory::{clean_up, name_of, prune, put_down_order};
+use super::directory::{clean_up, name_of, prune};
 use super::index::{INDEX, INDEX_CHECKSUM, Index, StoredFile, StoredSlice, StoredTensor, checksum};
 use super::options::CheckpointOptions;
+use super::order::{index_checksum, ordered, put_down_order};
 use super::plan::{TensorKey, WritePlan, add_scalars};
-use super::write::{Outcome, file_name, write};
+use super::write::{Changed, Outcome, file_name, write};
 use super::{checkpoint_error, fault, file_problem};
 use crate::Error;
+use crate::comm::tcp::nonce;
 use crate::comm::{Communicator, ReduceOp};
+use crate::params::share_text;
 use crate::tensor_file::{Draft, name_of as dtype_name, write_file};
 
 /// What was saved, and what that took.
@@ -47,105 +50,119 @@ pub(super) fn run(
     options: &CheckpointOptions,
     group: &Communicator,
 ) -> Result<Saved, Error> {
-    if let Some(saved) = save(&snapshot, root, options, group)? {
-        return Ok(saved);
+    let save = Save { snapshot: &snapshot, root, options, group };
+    for again in [false, true] {
+        if let Some(saved) = save.run(again)? {
+            return Ok(saved);
+        }
+        snapshot.forget();
     }
-    snapshot.forget();
-    let changes = || checkpoint_error("an optimizer does not give out the same moments twice");
-    save(&snapshot, root, options, group)?.ok_or_else(changes)
+    Err(checkpoint_error("optimizers give out other moments each time that they are asked"))
 }
 
-/// Writes a checkpoint, if all optimizers on all ranks have the moments that they are known to have.
-fn save(
-    snapshot: &Snapshot,
-    root: &Path,
-    options: &CheckpointOptions,
-    group: &Communicator,
-) -> Result<Option<Saved>, Error> {
-    let contents = together(attempt(|| snapshot.contents()), group)?;
-    let plan = together(WritePlan::new(&contents, group), group)?;
-    fault::point("planned");
-    let (first, dir) = (group.rank() == 0, root.join(name_of(snapshot.step)));
-    let draft = together(Draft::new(&dir, true), group)?;
-    let begin = || {
+/// A save of a state.
+struct Save<'a> {
+    snapshot: &'a Snapshot,
+    root: &'a Path,
+    options: &'a CheckpointOptions,
+    group: &'a Communicator,
+}
+
+impl Save<'_> {
+    /// Writes the checkpoint, if all optimizers on all ranks have the moments that they are known to have. That they
+    /// have not is an error if they were looked at just before, `again`.
+    fn run(&self, again: bool) -> Result<Option<Saved>, Error> {
+        let Self { snapshot, root, options, group } = *self;
+        let contents = together(attempt(|| snapshot.contents()), group)?;
+        let plan = together(attempt(|| WritePlan::new(&contents, group)), group)?;
+        fault::point("planned");
+        let (first, dir) = (group.rank() == 0, root.join(name_of(snapshot.step)));
+        let own_name =
+            if first { nonce()[..8].iter().map(|byte| format!("{byte:02x}")).collect() } else { String::new() };
+        let own_name = share_text(&own_name, group)?;
+        let draft = attempt(|| Ok(Draft::new(&dir, true)?.called(&own_name)));
+        let draft = together(draft, group)?;
+        let begun = if first { attempt(|| self.begin(&draft)) } else { Ok(()) };
+        together(begun, group)?;
+        fault::point("draft made");
+        let written = self.finish(&contents, &plan, &draft, again);
+        if !matches!(written, Ok(Some(_))) && first {
+            // The error that there is says more than one of this.
+            let _ = draft.discard();
+        }
+        let Some(bytes_written) = written? else { return Ok(None) };
+        snapshot.own_steps.add(snapshot.step);
+        if first {
+            let own = snapshot.own_steps.all();
+            if let Err(error) = put_down_order(root, &own, None) {
+                log::warn!("it is not put down that {} is the latest checkpoint: {error}", dir.display());
+            }
+            if let Err(error) = ordered(root, &own).and_then(|steps| prune(root, options, &steps)) {
+                log::warn!("old checkpoints are not removed: {error}");
+            }
+        }
+        Ok(Some(Saved { step: snapshot.step, dir, bytes_written }))
+    }
+
+    /// Makes the draft, on rank 0.
+    fn begin(&self, draft: &Draft) -> Result<(), Error> {
+        let Self { snapshot, root, .. } = *self;
+        snapshot.progress.check()?;
         // Made anew, what vanished with its checkpoints, as a disk that is no longer mounted, would go unnoticed.
         if !root.is_dir() {
             return Err(file_problem(root, "is not there any more: bring it back, or open another `Checkpointer`"));
         }
         clean_up(root)?;
-        // That the run has gone back to an earlier step: from now on what it writes is the latest.
-        put_down_order(root, &snapshot.own_steps.all())?;
+        // That the run has gone back to an earlier step: what it writes is the latest as soon as it is there.
+        put_down_order(root, &snapshot.own_steps.all(), Some(snapshot.step))?;
         draft.begin()
-    };
-    let begun = if first { begin() } else { Ok(()) };
-    together(begun, group)?;
-    fault::point("draft made");
-    let written = finish(&contents, &plan, snapshot, &draft, options, group);
-    if !matches!(written, Ok(Some(_))) && first {
-        // The error that there is says more than one of this.
-        let _ = draft.discard();
     }
-    let Some(bytes_written) = written? else { return Ok(None) };
-    snapshot.own_steps.add(snapshot.step);
-    if first {
-        let own = snapshot.own_steps.all();
-        if let Err(error) = put_down_order(root, &own) {
-            log::warn!("it is not put down that {} is the latest checkpoint: {error}", dir.display());
-        }
-        if let Err(error) = prune(root, options, &own) {
-            log::warn!("old checkpoints are not removed: {error}");
-        }
-    }
-    Ok(Some(Saved { step: snapshot.step, dir, bytes_written }))
-}
 
-/// Writes into the draft and gives it its name. Returns the bytes that this rank wrote; `None` if an optimizer of some
-/// rank has other moments than were known.
-fn finish(
-    contents: &Contents,
-    plan: &WritePlan,
-    snapshot: &Snapshot,
-    draft: &Draft,
-    options: &CheckpointOptions,
-    group: &Communicator,
-) -> Result<Option<u64>, Error> {
-    let outcome = together(attempt(|| write(contents, plan, group.rank(), &draft.made_in)), group)?;
-    let changed = u64::from(matches!(outcome, Outcome::Changed));
-    let changed = if group.size() > 1 { group.all_reduce(vec![changed], ReduceOp::Max)?[0] } else { changed };
-    let Outcome::Written(written) = outcome else { return Ok(None) };
-    if changed > 0 {
-        return Ok(None);
+    /// Writes into the draft and gives it its name. Returns the bytes that this rank wrote; `None` if an optimizer of
+    /// some rank has other moments than were known.
+    fn finish(&self, contents: &Contents, plan: &WritePlan, draft: &Draft, again: bool) -> Result<Option<u64>, Error> {
+        let group = self.group;
+        let write = || match write(contents, plan, group.rank(), &draft.made_in)? {
+            Outcome::Changed(Changed { optimizer, path }) if again => Err(checkpoint_error(format!(
+                "optimizer `{optimizer}` does not give out the same moments of `{path}` twice, though nobody has stepped it"
+            ))),
+            outcome => Ok(outcome),
+        };
+        let outcome = together(attempt(write), group)?;
+        let changed = u64::from(matches!(outcome, Outcome::Changed(_)));
+        let changed = if group.size() > 1 { group.all_reduce(vec![changed], ReduceOp::Max)?[0] } else { changed };
+        let Outcome::Written(written) = outcome else { return Ok(None) };
+        if changed > 0 {
+            return Ok(None);
+        }
+        fault::point("tensors written");
+        let bytes = written.bytes.unwrap_or(0);
+        let told = ToldFile { bytes: written.bytes, checksums: written.checksums, scalars: written.scalars };
+        let told = serde_json::to_vec(&told).map_err(|why| checkpoint_error(why.to_string()));
+        let told = self.snapshot.progress.check().and(told);
+        let told = gather(together(told, group)?, group)?;
+        let committed = match group.rank() {
+            0 => attempt(|| self.commit(&told, plan, draft)),
+            _ => Ok(()),
+        };
+        together(committed, group)?;
+        Ok(Some(bytes))
     }
-    fault::point("tensors written");
-    let bytes = written.bytes.unwrap_or(0);
-    let told = ToldFile { bytes: written.bytes, checksums: written.checksums, scalars: written.scalars };
-    let told = serde_json::to_vec(&told).map_err(|why| checkpoint_error(why.to_string()));
-    let told = gather(together(told, group)?, group)?;
-    let committed = match group.rank() {
-        0 => attempt(|| commit(&told, plan, snapshot, draft, options, group.size())),
-        _ => Ok(()),
-    };
-    together(committed, group)?;
-    Ok(Some(bytes))
-}
 
-/// Writes the index: after that, and the renaming, the checkpoint is there.
-fn commit(
-    told: &[Vec<u8>],
-    plan: &WritePlan,
-    snapshot: &Snapshot,
-    draft: &Draft,
-    options: &CheckpointOptions,
-    ranks: usize,
-) -> Result<(), Error> {
-    let index = index(told, plan, snapshot, options, ranks)?;
-    let text = serde_json::to_vec(&index).map_err(|why| checkpoint_error(why.to_string()))?;
-    write_file(&draft.made_in.join(INDEX), &text)?;
-    write_file(&draft.made_in.join(INDEX_CHECKSUM), (checksum(&text) + "\n").as_bytes())?;
-    fault::point("index written");
-    draft.commit()?;
-    fault::point("committed");
-    Ok(())
+    /// Writes the index, on rank 0: after that, and the renaming, the checkpoint is there.
+    fn commit(&self, told: &[Vec<u8>], plan: &WritePlan, draft: &Draft) -> Result<(), Error> {
+        let Self { snapshot, root, options, group } = *self;
+        let mut index = index(told, plan, snapshot, options, group.size())?;
+        index.replaces = index_checksum(root, snapshot.step);
+        let text = serde_json::to_vec(&index).map_err(|why| checkpoint_error(why.to_string()))?;
+        write_file(&draft.made_in.join(INDEX), &text)?;
+        write_file(&draft.made_in.join(INDEX_CHECKSUM), (checksum(&text) + "\n").as_bytes())?;
+        fault::point("index written");
+        snapshot.progress.check()?;
+        draft.commit()?;
+        fault::point("committed");
+        Ok(())
+    }
 }
 
 fn index(

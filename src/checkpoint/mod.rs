@@ -42,6 +42,7 @@
 //! ```
 
 mod agree;
+mod background;
 mod checkpointer;
 mod contents;
 mod cover;
@@ -51,6 +52,7 @@ mod index;
 mod job;
 mod moments;
 mod options;
+mod order;
 mod params;
 mod plan;
 mod position;

@@ -58,7 +58,7 @@ impl fmt::Display for TensorKey {
 
 /// What a rank tells of what it has.
 #[derive(Serialize, Deserialize)]
-struct Told {
+struct ToldContents {
     slices: Vec<ToldSlice>,
     scalars: ParamScalars,
 }
@@ -97,13 +97,13 @@ impl WritePlan {
             dtype: name_of(slice.value.dtype()).unwrap_or_default().into(),
             ranges: slice.ranges.clone(),
         });
-        let told = Told { slices: slices.collect(), scalars: own.scalars.clone() };
+        let told = ToldContents { slices: slices.collect(), scalars: own.scalars.clone() };
         let told = serde_json::to_vec(&told).map_err(|why| checkpoint_error(why.to_string()))?;
         let shared = exchange(told, group)?;
         let mut held = BTreeMap::new();
         let mut scalars = ParamScalars::new();
         for (rank, told) in shared.distinct() {
-            let told: Told = serde_json::from_slice(told).map_err(|why| checkpoint_error(why.to_string()))?;
+            let told: ToldContents = serde_json::from_slice(told).map_err(|why| checkpoint_error(why.to_string()))?;
             let holders = shared.same_as(rank);
             for slice in told.slices {
                 add(&mut held, slice, rank, &holders)?;

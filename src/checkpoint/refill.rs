@@ -8,10 +8,10 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
 
-use burn::module::ParamGroup;
+use burn::module::{ParamGroup, ParamId};
 use burn::optim::{ModuleOptimizer, OptimizerRecord};
 use burn::tensor::{Bytes, DType, TensorData};
-use burn_pack::{Reader, Writer};
+use burn_pack::{Reader, Scalar, Writer};
 
 use super::index::{OptimizerParam, StoredTensor};
 use super::params::ParamInfo;
@@ -19,7 +19,7 @@ use super::plan::TensorKey;
 use super::{checkpoint_error, unreadable};
 use crate::Error;
 use crate::comm::panic_message;
-use crate::optim::{ParamState, StateNames, Widened, record_of};
+use crate::optim::{ASKED, ParamState, StateNames, Widened, record_of};
 use crate::params::ParamSlice;
 use crate::tensor_file::{Elements, Loop, Side, copy_strided, row_major};
 
@@ -56,11 +56,11 @@ pub(super) fn restored(
     params.sort_by_key(|wanted| &wanted.info.path);
     let outline = outline(optimizer, &params)?;
     let record = || OptimizerRecord::from_bytes(outline.clone()).map_err(|why| unreadable(optimizer, why));
-    let loaded = loaded_dtypes(optimizer, into, record()?, &params)?;
+    let loads = Loads::of(optimizer, into, record()?, &params)?;
     let (plain, mut into) = (into, into.clone());
     for wanted in &params {
-        if let Some(dtype) = wanted.widened(optimizer, &loaded)? {
-            let ParamInfo { id, path, .. } = wanted.info;
+        let ParamInfo { id, path, .. } = wanted.info;
+        if let Some(dtype) = wanted.widened(optimizer, &loads)?.filter(|_| !loads.widened.contains(id)) {
             let names = |names: Vec<&String>| names.into_iter().cloned().collect();
             let (moments, scalars) = (wanted.state.moments.keys().collect(), wanted.state.scalars.keys().collect());
             let optim = Widened::new(*id, path, plain, StateNames::new(names(moments), names(scalars)), dtype);
@@ -69,7 +69,7 @@ pub(super) fn restored(
     }
     let mut states = HashMap::new();
     for wanted in &params {
-        let widened = wanted.widened(optimizer, &loaded)?.is_some();
+        let widened = wanted.widened(optimizer, &loads)?.is_some();
         states.insert(wanted.info.id.val().to_string(), wanted.state(optimizer, widened, read)?);
     }
     let states = Mutex::new(states);
@@ -83,7 +83,7 @@ pub(super) fn restored(
 }
 
 /// A record with a tensor of one element for each moment, of the dtype of its parameter, and the numbers and paths that
-/// there are to be.
+/// there are to be; it only asks how they would be loaded.
 fn outline(optimizer: &str, params: &[&Wanted<'_>]) -> Result<Bytes, Error> {
     let (mut tensors, mut scalars, mut paths) = (Vec::new(), Vec::new(), Vec::new());
     for Wanted { info, state, .. } in params {
@@ -100,6 +100,7 @@ fn outline(optimizer: &str, params: &[&Wanted<'_>]) -> Result<Bytes, Error> {
             })?;
             scalars.push((name, number));
         }
+        scalars.push((format!("{id}.{ASKED}"), Scalar::from(1_usize)));
         paths.push((id.to_string(), info.path.clone()));
     }
     let writer = scalars.iter().fold(Writer::new(tensors), |writer, (name, number)| writer.with_scalar(name, *number));
@@ -107,30 +108,41 @@ fn outline(optimizer: &str, params: &[&Wanted<'_>]) -> Result<Bytes, Error> {
     writer.into_bytes().map_err(|why| unreadable(optimizer, why))
 }
 
-/// The dtypes in which the optimizer loads the moments of parameters, if they are recorded in that of the parameter.
-///
-/// # Errors
-/// [`Error::Checkpoint`] if the optimizer does not take all that there is: burn silently drops what does not fit.
-fn loaded_dtypes(
-    optimizer: &str,
-    into: &ModuleOptimizer,
-    outline: OptimizerRecord,
-    params: &[&Wanted<'_>],
-) -> Result<BTreeMap<String, DType>, Error> {
-    let tried = load(optimizer, into, outline)?;
-    let bytes = tried.to_record().into_bytes().map_err(|why| unreadable(optimizer, why))?;
-    let reader = Reader::from_bytes(bytes).map_err(|why| unreadable(optimizer, why))?;
-    let scalars: HashSet<String> = reader.scalars().keys().cloned().collect();
-    let mut dtypes = BTreeMap::new();
-    for tensor in reader.into_tensors().map_err(|why| unreadable(optimizer, why))? {
-        let (name, dtype, ..) = tensor.into_parts().map_err(|why| unreadable(optimizer, why))?;
-        dtypes.insert(name, dtype);
-    }
-    for Wanted { info, state, .. } in params {
-        let names = state.moments.keys().chain(state.scalars.keys());
-        for name in names {
-            let named = format!("{}.{name}", info.id.val());
-            if !dtypes.contains_key(&named) && !scalars.contains(&named) {
+/// How an optimizer loads moments that are recorded in the dtype of their parameter.
+struct Loads {
+    /// The dtypes that they have then, by their names in a record.
+    dtypes: BTreeMap<String, DType>,
+    /// The parameters that it updates in another dtype than their own, since an earlier restore.
+    widened: HashSet<ParamId>,
+}
+
+impl Loads {
+    /// # Errors
+    /// [`Error::Checkpoint`] if the optimizer does not take all that there is: burn silently drops what does not fit.
+    fn of(
+        optimizer: &str,
+        into: &ModuleOptimizer,
+        outline: OptimizerRecord,
+        params: &[&Wanted<'_>],
+    ) -> Result<Self, Error> {
+        let tried = load(optimizer, into, outline)?;
+        let bytes = tried.to_record().into_bytes().map_err(|why| unreadable(optimizer, why))?;
+        let reader = Reader::from_bytes(bytes).map_err(|why| unreadable(optimizer, why))?;
+        let scalars: HashSet<String> = reader.scalars().keys().cloned().collect();
+        let mut dtypes = BTreeMap::new();
+        for tensor in reader.into_tensors().map_err(|why| unreadable(optimizer, why))? {
+            let (name, dtype, ..) = tensor.into_parts().map_err(|why| unreadable(optimizer, why))?;
+            dtypes.insert(name, dtype);
+        }
+        let mut widened = HashSet::new();
+        for Wanted { info, state, .. } in params {
+            let named = |name: &str| format!("{}.{name}", info.id.val());
+            if scalars.contains(&named(ASKED)) {
+                widened.insert(info.id);
+            }
+            let mut names = state.moments.keys().chain(state.scalars.keys());
+            let lost = names.find(|name| !dtypes.contains_key(&named(name)) && !scalars.contains(&named(name)));
+            if let Some(name) = lost {
                 return Err(checkpoint_error(format!(
                     "optimizer `{optimizer}` does not take `{name}` of `{}`, which the checkpoint has: it was saved of an optimizer \
                      of another kind. Take that one, or restore without this optimizer, which then begins anew",
@@ -138,8 +150,8 @@ fn loaded_dtypes(
                 )));
             }
         }
+        Ok(Self { dtypes, widened })
     }
-    Ok(dtypes)
 }
 
 fn load(optimizer: &str, into: &ModuleOptimizer, record: OptimizerRecord) -> Result<ModuleOptimizer, Error> {
@@ -158,14 +170,11 @@ impl Wanted<'_> {
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if it would lose digits there.
-    fn widened(&self, optimizer: &str, loaded: &BTreeMap<String, DType>) -> Result<Option<DType>, Error> {
+    fn widened(&self, optimizer: &str, loads: &Loads) -> Result<Option<DType>, Error> {
         let ParamInfo { id, path, dtype, .. } = self.info;
         let name = |moment: &String| format!("{}.{moment}", id.val());
-        let Some(found) =
-            self.state.moments.keys().filter_map(|moment| loaded.get(&name(moment))).find(|it| *it != dtype)
-        else {
-            return Ok(None);
-        };
+        let mut found = self.state.moments.keys().filter_map(|moment| loads.dtypes.get(&name(moment)));
+        let Some(found) = found.find(|it| *it != dtype) else { return Ok(None) };
         if !Widened::takes(*dtype, *found) {
             return Err(checkpoint_error(format!(
                 "optimizer `{optimizer}` loads moments as {found:?}, and `{path}` is {dtype:?}, which would be updated with fewer \

@@ -10,7 +10,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 
-use super::fault::{POINTS, STALL};
+use super::fault::{NO_EXCHANGE, POINTS, STALL, STALL_MS};
 use super::{CheckpointOptions, Checkpointer, TrainState};
 use crate::Error;
 use crate::data_parallel::{DataParallel, DataParallelConfig};
@@ -101,6 +101,67 @@ fn all_ranks_are_killed_at_every_point() {
     }
 }
 
+/// Names the step that a rank in a process of its own goes back to, and the one that it saves then.
+const BACK: &str = "BURN_PARALLEL_TEST_BACK";
+
+/// Run by the test in a process of its own: goes back, and replaces a checkpoint of the run before.
+#[test]
+#[ignore = "a helper of the other test"]
+fn goes_back() {
+    let (Some(dir), Ok(back)) = (std::env::var_os(DIR), std::env::var(BACK)) else { return };
+    let (from, to) = back.split_once(' ').unwrap();
+    let run = launch::threads(2).run(|world| {
+        let mut wrapped = model(100).data_parallel(&world, DataParallelConfig::new())?;
+        let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
+        if let Ok(step) = from.parse() {
+            checkpoints.restore_step(step, TrainState::new(&mut wrapped))?;
+        }
+        let step = to.parse().unwrap();
+        // The very values that the run before had.
+        let mut wrapped = model(step).data_parallel(&world, DataParallelConfig::new())?;
+        checkpoints.save(step, TrainState::new(&mut wrapped)).map(drop)
+    });
+    run.unwrap();
+}
+
+/// From its commit on a checkpoint is the latest, and not before: also one that takes the place of that of another run,
+/// and one of a lower step that nobody has gone back for.
+#[test]
+fn a_run_that_went_back_is_killed_at_every_point() {
+    let exchanged = ["planned", "draft made", "half written", "index written", "names exchanged", "committed"];
+    let renamed = ["old renamed", "new renamed"];
+    let points = exchanged.map(|point| (point, false)).into_iter().chain(renamed.map(|point| (point, true)));
+    for (point, renames) in points {
+        let twice = ["index written", "committed"].contains(&point);
+        for back in if twice { &["1", "none"][..] } else { &["1"] } {
+            let dir = Dir::new();
+            let save = |world: Rank| {
+                let mut checkpoints = Checkpointer::new(&world, &dir.0, CheckpointOptions::new())?;
+                for step in 1..4 {
+                    let mut wrapped = model(step).data_parallel(&world, DataParallelConfig::new())?;
+                    checkpoints.save(step, TrainState::new(&mut wrapped))?;
+                }
+                Ok(())
+            };
+            launch::threads(2).run(save).unwrap();
+            let mut command = killed::helper("checkpoint::tests::goes_back", Some(point));
+            command.env(DIR, &dir.0).env(BACK, format!("{back} 2"));
+            if renames {
+                command.env(NO_EXCHANGE, "1");
+            }
+            assert!(killed(command.spawn().unwrap()), "{point}");
+            let committed = ["names exchanged", "new renamed", "committed"].contains(&point);
+            let expected = match *back {
+                _ if committed => 2,
+                "1" if point != "planned" => 1,
+                _ => 3,
+            };
+            let latest = |world: Rank| Checkpointer::new(&world, &dir.0, CheckpointOptions::new())?.latest();
+            assert_eq!(launch::threads(1).run(latest).unwrap(), [Some(expected)], "{point}, back to {back}");
+        }
+    }
+}
+
 /// The other rank ends with an error.
 #[test]
 fn one_rank_is_killed_at_every_point() {
@@ -123,7 +184,7 @@ fn one_rank_is_killed_at_every_point() {
 fn onto_a_disk_that_does_not_answer() {
     let Some(dir) = std::env::var_os(DIR) else { return };
     let began = std::time::Instant::now();
-    let run = launch::threads(2).timeout(std::time::Duration::from_millis(500)).run(|world| {
+    let run = launch::threads(2).timeout(std::time::Duration::from_millis(1500)).run(|world| {
         let mut wrapped = model(1).data_parallel(&world, DataParallelConfig::new())?;
         let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
         checkpoints.save_async(1, TrainState::new(&mut wrapped))?;
@@ -142,5 +203,37 @@ fn a_run_ends_though_the_disk_does_not_answer() {
     let dir = Dir::new();
     let mut command = killed::helper("checkpoint::tests::onto_a_disk_that_does_not_answer", None);
     command.env(DIR, &dir.0).env(STALL, "half written");
+    assert!(command.status().unwrap().success());
+}
+
+/// Run by the test in a process of its own: gives up a save onto a slow disk, and saves the same step again, which is
+/// under way as the disk answers the first.
+#[test]
+#[ignore = "a helper of the other test"]
+fn onto_a_slow_disk() {
+    let Some(dir) = std::env::var_os(DIR) else { return };
+    let run = launch::threads(1).timeout(std::time::Duration::from_millis(100)).run(|world| {
+        let mut wrapped = model(1).data_parallel(&world, DataParallelConfig::new())?;
+        let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
+        checkpoints.save_async(1, TrainState::new(&mut wrapped))?;
+        assert!(checkpoints.wait().unwrap_err().to_string().contains("does the disk still answer?"));
+        let mut wrapped = model(7).data_parallel(&world, DataParallelConfig::new())?;
+        let mut again = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
+        again.save(1, TrainState::new(&mut wrapped))?;
+        let mut wrapped = model(100).data_parallel(&world, DataParallelConfig::new())?;
+        again.restore(TrainState::new(&mut wrapped))?;
+        assert!(values(wrapped.local()).iter().all(|value| *value == 7.0));
+        Ok(())
+    });
+    run.unwrap();
+    assert_eq!(fs::read_dir(dir).unwrap().count(), 1);
+}
+
+/// It neither writes into the draft of the other nor takes its place.
+#[test]
+fn a_save_that_was_given_up_leaves_the_next_alone() {
+    let dir = Dir::new();
+    let mut command = killed::helper("checkpoint::tests::onto_a_slow_disk", None);
+    command.env(DIR, &dir.0).env(STALL, "half written").env(STALL_MS, "2000");
     assert!(command.status().unwrap().success());
 }

@@ -3,7 +3,6 @@
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::Ordering::Relaxed;
 
 use burn::backend::flex::FlexTensor;
 use burn::module::ParamId;
@@ -32,7 +31,13 @@ pub(super) enum Outcome {
     /// It is on the disk.
     Written(Written),
     /// An optimizer has other moments than it was known to have.
-    Changed,
+    Changed(Changed),
+}
+
+/// A parameter of which an optimizer has other moments than it was known to have.
+pub(super) struct Changed {
+    pub(super) optimizer: String,
+    pub(super) path: String,
 }
 
 /// What a rank wrote.
@@ -81,8 +86,8 @@ pub(super) fn write(contents: &Contents, plan: &WritePlan, rank: usize, dir: &Pa
         let value = match &slice.value {
             SliceValue::There(value) => value.clone(),
             SliceValue::Moment(id, _) => match moments.take(key, *id, &mut plan.of_rank(rank).skip(place))? {
-                Some(value) => value,
-                None => return Ok(Outcome::Changed),
+                Ok(value) => value,
+                Err(changed) => return Ok(Outcome::Changed(changed)),
             },
         };
         let values = contiguous(value, &slice.ranges, ranges)?;
@@ -91,7 +96,7 @@ pub(super) fn write(contents: &Contents, plan: &WritePlan, rank: usize, dir: &Pa
         for (piece, bytes) in bytes.chunks(PIECE).enumerate() {
             of_slice.extend(bytes.chunks(BLOCK_BYTES).map(checksum));
             file.write_at(start + (piece * PIECE) as u64, bytes)?;
-            contents.written.fetch_add(bytes.len() as u64, Relaxed);
+            contents.progress.wrote(bytes.len());
         }
         checksums.push(of_slice);
     }
@@ -121,14 +126,14 @@ impl<'a> Portions<'a> {
         Self { contents, held, of, names, there, scalars: ParamScalars::new() }
     }
 
-    /// A moment of a parameter, which is `first` of those `next` to be written; `None` if the optimizer has others than
-    /// were known. What was there is dropped, if it is not among it.
+    /// A moment of a parameter, which is `first` of those `next` to be written, if the optimizer has those that were
+    /// known. What was there is dropped, if it is not among it.
     fn take<'b>(
         &mut self,
         first: &TensorKey,
         id: ParamId,
         next: &mut dyn Iterator<Item = (&'b TensorKey, &'b PlannedTensor, &'b [Range<usize>])>,
-    ) -> Result<Option<PlainTensor>, Error> {
+    ) -> Result<Result<PlainTensor, Changed>, Error> {
         let TensorKey::Moment { optimizer, moment, .. } = first else {
             return Err(checkpoint_error(format!("`{first}` is no moment")));
         };
@@ -148,16 +153,16 @@ impl<'a> Portions<'a> {
                 }
             }
             let params = portions(&params, |(.., bytes)| *bytes).next().unwrap_or_default();
-            if !self.read(optimizer, params)? {
-                return Ok(None);
+            if let Some(path) = self.read(optimizer, params)? {
+                return Ok(Err(Changed { optimizer: optimizer.clone(), path }));
             }
         }
         let lost = || checkpoint_error(format!("`{first}` is not in the optimizer any more"));
-        self.there.get(&place).cloned().ok_or_else(lost).map(Some)
+        self.there.get(&place).cloned().ok_or_else(lost).map(Ok)
     }
 
-    /// Reads out the state of some parameters. Whether it is what was known.
-    fn read(&mut self, optimizer: &str, params: &[(ParamId, &str, usize)]) -> Result<bool, Error> {
+    /// Reads out the state of some parameters. Returns the path of one whose state is not what was known.
+    fn read(&mut self, optimizer: &str, params: &[(ParamId, &str, usize)]) -> Result<Option<String>, Error> {
         // The old ones go first.
         self.there.clear();
         let held = self.contents.optimizers.get(optimizer);
@@ -171,14 +176,14 @@ impl<'a> Portions<'a> {
         let scalars = self.scalars.entry(optimizer.into()).or_default();
         for (id, path, _) in params {
             let Some(state) = states.remove(id).filter(|state| held.known.is(*id, Some(state))) else {
-                return Ok(false);
+                return Ok(Some((*path).into()));
             };
             scalars.insert((*path).into(), stored(state.scalars));
             let values = state.moments.into_iter();
             self.there
                 .extend(values.map(|(moment, data)| ((*id, moment), PlainTensor::from_data(data, &Device::flex()))));
         }
-        Ok(true)
+        Ok(None)
     }
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::ProductCall;
-use super::schedule::Schedule;
+use super::schedule::ChunkSchedule;
 use crate::Error;
 use crate::comm::{check_part, part};
 
@@ -31,7 +31,7 @@ pub(super) struct ChunkPlan {
 }
 
 impl ChunkPlan {
-    pub fn new(positions: usize, size: usize, rank: usize, schedule: Schedule) -> Self {
+    pub fn new(positions: usize, size: usize, rank: usize, schedule: ChunkSchedule) -> Self {
         let parts: Vec<_> = (0..size).map(|rank| part(positions, size, rank)).collect();
         let longest = parts.iter().map(Range::len).max().unwrap_or(0);
         Self { rank, chunks: schedule.cut(longest).collect(), parts }
@@ -77,7 +77,7 @@ mod tests {
         for size in 1..9 {
             for positions in 0..40 {
                 for chunks in 1..6 {
-                    let schedule = Schedule { chunks, background: false };
+                    let schedule = ChunkSchedule { chunks, background: false };
                     let mut had = vec![0; size];
                     for chunk in 0..chunks {
                         let plan = |rank| ChunkPlan::new(positions, size, rank, schedule);

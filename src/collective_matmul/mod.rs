@@ -27,7 +27,7 @@ use crate::comm::Communicator;
 pub(crate) use pending::PendingProduct;
 pub(crate) use plain::{gather, scatter, sum};
 pub use schedule::Overlap;
-use schedule::{Schedule, Size};
+use schedule::{ChunkSchedule, Size};
 
 /// How a product is made, and with whom.
 #[derive(Debug, Clone)]
@@ -46,7 +46,7 @@ pub(crate) struct ProductCall {
 impl ProductCall {
     /// # Errors
     /// Those of a collective, where the ranks ask each other.
-    fn schedule(&self, size: Size) -> Result<Schedule, Error> {
+    fn schedule(&self, size: Size) -> Result<ChunkSchedule, Error> {
         self.overlap.plan(size, self.even, &self.comm)
     }
 

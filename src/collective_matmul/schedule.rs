@@ -57,7 +57,7 @@ impl Overlap {
 
     /// What is done for a product and its collective: the same on all ranks. `even` says that they have parts of the
     /// same size.
-    pub(super) fn plan(&self, mut size: Size, even: bool, comm: &Communicator) -> Result<Schedule, Error> {
+    pub(super) fn plan(&self, mut size: Size, even: bool, comm: &Communicator) -> Result<ChunkSchedule, Error> {
         let background = self.background.unwrap_or(size.on_device || !comm.works_on_callers());
         let bytes = size.rows.saturating_mul(size.row_bytes);
         let (travels, hiding) = if size.on_device { (ON_DEVICE, HIDING_ON_DEVICE) } else { (IN_FLIGHT, HIDING) };
@@ -77,7 +77,7 @@ impl Overlap {
         let chunks = chunks.max(1);
         // One chunk travels alone, unless something else is to be computed: another thread would only be one more wait.
         let hides = chunks > 1 || size.beside && (bytes >= IN_FLIGHT || self.background.is_some());
-        Ok(Schedule { chunks, background: background && hides })
+        Ok(ChunkSchedule { chunks, background: background && hides })
     }
 
     pub(super) fn runs_in_background(&self, comm: &Communicator) -> bool {
@@ -134,12 +134,12 @@ impl Size {
 
 /// What [`Overlap`] comes to for a multiplication.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Schedule {
+pub(super) struct ChunkSchedule {
     pub chunks: usize,
     pub background: bool,
 }
 
-impl Schedule {
+impl ChunkSchedule {
     /// The chunks of `len` rows or positions, in order.
     pub fn cut(&self, len: usize) -> impl Iterator<Item = Range<usize>> + use<> {
         let chunks = self.chunks;

@@ -41,7 +41,7 @@ impl fmt::Debug for CallLog {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Entry {
+struct LoggedCall {
     number: u64,
     call: Call,
     /// Since when the rank has been waiting in it, if it has.
@@ -52,17 +52,17 @@ struct Entry {
 /// The last calls of a rank: call `n` is entry `n % REMEMBERED`.
 #[derive(Debug, Default)]
 struct RankHistory {
-    entries: [Option<Entry>; REMEMBERED],
+    entries: [Option<LoggedCall>; REMEMBERED],
     issued: u64,
 }
 
 impl RankHistory {
-    fn find(&mut self, number: u64) -> Option<&mut Entry> {
+    fn find(&mut self, number: u64) -> Option<&mut LoggedCall> {
         self.entries[(number % REMEMBERED as u64) as usize].as_mut().filter(|entry| entry.number == number)
     }
 
     /// The calls remembered, last first.
-    fn latest(&self) -> impl Iterator<Item = &Entry> {
+    fn latest(&self) -> impl Iterator<Item = &LoggedCall> {
         let numbers = (self.issued.saturating_sub(REMEMBERED as u64)..self.issued).rev();
         numbers.filter_map(|number| self.entries[(number % REMEMBERED as u64) as usize].as_ref())
     }
@@ -91,7 +91,7 @@ impl CallHistory {
         let number = history.issued;
         history.issued += 1;
         history.entries[(number % REMEMBERED as u64) as usize] =
-            Some(Entry { number, call: *call, waiting_since: None, done: false });
+            Some(LoggedCall { number, call: *call, waiting_since: None, done: false });
         number
     }
 

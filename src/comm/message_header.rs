@@ -31,13 +31,13 @@ pub(super) const DTYPES: [DType; 13] = [
 
 /// The announcement of a message.
 #[derive(Debug, PartialEq)]
-pub(super) struct Header {
+pub(super) struct MessageHeader {
     pub number: u64,
     pub dtype: DType,
     pub dims: Vec<usize>,
 }
 
-impl Header {
+impl MessageHeader {
     pub fn write(&self) -> Result<Message, Error> {
         let unsupported = || Error::UnsupportedDType { operation: "send over NCCL", dtype: self.dtype };
         let dtype = DTYPES.iter().position(|dtype| *dtype == self.dtype).ok_or_else(unsupported)?;
@@ -79,19 +79,19 @@ mod tests {
     use burn::backend::flex::FlexTensor;
     use burn::tensor::{BoolStore, DType, TensorData};
 
-    use super::{DTYPES, FORM, Header, MAGIC, Message};
+    use super::{DTYPES, FORM, MAGIC, Message, MessageHeader};
 
     #[test]
     fn headers_are_read_as_written() {
         for (number, dtype) in DTYPES.into_iter().enumerate() {
             for dims in [vec![], vec![0], vec![3, 5], vec![1; 9]] {
-                let header = Header { number: number as u64 + (1 << 40), dtype, dims };
+                let header = MessageHeader { number: number as u64 + (1 << 40), dtype, dims };
                 let message = header.write().unwrap();
-                assert!(Header::is_in(&message));
-                assert_eq!(Header::read(&message), Some(header));
+                assert!(MessageHeader::is_in(&message));
+                assert_eq!(MessageHeader::read(&message), Some(header));
             }
         }
-        let header = Header { number: 0, dtype: DType::I16, dims: vec![1] };
+        let header = MessageHeader { number: 0, dtype: DType::I16, dims: vec![1] };
         assert!(header.write().is_err(), "NCCL does not know it");
     }
 
@@ -99,14 +99,14 @@ mod tests {
     fn other_messages_are_no_headers() {
         let message = |words: Vec<u64>, dims: Vec<usize>| Message(FlexTensor::from_data(TensorData::new(words, dims)));
         let form = |len| FORM.into_iter().chain([len]).collect::<Vec<_>>();
-        assert!(!Header::is_in(&message(vec![MAGIC, 0, 0], vec![3])));
-        assert!(!Header::is_in(&message(vec![7, 0, 0], form(3))));
-        assert!(!Header::is_in(&message(vec![], form(0))));
-        assert!(Header::is_in(&message(vec![MAGIC], form(1))), "of that form");
+        assert!(!MessageHeader::is_in(&message(vec![MAGIC, 0, 0], vec![3])));
+        assert!(!MessageHeader::is_in(&message(vec![7, 0, 0], form(3))));
+        assert!(!MessageHeader::is_in(&message(vec![], form(0))));
+        assert!(MessageHeader::is_in(&message(vec![MAGIC], form(1))), "of that form");
         let huge = vec![MAGIC, 1, 0, u64::MAX / 4, 2];
         for garbled in [vec![MAGIC], vec![MAGIC, 1], vec![MAGIC, 1, 99], vec![MAGIC, 1, u64::MAX, 4], huge] {
             let len = garbled.len();
-            assert_eq!(Header::read(&message(garbled, form(len))), None);
+            assert_eq!(MessageHeader::read(&message(garbled, form(len))), None);
         }
         assert_eq!(DTYPES[10], DType::Bool(BoolStore::Native));
     }

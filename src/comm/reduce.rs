@@ -19,7 +19,7 @@ const BLOCK: usize = 1024;
 
 /// One rank's contribution.
 #[derive(Clone, Copy)]
-pub(crate) struct Source {
+pub(crate) struct Contribution {
     pub data: *const u8,
     /// Multiplies every element, for [`ReduceOp::PreMulSum`].
     pub factor: f64,
@@ -63,11 +63,11 @@ pub fn reduce_contributions(
             return Err(Error::invalid("reduce_contributions", problem));
         }
     }
-    let source = |&(buffer, op): &(BufferRef<'_>, ReduceOp)| Source {
+    let source = |&(buffer, op): &(BufferRef<'_>, ReduceOp)| Contribution {
         data: buffer.as_ptr(),
         factor: if let ReduceOp::PreMulSum(factor) = op { factor } else { 1.0 },
     };
-    let sources: Vec<Source> = contributions.iter().map(source).collect();
+    let sources: Vec<Contribution> = contributions.iter().map(source).collect();
     // SAFETY: all are of one dtype and length, and the output is borrowed for writing, so it overlaps no contribution.
     unsafe { fold(dtype, op, &sources, &[output.as_mut_ptr()], elements) };
     Ok(())
@@ -79,7 +79,7 @@ pub fn reduce_contributions(
 ///
 /// `op` passed [`check`] for `dtype`. Every source is readable and every output writable for `len` elements of `dtype`.
 /// Outputs do not overlap each other; one may be a source, then at the same place.
-pub(crate) unsafe fn fold(dtype: DType, op: ReduceOp, sources: &[Source], outputs: &[*mut u8], len: usize) {
+pub(crate) unsafe fn fold(dtype: DType, op: ReduceOp, sources: &[Contribution], outputs: &[*mut u8], len: usize) {
     use burn::tensor::BoolStore;
     // SAFETY: passed on.
     unsafe {
@@ -101,13 +101,13 @@ pub(crate) unsafe fn fold(dtype: DType, op: ReduceOp, sources: &[Source], output
     }
 }
 
-trait Number: Copy + Default + PartialOrd + 'static {
+trait Arithmetic: Copy + Default + PartialOrd + 'static {
     fn add(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
     fn is_nan(self) -> bool;
 }
 
-trait Float: Number {
+trait Float: Arithmetic {
     fn from_f64(value: f64) -> Self;
     fn div(self, other: Self) -> Self;
 }
@@ -115,7 +115,7 @@ trait Float: Number {
 macro_rules! numbers {
     (floats $($float:ty),*; integers $($int:ty),*) => {
         $(
-            impl Number for $float {
+            impl Arithmetic for $float {
                 #[inline(always)]
                 fn add(self, other: Self) -> Self { self + other }
                 #[inline(always)]
@@ -131,7 +131,7 @@ macro_rules! numbers {
             }
         )*
         $(
-            impl Number for $int {
+            impl Arithmetic for $int {
                 #[inline(always)]
                 fn add(self, other: Self) -> Self { self.wrapping_add(other) }
                 #[inline(always)]
@@ -145,16 +145,16 @@ macro_rules! numbers {
 numbers!(floats f32, f64; integers i64, i32, i16, i8, u64, u32, u16, u8);
 
 #[inline(always)]
-fn larger<T: Number>(a: T, b: T) -> T {
+fn larger<T: Arithmetic>(a: T, b: T) -> T {
     if a > b || a.is_nan() { a } else { b }
 }
 
 #[inline(always)]
-fn smaller<T: Number>(a: T, b: T) -> T {
+fn smaller<T: Arithmetic>(a: T, b: T) -> T {
     if a < b || a.is_nan() { a } else { b }
 }
 
-unsafe fn float<T: Float>(op: ReduceOp, sources: &[Source], outputs: &[*mut u8], len: usize) {
+unsafe fn float<T: Float>(op: ReduceOp, sources: &[Contribution], outputs: &[*mut u8], len: usize) {
     // SAFETY: passed on.
     unsafe {
         match op {
@@ -176,7 +176,7 @@ unsafe fn float<T: Float>(op: ReduceOp, sources: &[Source], outputs: &[*mut u8],
 }
 
 /// The reductions that need no division or factor.
-unsafe fn integer<T: Number>(op: ReduceOp, sources: &[Source], outputs: &[*mut u8], len: usize) {
+unsafe fn integer<T: Arithmetic>(op: ReduceOp, sources: &[Contribution], outputs: &[*mut u8], len: usize) {
     let (first, last) = (|x: T, _: f64| x, |x: T| x);
     // SAFETY: passed on.
     unsafe {
@@ -191,8 +191,8 @@ unsafe fn integer<T: Number>(op: ReduceOp, sources: &[Source], outputs: &[*mut u
 
 /// Folds in `T`. `first` opens the accumulator, `combine` adds to it, `last` closes it.
 #[inline(always)]
-unsafe fn blocks<T: Number>(
-    sources: &[Source],
+unsafe fn blocks<T: Arithmetic>(
+    sources: &[Contribution],
     outputs: &[*mut u8],
     len: usize,
     combine: impl Fn(T, T, f64) -> T,
@@ -265,7 +265,7 @@ unsafe fn blocks<T: Number>(
 }
 
 /// Folds 16-bit floats in `f32`, rounding once.
-unsafe fn half<H: Copy + Default>(op: ReduceOp, sources: &[Source], outputs: &[*mut u8], len: usize)
+unsafe fn half<H: Copy + Default>(op: ReduceOp, sources: &[Contribution], outputs: &[*mut u8], len: usize)
 where
     [H]: HalfFloatSliceExt,
 {
@@ -289,7 +289,8 @@ where
             }
             if order > 0 {
                 let result = total.as_mut_ptr();
-                let pair = [result.cast_const(), wide.as_ptr()].map(|data| Source { data: data.cast(), factor: 1.0 });
+                let pair =
+                    [result.cast_const(), wide.as_ptr()].map(|data| Contribution { data: data.cast(), factor: 1.0 });
                 // SAFETY: both are blocks of our own; the result goes over the first.
                 unsafe { float::<f32>(pairwise, &pair, &[result.cast()], n) };
             }

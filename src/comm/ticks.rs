@@ -86,12 +86,15 @@ mod tests {
     #[test]
     fn ticks_are_worth_the_time_that_passes() {
         let clock = Ticks::new();
-        let (began, first) = (Instant::now(), clock.now());
-        std::thread::sleep(Duration::from_millis(50));
-        let (counted, passed) = (clock.now() - first, began.elapsed());
-        let worth = clock.duration(counted);
-        // The thread may lose its core between the readings, but rarely for as long as this.
-        let difference = worth.abs_diff(passed);
-        assert!(difference < Duration::from_millis(20), "{worth:?} by the counter, {passed:?} by the system");
+        let both = || {
+            let (began, first) = (Instant::now(), clock.now());
+            std::thread::sleep(Duration::from_millis(50));
+            let (counted, passed) = (clock.now() - first, began.elapsed());
+            (clock.duration(counted), passed)
+        };
+        // The thread may lose its core between two readings, but not each time.
+        let tried: Vec<_> = (0..5).map(|_| both()).collect();
+        let alike = |(worth, passed): &(Duration, Duration)| worth.abs_diff(*passed) < Duration::from_millis(5);
+        assert!(tried.iter().any(alike), "by the counter and by the system: {tried:?}");
     }
 }

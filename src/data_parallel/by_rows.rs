@@ -23,17 +23,35 @@ use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::distribution::RowShards;
 use crate::graph::{GradientSink, StepEngine, gradients_params};
+use crate::sharding::Sharding;
 use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree, rows};
 
 impl<E: StepEngine> Replica<E> {
+    /// A replica of a model that is split or cut. If the replicas divide its parameters, `divide` leaves the engine its
+    /// rows.
+    ///
+    /// # Errors
+    /// Those of [`Self::new`] and [`Self::by_rows`].
+    pub(crate) fn of_parts(
+        engine: E,
+        group: &Communicator,
+        config: DataParallelConfig,
+        divide: impl FnOnce(E, RowShards) -> Result<E, Error>,
+    ) -> Result<Self, Error> {
+        match group.size() > 1 && config.sharding == Sharding::Parameters {
+            true => Self::by_rows(engine, group, &config, divide),
+            false => Self::new(engine, group, config),
+        }
+    }
+
     /// A replica of a model that runs captured steps, of which replicas divide the parameters. `divide` leaves the
     /// engine its rows.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the config asks for what goes with whole gradients or parameters only, or is not
     /// that of all ranks; [`Error::ModelMismatch`] if the ranks bring different models; those of [`Communicator`].
-    pub(crate) fn by_rows(
+    fn by_rows(
         engine: E,
         group: &Communicator,
         config: &DataParallelConfig,

@@ -18,7 +18,7 @@ use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
 use crate::graph::{
-    CheckedOptimizers, ClipRecord, CustomOps, Executor, GradientLayout, GradientSink, MicroBatch, SplitParam,
+    CheckedOptimizers, ClipRecord, CustomOps, Executor, GradientLayout, GradientSink, MicroBatchResult, SplitParam,
     StepEngine, capture_step,
 };
 use crate::params::{self, ParamSlice, ShardedIds, SliceSource};
@@ -63,7 +63,7 @@ impl<M: Module> Eager<M> {
         rows: Option<usize>,
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
-    ) -> Result<MicroBatch, Error> {
+    ) -> Result<MicroBatchResult, Error> {
         let LossParts { value, weight, outputs } = loss.into_parts()?;
         let elements = value.dims()[0];
         if elements != 1 {
@@ -105,7 +105,7 @@ impl<M: Module> Eager<M> {
                 }
                 self.end_micro_batch()?;
             }
-            return Ok(MicroBatch { loss: None, outputs, run: None });
+            return Ok(MicroBatchResult { loss: None, outputs, run: None });
         }
         let loss = Some((value.clone().inner(), if summed { 1.0 } else { weight }));
         let factor = if summed { 1.0 / unit } else { weight / unit };
@@ -115,7 +115,7 @@ impl<M: Module> Eager<M> {
         self.end_micro_batch()?;
         let mut collect = Collect { sink, grads: &mut grads, outcome: Ok(()) };
         self.module.visit(&mut collect);
-        collect.outcome.map(|()| MicroBatch { loss, outputs, run: None })
+        collect.outcome.map(|()| MicroBatchResult { loss, outputs, run: None })
     }
 
     /// Ends the backward of a micro-batch, and drops the parameters that were gathered for it.
@@ -200,7 +200,7 @@ impl<M: Module> StepEngine for Eager<M> {
         mut step: StepFn<'_, M, I>,
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
-    ) -> Result<MicroBatch, Error> {
+    ) -> Result<MicroBatchResult, Error> {
         let (inputs, rows) = rows(inputs)?;
         let loss = self.forward_gathering(|| step.call(&self.module, inputs))?;
         self.backward(loss, rows, unit, sink)

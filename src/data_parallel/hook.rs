@@ -114,7 +114,7 @@ impl Reparameterization for GradientHook {
         }
         let Some(listener) = self.listener.0.upgrade() else { return base };
         let order = (listener.used(self.param) * STRIDE).min(HIGHEST_ORDER);
-        let arrival = Arrival { listener: self.listener.clone(), hooks: self.hooks, param: self.param };
+        let arrival = GradientArrival { listener: self.listener.clone(), hooks: self.hooks, param: self.param };
         let Some(strategy) = base.gradient_checkpointing_strategy() else { return base };
         with_backend!(base.device().inner(), B => match strategy {
             GradientCheckpointingStrategy::Disabled => listen::<D, B, NoCheckpointing>(base, order, arrival),
@@ -200,13 +200,13 @@ impl ModuleMapper for Retie {
 
 /// Where the gradient of one use of a parameter goes.
 #[derive(Debug, Clone)]
-pub(super) struct Arrival {
+pub(super) struct GradientArrival {
     listener: Listener,
     hooks: HookGroup,
     param: usize,
 }
 
-impl Arrival {
+impl GradientArrival {
     /// A use enters the graph: where its gradient goes, and the order that the operation behind the parameter is to
     /// have.
     pub fn of_use<L: GradientListener + 'static>(listener: &Arc<L>, hooks: HookGroup, param: usize) -> (Self, usize) {
@@ -235,11 +235,11 @@ impl<B: Backend> Backward<B, 2> for Listen
 where
     DispatchTensor: DispatchKindConversion<B>,
 {
-    type State = Arrival;
+    type State = GradientArrival;
 
-    fn backward(self, ops: Ops<Arrival, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<GradientArrival, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let gradient = grads.consume::<B>(&ops.node);
-        let Arrival { listener, hooks, param } = ops.state;
+        let GradientArrival { listener, hooks, param } = ops.state;
         let listener = listener.0.upgrade();
         if LISTENING.get() == Some(hooks)
             && let Some(listener) = listener
@@ -255,7 +255,11 @@ where
     }
 }
 
-fn listen<const D: usize, B: Backend, C: CheckpointStrategy>(x: Tensor<D>, order: usize, arrival: Arrival) -> Tensor<D>
+fn listen<const D: usize, B: Backend, C: CheckpointStrategy>(
+    x: Tensor<D>,
+    order: usize,
+    arrival: GradientArrival,
+) -> Tensor<D>
 where
     DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B, C>>,
 {

@@ -19,7 +19,7 @@ use super::replicate::replicate;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::distribution::RowShards;
-use crate::graph::{MicroBatch, StepEngine};
+use crate::graph::{MicroBatchResult, StepEngine};
 use crate::params::SliceSource;
 use crate::sharding::Sharding;
 use crate::step::{LossValue, NoNoise, NoiseState, RunReport, Step, StepCounters, StepFn};
@@ -324,7 +324,7 @@ impl<E: StepEngine> Replica<E> {
     pub(super) fn take(
         &mut self,
         reducer: &Reducer,
-        gave: MicroBatch,
+        gave: MicroBatchResult,
         last: bool,
         outputs: &mut Vec<Vec<PlainTensor>>,
         runs: &mut Vec<RunReport>,

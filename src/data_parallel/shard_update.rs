@@ -59,7 +59,7 @@ impl<E: StepEngine> Replica<E> {
         else {
             return Ok(self);
         };
-        let mut own = OwnRows::of(&reducer, &comms, &self.engine);
+        let mut own = TakeRows::of(&reducer, &comms, &self.engine);
         self.engine.visit(&mut own);
         let updated = update(own.found?, &comms)?;
         let updated = self.try_change(|engine| gather(engine, updated.updated, &reducer, &comms))?;
@@ -104,7 +104,7 @@ fn gather<E: StepEngine>(
 }
 
 /// Takes this rank's rows of the parameters that are trained.
-struct OwnRows<'a, E> {
+struct TakeRows<'a, E> {
     /// Path and owner of each parameter.
     known: HashMap<ParamId, (String, usize)>,
     comms: &'a ShardComms,
@@ -113,7 +113,7 @@ struct OwnRows<'a, E> {
     found: Result<ShardParams, Error>,
 }
 
-impl<'a, E: StepEngine> OwnRows<'a, E> {
+impl<'a, E: StepEngine> TakeRows<'a, E> {
     fn of(reducer: &Reducer, comms: &'a ShardComms, engine: &'a E) -> Self {
         let known = reducer.known();
         let owners = owners(known.params.iter().map(|param| param.shape.as_slice()), comms.ranks());
@@ -139,7 +139,7 @@ impl<'a, E: StepEngine> OwnRows<'a, E> {
     }
 }
 
-impl<E: StepEngine> ModuleVisitor for OwnRows<'_, E> {
+impl<E: StepEngine> ModuleVisitor for TakeRows<'_, E> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some((path, owner)) = self.known.get(&param.id) else { return };
         // A parameter that the module holds in two places is one parameter.

@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::layout::{Layout, gather_from_group};
-use crate::params::{LeafKind, MapParams, Mapped, ModulePath, leaf, map_params, own_buffers, without_padding};
+use crate::params::{LeafKind, MapParams, MappedParam, ModulePath, leaf, map_params, own_buffers, without_padding};
 use crate::plan::PlanTable;
 
 /// Puts the parts of all ranks along axis number `axis` of the table together, on every rank of its group.
@@ -27,11 +27,11 @@ struct Assemble<'a> {
 }
 
 impl MapParams for Assemble<'_> {
-    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> Mapped<D> {
-        let Some(row) = self.table.row(param.id) else { return Mapped::Same(param) };
-        let Layout::Sharded(dim) = row.layouts[self.axis] else { return Mapped::Same(param) };
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> MappedParam<D> {
+        let Some(row) = self.table.row(param.id) else { return MappedParam::Same(param) };
+        let Layout::Sharded(dim) = row.layouts[self.axis] else { return MappedParam::Same(param) };
         if self.outcome.is_err() {
-            return Mapped::Same(param);
+            return MappedParam::Same(param);
         }
         let (id, value, mapper) = param.consume();
         let kind = LeafKind::of(&value);
@@ -43,6 +43,6 @@ impl MapParams for Assemble<'_> {
             self.outcome = Err(error);
             value
         });
-        Mapped::New(Param::from_mapped_value(id, whole, mapper))
+        MappedParam::New(Param::from_mapped_value(id, whole, mapper))
     }
 }

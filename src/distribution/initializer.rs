@@ -36,7 +36,7 @@ pub(super) struct Initializer {
 }
 
 /// What a lazy parameter turned out to be.
-pub(super) enum Recorded<const D: usize> {
+pub(super) enum RecordedParam<const D: usize> {
     Initializer(Initializer),
     /// The parameter is shared and its value is made, or is being made.
     Value(Tensor<D>),
@@ -47,12 +47,12 @@ impl Initializer {
     ///
     /// # Errors
     /// [`Error::Graph`] if it reads values on the host.
-    pub fn record<const D: usize>(param: Param<Tensor<D>>) -> Result<Recorded<D>, Error> {
+    pub fn record<const D: usize>(param: Param<Tensor<D>>) -> Result<RecordedParam<D>, Error> {
         let home = param.lazy_device();
         // A parameter that is moved stays lazy if it is not shared.
         let param = param.to_device(&home);
         if param.is_initialized() {
-            return Ok(Recorded::Value(param.into_value()));
+            return Ok(RecordedParam::Value(param.into_value()));
         }
         let (mut source, mut elsewhere) = (Some(param.set_require_grad(false)), None);
         let graph = in_scope(&home.inner(), |device| {
@@ -66,12 +66,12 @@ impl Initializer {
             Ok(Recording { outputs: vec![output], ..Recording::default() })
         });
         match (elsewhere, source, graph) {
-            (Some(value), _, _) => Ok(Recorded::Value(value)),
+            (Some(value), _, _) => Ok(RecordedParam::Value(value)),
             // There was no capture: this happens inside another.
-            (None, Some(param), _) => Ok(Recorded::Value(param.into_value())),
+            (None, Some(param), _) => Ok(RecordedParam::Value(param.into_value())),
             (None, None, Ok(graph)) => {
                 let cut = cut(&graph).unwrap_or_default();
-                Ok(Recorded::Initializer(Self { graph, cut }))
+                Ok(RecordedParam::Initializer(Self { graph, cut }))
             }
             (None, None, Err(error)) => Err(graph_error(format!(
                 "the initialiser of a parameter cannot be recorded, to make the value in parts; make the parameters \

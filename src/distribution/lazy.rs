@@ -10,7 +10,7 @@ use std::ops::Range;
 use burn::module::Param;
 use burn::tensor::{Device, Shape, Slice, Tensor};
 
-use super::initializer::{Initializer, Recorded};
+use super::initializer::{Initializer, RecordedParam};
 use super::param_part::{ParamPart, nothing, receive};
 use crate::Error;
 use crate::comm::Communicator;
@@ -59,7 +59,7 @@ struct LazyPart<'a, const D: usize> {
 }
 
 /// How a value is made in pieces.
-struct Pieces {
+struct PiecewiseValue {
     /// The dim that is cut, the size along it, and of a piece.
     along: usize,
     size: usize,
@@ -73,11 +73,11 @@ impl<const D: usize> LazyPart<'_, D> {
         };
         let recorded = match source {
             Some(param) if self.part.fresh.is_some() => Some(Initializer::record(param)?),
-            Some(param) => Some(Recorded::Value(param.into_value())),
+            Some(param) => Some(RecordedParam::Value(param.into_value())),
             None => None,
         };
         let told = match &recorded {
-            Some(Recorded::Initializer(initializer)) => {
+            Some(RecordedParam::Initializer(initializer)) => {
                 self.check(&initializer.dims())?;
                 initializer.along().map(|along| self.cut(along, initializer))
             }
@@ -86,18 +86,20 @@ impl<const D: usize> LazyPart<'_, D> {
         let words = told.map_or([0; 3], |cut| [cut.along, cut.size, cut.step]).map(|word| word as u64).to_vec();
         let cut = match self.group.broadcast(words, 0)?.as_slice() {
             [along, size, step] if *step > 0 => {
-                Some(Pieces { along: *along as usize, size: *size as usize, step: *step as usize })
+                Some(PiecewiseValue { along: *along as usize, size: *size as usize, step: *step as usize })
             }
             _ => None,
         };
         let device = self.like.device();
         match (cut, recorded) {
-            (Some(cut), Some(Recorded::Initializer(initializer))) => {
+            (Some(cut), Some(RecordedParam::Initializer(initializer))) => {
                 self.pieces(dim, &cut, |range| initializer.piece(range, &device)?.float().map(Some))
             }
             (Some(cut), _) => self.pieces(dim, &cut, |_| Ok(None)),
-            (None, Some(Recorded::Initializer(initializer))) => self.whole(Some(initializer.whole(&device)?.float()?)),
-            (None, Some(Recorded::Value(value))) => self.whole(Some(value)),
+            (None, Some(RecordedParam::Initializer(initializer))) => {
+                self.whole(Some(initializer.whole(&device)?.float()?))
+            }
+            (None, Some(RecordedParam::Value(value))) => self.whole(Some(value)),
             (None, None) => self.whole(None),
         }
     }
@@ -127,19 +129,19 @@ impl<const D: usize> LazyPart<'_, D> {
         }
     }
 
-    fn cut(&self, along: usize, initializer: &Initializer) -> Pieces {
+    fn cut(&self, along: usize, initializer: &Initializer) -> PiecewiseValue {
         let dims = initializer.dims();
         let size = dims[along];
         let slice_bytes = dims.iter().product::<usize>() / size.max(1) * self.part.dtype.size();
         let step = size.div_ceil(PIECES).min(PIECE_BYTES / slice_bytes.max(1)).max(1);
-        Pieces { along, size, step }
+        PiecewiseValue { along, size, step }
     }
 
     /// This rank's part along `dim` of what `make` makes on rank 0, a piece at a time.
     fn pieces(
         &self,
         dim: usize,
-        cut: &Pieces,
+        cut: &PiecewiseValue,
         mut make: impl FnMut(Range<usize>) -> Result<Option<Tensor<D>>, Error>,
     ) -> Result<Tensor<D>, Error> {
         // What is padding stays zero.

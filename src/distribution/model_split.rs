@@ -9,8 +9,8 @@ use burn::module::{Module, ParamId};
 use super::assemble::assemble;
 use super::distribute::{Round, agree_on_layouts, distribute};
 use super::row_shards::RowShards;
+use crate::Error;
 use crate::comm::{Communicator, part};
-use crate::error::Error;
 use crate::graph::{
     CustomOps, RandomSource, Signature, SplitOver, SplitParam, StepGraph, counter_based_rng, graph_error,
     register_counter_based_rng,

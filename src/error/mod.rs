@@ -5,10 +5,10 @@
 //! *same* error, so an [`Error`] never holds anything that differs from rank to rank.
 
 mod describe;
+mod show;
 mod stop_signal;
 mod thrown;
 
-use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -381,42 +381,4 @@ pub enum Error {
     /// An error of the user's own code, passed through.
     #[error("{0}")]
     User(String),
-}
-
-/// The message, as by `Display`: this is what `main` prints of an error that it returns.
-impl fmt::Debug for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
-impl Error {
-    /// Wraps an error of the user's own code, so that a rank can return it.
-    pub fn user(error: impl std::fmt::Display) -> Self {
-        Self::User(error.to_string())
-    }
-
-    pub(crate) fn invalid(operation: &'static str, problem: impl Into<String>) -> Self {
-        Self::InvalidArgument { operation, problem: problem.into() }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::launch;
-
-    /// As `fn main() -> Result<(), Error>` prints it.
-    #[test]
-    fn what_main_prints_is_the_message() {
-        let error = launch::threads(2).run(|rank| match rank.rank() {
-            0 => rank.barrier(),
-            _ => Err(Error::user("the disk is full")),
-        });
-        let error = error.unwrap_err();
-        let said = format!("{error:?}");
-        assert_eq!(said, error.to_string());
-        assert!(said.starts_with("rank 1 failed: the disk is full"), "{said}");
-        assert_eq!(format!("{:?}", Err::<(), _>(error)), format!("Err({said})"));
-    }
 }

@@ -14,7 +14,7 @@ use super::module::{Inventory, InventoryEntry};
 use super::operation;
 use super::recording::Recording;
 use super::step::{BatchNormBinding, InputBinding, ParamBinding, Rename, StepGraph, Uses};
-use crate::error::Error;
+use crate::Error;
 
 pub(super) fn assemble(captured: CapturedGraph, recording: Recording) -> Result<StepGraph, Error> {
     let Recording { inventory, params, running, gradients, inputs, outputs, loss, weight, marker } = recording;

@@ -6,7 +6,7 @@ use burn::tensor::Device;
 use burn_ir::{BackendIr, HandleKind};
 
 use super::graph_error;
-use crate::error::Error;
+use crate::Error;
 use crate::tensor::PlainTensor;
 
 /// A backend that graphs run on.

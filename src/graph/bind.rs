@@ -8,7 +8,7 @@ use burn::tensor::DType;
 use burn_ir::TensorIr;
 
 use super::graph_error;
-use crate::error::Error;
+use crate::Error;
 use crate::tensor::PlainTensor;
 use crate::tensor::{TensorMapper, TensorTree, place};
 

@@ -16,11 +16,11 @@ use super::graph_error;
 use super::recent::{GRAPHS, Recent};
 use super::signature::Signature;
 use super::step::StepGraph;
-use crate::error::Error;
+use crate::Error;
 use crate::step::{Identity, Loss, StepFn};
 use crate::tensor::{TensorMapper, TensorTree, place};
 
-type Pass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
+type GraphPass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
 
 /// Executors by what their graph was captured for: the closure, shapes and dtypes of inputs and parameters, training
 /// flags, trainable parameters.
@@ -34,7 +34,7 @@ type Pass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
 /// when it comes again, so pad batches, at least the last, to few different shapes.
 pub struct GraphCache {
     ops: CustomOps,
-    pass: Pass,
+    pass: GraphPass,
     executors: Recent<StepKey, Executor>,
     /// A [`Forward`] of the outputs that its closure gives.
     forwards: Recent<StepKey, Box<dyn Any + Send>>,

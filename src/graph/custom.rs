@@ -15,7 +15,7 @@ use super::graph_error;
 use super::instruction::Instruction;
 use super::memory_plan::MemoryPlan;
 use super::step_memory::StepMemory;
-use crate::error::Error;
+use crate::Error;
 use crate::tensor::{PlainTensor, Pool};
 
 /// What the custom operations of a graph do, by id.
@@ -33,7 +33,7 @@ pub struct CustomOps {
     failed: Arc<Mutex<Option<Error>>>,
 }
 
-type Run = dyn Fn(&CustomOpIr, Vec<PlainTensor>, &Device) -> Result<Vec<PlainTensor>, Error> + Send + Sync;
+type CustomFn = dyn Fn(&CustomOpIr, Vec<PlainTensor>, &Device) -> Result<Vec<PlainTensor>, Error> + Send + Sync;
 
 impl Default for CustomOps {
     fn default() -> Self {
@@ -117,7 +117,7 @@ impl CustomOps {
     where
         F: Fn(&CustomOpIr, Vec<PlainTensor>, &Device) -> Result<Vec<PlainTensor>, Error> + Send + Sync + 'static,
     {
-        let run: Arc<Run> = Arc::new(run);
+        let run: Arc<CustomFn> = Arc::new(run);
         self.ids.insert(id.into());
         #[cfg(feature = "cubecl")]
         self.cube.register(id, handler::<Cube>(run.clone(), self.failed.clone()));
@@ -168,7 +168,7 @@ impl CustomOps {
 
 /// The operation as an interpreter calls it: on the thread that runs the graph, also where kernels are queued.
 fn handler<B: GraphBackend>(
-    run: Arc<Run>,
+    run: Arc<CustomFn>,
     failed: Arc<Mutex<Option<Error>>>,
 ) -> impl Fn(&mut HandleContainer<B::Handle>, &CustomOpIr, &B::Device) + Send + Sync + 'static
 where

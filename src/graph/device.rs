@@ -13,11 +13,11 @@ use burn::tensor::{BoolDType, DType, FloatDType, IntDType, Shape};
 use burn_capture::{CaptureBackend, CaptureDevice};
 
 use super::graph_error;
-use crate::error::Error;
+use crate::Error;
 
 pub(crate) type AutodiffCapture = Autodiff<CaptureBackend>;
 /// A tensor of any kind on the capture device.
-pub(crate) type Recorded = FloatTensor<CaptureBackend>;
+pub(crate) type CaptureTensor = FloatTensor<CaptureBackend>;
 
 /// The default dtypes of a device: floats, ints, bools.
 type Dtypes = (FloatDType, IntDType, BoolDType);
@@ -66,7 +66,12 @@ pub(crate) fn capture_device(device: CaptureDevice) -> Device {
 }
 
 /// A tensor of the capture device without data.
-pub(crate) fn placeholder(device: CaptureDevice, shape: Shape, dtype: DType, what: &str) -> Result<Recorded, Error> {
+pub(crate) fn placeholder(
+    device: CaptureDevice,
+    shape: Shape,
+    dtype: DType,
+    what: &str,
+) -> Result<CaptureTensor, Error> {
     if dtype.is_float() {
         Ok(CaptureBackend::float_empty(shape, &device, dtype.into()))
     } else if dtype.is_bool() {
@@ -95,7 +100,7 @@ pub(crate) fn as_autodiff(mut tensor: DispatchTensor) -> Option<BackendTensor<Au
     <DispatchTensor as DispatchKindConversion<AutodiffCapture>>::try_into_backend(tensor).ok()
 }
 
-pub(crate) fn without_autodiff(tensor: Recorded, dtype: DType) -> DispatchTensor {
+pub(crate) fn without_autodiff(tensor: CaptureTensor, dtype: DType) -> DispatchTensor {
     let tensor = if dtype.is_float() {
         BackendTensor::Float(tensor)
     } else if dtype.is_bool() {
@@ -106,7 +111,11 @@ pub(crate) fn without_autodiff(tensor: Recorded, dtype: DType) -> DispatchTensor
     <DispatchTensor as DispatchKindConversion<CaptureBackend>>::from_backend(tensor)
 }
 
-pub(crate) fn on_autodiff(tensor: Recorded, dtype: DType, strategy: GradientCheckpointingStrategy) -> DispatchTensor {
+pub(crate) fn on_autodiff(
+    tensor: CaptureTensor,
+    dtype: DType,
+    strategy: GradientCheckpointingStrategy,
+) -> DispatchTensor {
     let tensor = if dtype.is_float() {
         BackendTensor::Float(AutodiffCapture::from_inner(tensor))
     } else if dtype.is_bool() {

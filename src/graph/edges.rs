@@ -10,7 +10,7 @@ use burn_ir::TensorId;
 
 use super::device::{as_autodiff, on_autodiff, placeholder, without_autodiff};
 use super::graph_error;
-use crate::error::Error;
+use crate::Error;
 use crate::tensor::{TensorMapper, place};
 
 /// A tensor at the edge of the graph.

@@ -33,7 +33,7 @@ pub trait GradientSink {
 }
 
 /// What a micro-batch gave beside its gradients.
-pub struct MicroBatch {
+pub struct MicroBatchResult {
     /// A tensor of one element, and what it is to be multiplied by to be the sum of losses. None if it counts for
     /// nothing.
     pub loss: Option<(Tensor<1>, f64)>,
@@ -92,7 +92,7 @@ pub trait StepEngine: Module {
         step: StepFn<'_, Self::Model, I>,
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
-    ) -> Result<MicroBatch, Error>;
+    ) -> Result<MicroBatchResult, Error>;
 
     /// The most bytes that a step of such inputs has alive on this rank beside parameters and inputs, as far as that is
     /// known without running it. Without `keeps` gradients leave as they come. Collective.

@@ -18,8 +18,8 @@ use super::module::{gradients_params, read_for_step, write_running_states};
 use super::origin::Origins;
 use super::results::{ResultRole, Results, StepObserver, StepOutputs, StepResult, StepValues};
 use super::step::StepGraph;
+use crate::Error;
 use crate::comm::panic_message;
-use crate::error::Error;
 use crate::params::sweep_leaves;
 use crate::tensor::{PlainTensor, TensorTree};
 
@@ -46,7 +46,7 @@ pub struct Executor {
     /// Edge tensors that some operation or result reads; others would only be kept alive.
     needed: HashSet<TensorId>,
     wanted: HashSet<ParamId>,
-    role: HashMap<TensorId, Vec<ResultRole>>,
+    roles: HashMap<TensorId, Vec<ResultRole>>,
     /// The action that runs, for messages.
     position: usize,
 }
@@ -65,17 +65,17 @@ impl Executor {
             needed
         });
         let needed = ops.read_by(&program)?;
-        let mut role: HashMap<TensorId, Vec<ResultRole>> = HashMap::new();
-        let mut mean = |tensor: &TensorIr, what| role.entry(tensor.id).or_default().push(what);
-        graph.loss.iter().for_each(|t| mean(t, ResultRole::Loss));
-        graph.weight.iter().for_each(|t| mean(t, ResultRole::Weight));
+        let mut roles: HashMap<TensorId, Vec<ResultRole>> = HashMap::new();
+        let mut plays = |tensor: &TensorIr, what| roles.entry(tensor.id).or_default().push(what);
+        graph.loss.iter().for_each(|t| plays(t, ResultRole::Loss));
+        graph.weight.iter().for_each(|t| plays(t, ResultRole::Weight));
         for param in &graph.params {
-            param.gradient.iter().for_each(|t| mean(t, ResultRole::Gradient(param.id)));
-            param.update.iter().for_each(|t| mean(t, ResultRole::Update(param.id)));
+            param.gradient.iter().for_each(|t| plays(t, ResultRole::Gradient(param.id)));
+            param.update.iter().for_each(|t| plays(t, ResultRole::Update(param.id)));
         }
-        graph.outputs.iter().enumerate().for_each(|(index, t)| mean(t, ResultRole::Output(index)));
+        graph.outputs.iter().enumerate().for_each(|(index, t)| plays(t, ResultRole::Output(index)));
         let wanted = graph.params.iter().filter(|p| needed.contains(&p.tensor.id)).map(|p| p.id).collect();
-        Ok(Self { graph, program, ops, interpreter: None, planned, needed, wanted, role, position: 0 })
+        Ok(Self { graph, program, ops, interpreter: None, planned, needed, wanted, roles, position: 0 })
     }
 
     /// The graph that runs.
@@ -223,26 +223,15 @@ impl Executor {
         self.bind_params(values, &mut interpreter)?;
         self.bind_inputs(inputs, &mut interpreter)?;
         let ran = catch_unwind(AssertUnwindSafe(|| self.run(&mut interpreter, observer)));
-        let results = match ran {
-            Ok(Ok(results)) => {
-                self.interpreter = Some(interpreter);
-                results
-            }
-            failed => {
-                // Whatever the step left behind must not be found by the next, so its interpreter goes.
-                return match failed {
-                    Ok(Err(error)) => Err(error),
-                    Err(payload) => {
-                        let at = match &self.program[self.position] {
-                            Instruction::Run(op) => Origins::of(&self.graph).describe(op),
-                            Instruction::Free(_) | Instruction::Output(_) => "the handling of a result".into(),
-                        };
-                        Err(graph_error(format!("{at} panicked: {}", panic_message(&*payload))))
-                    }
-                    Ok(Ok(_)) => unreachable!("matched above"),
-                };
-            }
-        };
+        // What a step that failed left behind must not be found by the next: its interpreter goes with it.
+        let results = ran.unwrap_or_else(|payload| {
+            let at = match &self.program[self.position] {
+                Instruction::Run(op) => Origins::of(&self.graph).describe(op),
+                Instruction::Free(_) | Instruction::Output(_) => "the handling of a result".into(),
+            };
+            Err(graph_error(format!("{at} panicked: {}", panic_message(&*payload))))
+        })?;
+        self.interpreter = Some(interpreter);
         let Results { loss, weight, outputs, updates, .. } = results;
         write_running_states(model, updates);
         let outputs: Option<Vec<_>> = outputs.into_iter().collect();
@@ -333,8 +322,8 @@ impl Executor {
                 Instruction::Free(tensor) => interpreter.free(tensor),
                 Instruction::Output(tensor) => {
                     let value = interpreter.get(tensor)?;
-                    let meanings = self.role.get(&tensor.id).map_or(&[][..], Vec::as_slice);
-                    let Some((last, others)) = meanings.split_last() else { continue };
+                    let roles = self.roles.get(&tensor.id).map_or(&[][..], Vec::as_slice);
+                    let Some((last, others)) = roles.split_last() else { continue };
                     for role in others {
                         results.take(*role, value.clone(), observer)?;
                     }

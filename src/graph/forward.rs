@@ -18,7 +18,7 @@ use super::leaves::ToCapture;
 use super::module::Inventory;
 use super::recording::Recording;
 use super::step::StepGraph;
-use crate::error::Error;
+use crate::Error;
 use crate::params::one_device;
 use crate::tensor::PlainTensor;
 use crate::tensor::{TensorMapper, TensorTree};
@@ -123,7 +123,7 @@ where
     let inputs = inputs.map_tensors(&mut edge)?;
     let mut outputs = CaptureOutputs::new();
     let given = forward(&captured, inputs).map_tensors(&mut outputs)?;
-    let given = given.map_tensors(&mut ToMeta)?;
+    let given = given.map_tensors(&mut OutOfCapture)?;
     let recording = Recording {
         inventory,
         params: tensors.iter().map(|(id, tensor)| (*id, tensor.id())).collect(),
@@ -139,9 +139,9 @@ where
 }
 
 /// Takes the tensors out of a structure that must outlive the capture.
-struct ToMeta;
+struct OutOfCapture;
 
-impl TensorMapper for ToMeta {
+impl TensorMapper for OutOfCapture {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
         let dtype = tensor.dtype();
         let nothing = Shape::from(vec![0; tensor.shape().num_dims()]);

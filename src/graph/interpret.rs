@@ -15,7 +15,7 @@ use super::fused::{fuses_on, multiplies, multiply};
 use super::graph_error;
 use super::operation::matmul;
 use super::step_memory::StepMemory;
-use crate::error::Error;
+use crate::Error;
 use crate::tensor::{PlainTensor, check_device};
 
 /// Runs operations on one device. Tensors are known by their ids.

@@ -10,9 +10,9 @@ use burn::prelude::*;
 use burn::tensor::{Bool, DType, Int, Shape};
 use burn_capture::{CaptureBackend, CaptureDevice};
 
-use super::device::{AutodiffCapture, Recorded, placeholder, with_strategy};
+use super::device::{AutodiffCapture, CaptureTensor, placeholder, with_strategy};
 use super::graph_error;
-use crate::error::Error;
+use crate::Error;
 use crate::params::visit_floats;
 
 pub(super) type Leaf = FloatTensor<AutodiffCapture>;
@@ -20,7 +20,7 @@ pub(super) type Leaf = FloatTensor<AutodiffCapture>;
 /// First pass over the module: every parameter becomes a plain capture tensor without data.
 pub(super) struct ToCapture {
     device: CaptureDevice,
-    tensors: HashMap<ParamId, Recorded>,
+    tensors: HashMap<ParamId, CaptureTensor>,
     failed: Option<Error>,
 }
 
@@ -30,11 +30,11 @@ impl ToCapture {
     }
 
     /// The tensor of every parameter and running statistic.
-    pub(super) fn finish(self) -> Result<HashMap<ParamId, Recorded>, Error> {
+    pub(super) fn finish(self) -> Result<HashMap<ParamId, CaptureTensor>, Error> {
         self.failed.map_or(Ok(self.tensors), Err)
     }
 
-    fn empty(&mut self, id: ParamId, shape: Shape, dtype: DType) -> Option<Recorded> {
+    fn empty(&mut self, id: ParamId, shape: Shape, dtype: DType) -> Option<CaptureTensor> {
         if let Some(tied) = self.tensors.get(&id) {
             if tied.shape() == shape {
                 return Some(tied.clone());

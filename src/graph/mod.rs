@@ -84,7 +84,7 @@ pub(crate) use cache::StepKey;
 pub use capture::capture_step;
 pub(crate) use checked_optimizers::{CheckedOptimizers, StateLayout, Witness};
 pub use custom::CustomOps;
-pub(crate) use engine::{GradientSink, MicroBatch, ScaledGradients, SplitOver, SplitParam, StepEngine};
+pub(crate) use engine::{GradientSink, MicroBatchResult, ScaledGradients, SplitOver, SplitParam, StepEngine};
 pub use execute::Executor;
 pub use forward::{Forward, ForwardGraph, capture_forward};
 pub(crate) use gradient_layout::{ClipRecord, GradientLayout};
@@ -95,11 +95,11 @@ pub use random::{COUNTER_BASED_RNG, RandomSource, counter_based_rng, register_co
 pub(crate) use random::{RandomStart, RandomUse};
 pub(crate) use recent::{GRAPHS, Recent};
 pub use results::{StepObserver, StepOutputs, StepResult};
-pub(crate) use same_inputs::{Run, SameInputs};
+pub(crate) use same_inputs::{ComparedCall, SameInputs};
 pub(crate) use signature::Signature;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
 
-use crate::error::Error;
+use crate::Error;
 
 pub(crate) fn graph_error(problem: impl Into<String>) -> Error {
     Error::Graph { problem: problem.into() }

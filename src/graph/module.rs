@@ -9,7 +9,7 @@ use burn::prelude::*;
 use burn::tensor::{DType, Shape};
 
 use super::graph_error;
-use crate::error::Error;
+use crate::Error;
 use crate::params::{
     ModulePath, ParamRef, one_device, put_gradients, visit_params, visit_params_and_flags, with_autodiff,
 };

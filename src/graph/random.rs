@@ -22,7 +22,7 @@ use super::custom::CustomOps;
 use super::graph_error;
 use super::operation::drawn;
 use super::step::StepGraph;
-use crate::error::Error;
+use crate::Error;
 use crate::tensor::PlainTensor;
 
 /// Id of the custom operation that draws numbers.

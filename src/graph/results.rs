@@ -7,7 +7,7 @@ use burn::optim::GradientsParams;
 use burn::prelude::*;
 
 use super::graph_error;
-use crate::error::Error;
+use crate::Error;
 use crate::tensor::PlainTensor;
 
 /// What [`Executor::step`](super::Executor::step) gives.

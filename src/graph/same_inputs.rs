@@ -26,14 +26,14 @@ const ON_HOST: u64 = 1;
 
 /// What is given inputs.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Run {
+pub(crate) enum ComparedCall {
     Step,
     Forward,
 }
 
 /// A comparison that is still running.
-pub(crate) struct Comparison {
-    run: Run,
+pub(crate) struct RunningComparison {
+    run: ComparedCall,
     paths: Vec<String>,
     found: Vec<(Communicator, Pending<Vec<u64>>)>,
 }
@@ -62,8 +62,12 @@ impl SameInputs {
     ///
     /// # Errors
     /// [`Error::Graph`] if an input cannot be read.
-    pub(crate) fn start<I: TensorTree + Clone>(&self, run: Run, inputs: &I) -> Result<Comparison, Error> {
-        let comparison = Comparison { run, paths: Vec::new(), found: Vec::new() };
+    pub(crate) fn start<I: TensorTree + Clone>(
+        &self,
+        run: ComparedCall,
+        inputs: &I,
+    ) -> Result<RunningComparison, Error> {
+        let comparison = RunningComparison { run, paths: Vec::new(), found: Vec::new() };
         if self.groups.is_empty() {
             return Ok(comparison);
         }
@@ -76,10 +80,10 @@ impl SameInputs {
     /// The same for tensors by name, all on the host or not, of this run.
     fn start_with(
         &self,
-        mut comparison: Comparison,
+        mut comparison: RunningComparison,
         inputs: Vec<(String, PlainTensor)>,
         (on_host, number): (bool, u64),
-    ) -> Result<Comparison, Error> {
+    ) -> Result<RunningComparison, Error> {
         if !is_due(self.every, on_host, number) {
             return Ok(comparison);
         }
@@ -105,7 +109,7 @@ fn is_due(every: Option<u64>, on_host: bool, number: u64) -> bool {
     every != 0 && number.is_multiple_of(every)
 }
 
-impl Comparison {
+impl RunningComparison {
     /// Waits for the others.
     ///
     /// # Errors
@@ -136,8 +140,8 @@ impl Comparison {
                     }
                 };
                 let operation = match self.run {
-                    Run::Step => "step",
-                    Run::Forward => "forward_with",
+                    ComparedCall::Step => "step",
+                    ComparedCall::Forward => "forward_with",
                 };
                 outcome = outcome.and(Err(Error::invalid(operation, problem)));
             }
@@ -176,11 +180,11 @@ mod tests {
                     comparison.finish().map(|()| looked)
                 };
                 let others = (rank.rank() == size - 1) as u8 as f32;
-                assert!(compared(Run::Step, 1.0)?);
-                assert!(compared(Run::Forward, 1.0)?);
-                assert!(!compared(Run::Step, others)?);
-                assert!(!compared(Run::Step, others)?);
-                compared(Run::Step, others).map(drop)
+                assert!(compared(ComparedCall::Step, 1.0)?);
+                assert!(compared(ComparedCall::Forward, 1.0)?);
+                assert!(!compared(ComparedCall::Step, others)?);
+                assert!(!compared(ComparedCall::Step, others)?);
+                compared(ComparedCall::Step, others).map(drop)
             });
             let error = outcome.unwrap_err().to_string();
             let words = [format!("rank {} of group", size - 1), "another input".into(), "step: ".into()];
@@ -199,7 +203,7 @@ mod tests {
         ] {
             let outcome = launch::threads(2).run(|rank| {
                 let same = SameInputs::new(std::iter::once(&*rank), every)?;
-                let comparison = Comparison { run: Run::Step, paths: Vec::new(), found: Vec::new() };
+                let comparison = RunningComparison { run: ComparedCall::Step, paths: Vec::new(), found: Vec::new() };
                 let input = PlainTensor::from(Tensor::<1>::from_floats([1.0], &Device::flex()));
                 same.start_with(comparison, vec![("x".into(), input)], (rank.rank() == host, 0))?.finish()
             });

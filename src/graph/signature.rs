@@ -3,7 +3,7 @@
 use burn::module::{Flag, Module, Param, ParamId};
 use burn::tensor::{DType, Shape};
 
-use crate::error::Error;
+use crate::Error;
 use crate::params::{ModulePath, NewDims, ParamRef, visit_params_and_flags};
 
 /// The tensors and training flags of a module, in the order in which a visitor meets them: two modules that have the

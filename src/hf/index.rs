@@ -16,9 +16,9 @@ const LONGEST: u64 = 100_000_000;
 
 /// The files of tensors by their names.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub(super) struct Index(pub(super) BTreeMap<String, String>);
+pub(super) struct TensorFiles(pub(super) BTreeMap<String, String>);
 
-impl Index {
+impl TensorFiles {
     /// Reads an index. Its files are in the same directory.
     ///
     /// # Errors
@@ -107,11 +107,11 @@ impl<'de> Visitor<'de> for Entries {
 
 #[cfg(test)]
 mod tests {
-    use super::Index;
+    use super::TensorFiles;
 
     #[test]
     fn what_an_index_may_say() {
-        let says = |json: &str| Index::parse(json.as_bytes()).map(|index| index.0.len());
+        let says = |json: &str| TensorFiles::parse(json.as_bytes()).map(|index| index.0.len());
         assert_eq!(
             says(r#"{"metadata":{"total_size":8},"weight_map":{"a":"x.safetensors","b":"x.safetensors"}}"#),
             Ok(2)

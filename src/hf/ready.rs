@@ -5,10 +5,10 @@ use super::rule::Rule;
 use crate::Error;
 
 impl Mapping {
-    /// Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3, Gemma's names too): onto a burn model whose fields
-    /// are called as in `transformers` (`model.layers.0.self_attn.q_proj`, ..): linear weights are transposed, and the
-    /// `weight` of a norm is its `gamma`. If the model has an output layer of its own and the directory none, it is
-    /// loaded from the embedding.
+    /// Decoders of the Llama family (Llama, Mistral, Qwen2, Qwen3): onto a burn model whose fields are called as in
+    /// `transformers` (`model.layers.0.self_attn.q_proj`, ..): linear weights are transposed, and the `weight` of a
+    /// norm is its `gamma`. If the model has an output layer of its own and the directory none, it is loaded from the
+    /// embedding. Gemma has the same names and another norm, by `1 + weight`: this mapping is not for it.
     ///
     /// Positions that are turned by halves, as in `transformers`, need nothing more; with burn's
     /// [`RotaryEncoding`](burn::nn::RotaryEncoding), which turns neighbours, say [`rotary_pairs`](Self::rotary_pairs).

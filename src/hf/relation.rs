@@ -7,8 +7,8 @@ use super::rule::{Filled, Rule};
 /// Tensors of a directory and parameters of a model that are made of each other.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Relation {
-    pub(super) files: Vec<Place>,
-    pub(super) models: Vec<Place>,
+    pub(super) files: Vec<NamedDims>,
+    pub(super) models: Vec<NamedDims>,
     pub(super) blocks: Vec<Block>,
     /// Whether the last two dims are swapped between the sides.
     pub(super) transposed: bool,
@@ -16,7 +16,7 @@ pub(super) struct Relation {
 
 /// A tensor or a parameter.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Place {
+pub(super) struct NamedDims {
     pub(super) name: String,
     pub(super) dims: Vec<usize>,
 }
@@ -90,7 +90,7 @@ pub(super) fn swapped<T: Clone>(dims: &[T], transposed: bool) -> Vec<T> {
 impl Relation {
     /// A tensor that is a parameter of the same name, element by element.
     pub(super) fn whole(name: &str, dims: &[usize]) -> Self {
-        let place = || vec![Place { name: name.into(), dims: dims.to_vec() }];
+        let place = || vec![NamedDims { name: name.into(), dims: dims.to_vec() }];
         let blocks = vec![Block::whole(dims)];
         Self { files: place(), models: place(), blocks, transposed: false }
     }
@@ -135,7 +135,7 @@ impl Relation {
                 parts.into_iter().map(Block::turned).collect()
             }
         };
-        let place = |(name, dims): (&String, Vec<usize>)| Place { name: name.clone(), dims };
+        let place = |(name, dims): (&String, Vec<usize>)| NamedDims { name: name.clone(), dims };
         Ok(Self {
             files: filled.files.iter().zip(files).map(place).collect(),
             models: filled.models.iter().zip(models).map(place).collect(),

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::DType;
 use serde_json::Value;
 
-use super::index::Index;
+use super::index::TensorFiles;
 use crate::Error;
 use crate::tensor_file::{Entry, TensorFile, file_error, left_by_a_save};
 
@@ -57,7 +57,7 @@ pub(super) fn open_stem(path: &Path, stem: &str) -> Result<Weights, Error> {
         let problem = format!("has neither `{stem}.safetensors` nor `{stem}.safetensors.index.json`{advice}");
         return Err(file_error(path, problem));
     }
-    let Index(said) = Index::read(&index)?;
+    let TensorFiles(said) = TensorFiles::read(&index)?;
     let mut names: Vec<&String> = said.values().collect();
     names.sort();
     names.dedup();

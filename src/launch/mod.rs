@@ -23,7 +23,7 @@ mod supervise;
 mod threads;
 
 pub(crate) use end_with_parent::end_with_parent;
-pub use environment::{Launcher, ProcessInfo};
+pub use environment::{Launcher, ProcessInfo, RunNames};
 pub use process::{Process, TransportKind, from_env};
 #[cfg(unix)]
 pub use processes::{Processes, processes};

@@ -145,7 +145,10 @@ impl Process {
         }
         let run = |comm: Communicator| {
             let rank = Rank::new(comm.clone(), self.device.clone(), threads, self.seed);
-            run_rank(rank, comm, threads, &f)
+            let outcome = run_rank(rank, comm.clone(), threads, &f);
+            // Said outright: a tape that burn has not cleared away yet may keep communicators alive.
+            comm.leave();
+            outcome
         };
         if self.info.size == 1 {
             return local::world(1, config)?.into_iter().map(run).next().unwrap_or_else(|| unreachable!());
@@ -161,11 +164,7 @@ impl Process {
         let rendezvous = Rendezvous::at(&self.info, config.timeout())?;
         // Dropped last, when the rank has dropped all communicators: it waits for the other processes.
         let session = Session::new();
-        let comm = session.world(&rendezvous, config)?;
-        let outcome = run(comm.clone());
-        // Said outright: a tape that burn has not cleared away yet may keep communicators alive.
-        comm.leave();
-        outcome
+        run(session.world(&rendezvous, config)?)
     }
 
     #[cfg(feature = "mpi")]
@@ -183,10 +182,7 @@ impl Process {
             );
             return Err(Error::Transport { transport: "mpi", problem });
         }
-        let outcome = run(comm.clone());
-        // Said outright: a tape that burn has not cleared away yet may keep communicators alive.
-        comm.leave();
-        outcome
+        run(comm)
     }
 
     #[cfg(not(feature = "mpi"))]

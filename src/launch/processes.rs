@@ -4,7 +4,8 @@ use std::ffi::OsString;
 use std::process::Command;
 use std::time::Duration;
 
-use super::environment::RESTART;
+use super::environment::{RESTART, RUN};
+use super::relay;
 use super::rendezvous::SECRET;
 use super::supervise::{Ended, supervise};
 use super::{Process, ProcessInfo, Rank, TransportKind};
@@ -147,18 +148,21 @@ impl Processes {
     /// SIGUSR1 itself: it hands them on.
     ///
     /// Each finds `RANK`, `WORLD_SIZE`, `LOCAL_RANK`, `LOCAL_WORLD_SIZE`, a `MASTER_ADDR` and `MASTER_PORT` on this
-    /// machine, and in `BURN_PARALLEL_SECRET` a secret that was made up for this run, unless there is one already. It
-    /// finds nothing of what other launchers have said to this process.
+    /// machine, and in `BURN_PARALLEL_SECRET` a secret that was made up for this start, unless there is one already. In
+    /// `BURN_PARALLEL_RUN` it finds a name that was made up for the run, the same in all starts
+    /// ([`ProcessInfo::run`]). It finds nothing of what other launchers have said to this process about its rank.
     ///
     /// # Errors
     /// [`Error::ProcessFailed`] for the first that fails, after all have ended, in the last of the
     /// [starts](Self::restarts); [`Error::Launch`] if one can't be started; [`Error::Stopped`] if a signal ended the
     /// run.
     pub fn supervise(self) -> Result<(), Error> {
-        let (mut size, mut words) = (self.size, None);
+        let (mut size, mut words, run) = (self.size, None, made_up());
         for before in 0..self.restarts {
-            let ended = self.start(size, before)?;
-            let Some(Error::ProcessFailed { status, said, .. }) = &ended.first else { return ended.into_result() };
+            let ended = self.start(size, before, &run)?;
+            let Some(Error::ProcessFailed { rank, status, said, .. }) = &ended.first else {
+                return ended.into_result();
+            };
             if ended.refused {
                 log::warn!(
                     "the ranks are not started again: by exit code 2 they say that what they were given is wrong"
@@ -168,7 +172,10 @@ impl Processes {
             // Of one that a signal has ended nothing can be told, and one that ran for a while has got further.
             let soon = ended.lasted < self.fails_again_within;
             let tells = soon && !said.is_empty() && !status.contains("signal");
-            let last = tells.then(|| (status.clone(), said.clone()));
+            // Where several ranks fail alike, any of them may be the first.
+            let prefix = relay::prefix(*rank, size);
+            let plain = |line: &String| line.strip_prefix(&prefix).unwrap_or(line).to_owned();
+            let last = tells.then(|| (status.clone(), said.iter().map(plain).collect::<Vec<_>>()));
             if last.is_some() && last == words {
                 log::warn!(
                     "the ranks are not started again: twice in a row they failed alike, less than {:?} after their start",
@@ -192,11 +199,11 @@ impl Processes {
             }
             size = next;
         }
-        self.start(size, self.restarts)?.into_result()
+        self.start(size, self.restarts, &run)?.into_result()
     }
 
-    /// Starts so many processes, after so many starts, and waits for them.
-    fn start(&self, size: usize, before: usize) -> Result<Ended, Error> {
+    /// Starts so many processes of a run, after so many starts, and waits for them.
+    fn start(&self, size: usize, before: usize, run: &str) -> Result<Ended, Error> {
         let (program, arguments) = self.command()?;
         // What a process says comes by two pipes; a few more are open while one is started.
         let pipes = size.saturating_mul(2).saturating_add(8);
@@ -207,14 +214,15 @@ impl Processes {
         })?;
         let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).and_then(|listener| listener.local_addr());
         let port = listener.map(|address| address.port()).map_err(Error::user)?;
-        let made_up = || nonce().iter().map(|byte| format!("{byte:02x}")).collect::<String>().into();
-        let secret = std::env::var_os(SECRET).filter(|secret| !secret.is_empty()).unwrap_or_else(made_up);
+        let secret = std::env::var_os(SECRET).filter(|secret| !secret.is_empty());
+        let secret = secret.unwrap_or_else(|| made_up().into());
         let commands = (0..size).map(|rank| {
             let mut command = Command::new(&program);
             ProcessInfo::of_other_launchers().for_each(|name| {
                 command.env_remove(name);
             });
             command.args(&arguments).env(CHILD, "1").env(SECRET, &secret).env(RESTART, before.to_string());
+            command.env(RUN, run);
             command.env("RANK", rank.to_string()).env("LOCAL_RANK", rank.to_string());
             command.env("WORLD_SIZE", size.to_string()).env("LOCAL_WORLD_SIZE", size.to_string());
             command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string());
@@ -232,4 +240,9 @@ impl Processes {
             None => Ok((std::env::current_exe().map_err(Error::user)?.into(), std::env::args_os().skip(1).collect())),
         }
     }
+}
+
+/// A name or a secret that nobody has had before.
+fn made_up() -> String {
+    nonce().iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -8,6 +8,11 @@ use std::thread::{self, JoinHandle};
 /// Lines of a failed rank that its error holds.
 const STDERR_LINES: usize = 12;
 
+/// What stands before each line of a rank; nothing where it is not known which rank says it.
+pub(super) fn prefix(rank: Option<usize>, size: usize) -> String {
+    rank.map_or_else(String::new, |rank| format!("[rank {rank}/{size}] "))
+}
+
 /// Hands on lines, with the rank before each.
 pub(super) fn relay(
     from: impl Read + Send + 'static,
@@ -26,7 +31,7 @@ pub(super) fn relay(
                 Some(rank) => (Some(rank), line.to_owned()),
                 None => tagged(line),
             };
-            let prefix = rank.map_or_else(String::new, |rank| format!("[rank {rank}/{size}] "));
+            let prefix = prefix(rank, size);
             // One write a line: lines of several ranks do not get into each other.
             let _ = to.write_all(format!("{prefix}{line}\n").as_bytes()).and_then(|()| to.flush());
             if let Some(keep) = &keep {

@@ -36,7 +36,7 @@ pub struct StopSignals {
     group: Communicator,
     /// What any rank had heard at the call of [`asked`](Self::asked) before.
     heard: Option<Pending<Vec<i32>>>,
-    _listener: Listener,
+    _listener: SignalListener,
 }
 
 impl StopSignals {
@@ -45,7 +45,7 @@ impl StopSignals {
     /// # Errors
     /// [`Error::User`] if the system refuses; the error of the world.
     pub fn listen(world: &Communicator) -> Result<Self, Error> {
-        let _listener = Listener::new()?;
+        let _listener = SignalListener::new()?;
         let group = world.split_named("signals", 0, world.rank() as i64)?;
         Ok(Self { group, heard: None, _listener })
     }
@@ -75,9 +75,9 @@ static HEARD: AtomicI32 = AtomicI32::new(0);
 
 /// While there is one, signals are heard; else they do what they do by default.
 #[derive(Debug)]
-struct Listener;
+struct SignalListener;
 
-impl Listener {
+impl SignalListener {
     fn new() -> Result<Self, Error> {
         handle()?;
         LISTENERS.fetch_add(1, Ordering::Relaxed);
@@ -85,7 +85,7 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
+impl Drop for SignalListener {
     fn drop(&mut self) {
         if LISTENERS.fetch_sub(1, Ordering::Relaxed) == 1 {
             HEARD.store(0, Ordering::Relaxed);

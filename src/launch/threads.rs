@@ -92,7 +92,7 @@ impl Threads {
         let world = local::world(self.size, config)?;
         let mut not_started = None;
         let own: Vec<OnceLock<Error>> = (0..self.size).map(|_| OnceLock::new()).collect();
-        let ended: Vec<Ended<T>> = thread::scope(|scope| {
+        let ended: Vec<RankResult<T>> = thread::scope(|scope| {
             let mut handles = Vec::with_capacity(self.size);
             for comm in world {
                 let index = comm.rank();
@@ -131,10 +131,10 @@ fn of_all(own: &[OnceLock<Error>]) -> Option<Error> {
 }
 
 /// A rank's result, or the error of the world.
-type Ended<T> = Result<T, Error>;
+type RankResult<T> = Result<T, Error>;
 
 /// Runs one rank on its pool. A failure is told to the world, which keeps the first.
-pub(super) fn run_rank<T, F>(rank: Rank, comm: Communicator, threads: usize, f: &F) -> Ended<T>
+pub(super) fn run_rank<T, F>(rank: Rank, comm: Communicator, threads: usize, f: &F) -> RankResult<T>
 where
     T: Send,
     F: Fn(Rank) -> Result<T, Error> + Sync,

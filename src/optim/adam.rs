@@ -10,7 +10,7 @@ use serde::Deserialize;
 use super::number::Number;
 use super::numbers_of;
 use super::sgd::WeightDecay;
-use super::update::{Rule, as_recorded, is_here, update};
+use super::update::{UpdateRule, as_recorded, is_here, update};
 
 /// burn's [`Adam`] in one pass: see the [module page](super).
 #[derive(Clone)]
@@ -115,7 +115,7 @@ impl AdamRule {
     }
 }
 
-impl<const N: usize> Rule<N> for AdamRule {
+impl<const N: usize> UpdateRule<N> for AdamRule {
     #[inline(always)]
     fn update<T: Number>(&self, value: T, gradient: T, moments: &mut [T; N]) -> T {
         let gradient = match self.weight_decay {
@@ -160,7 +160,7 @@ impl AdamWRule {
     }
 }
 
-impl<const N: usize> Rule<N> for AdamWRule {
+impl<const N: usize> UpdateRule<N> for AdamWRule {
     #[inline(always)]
     fn update<T: Number>(&self, value: T, gradient: T, moments: &mut [T; N]) -> T {
         let (first, second) = self.moments.follow(gradient, moments);
@@ -183,7 +183,7 @@ fn all_here<const D: usize>(
 }
 
 /// Updates by the rule that `make` makes of moments and the number of the step.
-fn step<const D: usize, R: Rule<2> + Rule<3>>(
+fn step<const D: usize, R: UpdateRule<2> + UpdateRule<3>>(
     value: Tensor<D>,
     gradient: Tensor<D>,
     state: Option<AdaptiveMomentumState<D>>,

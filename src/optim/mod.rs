@@ -49,7 +49,7 @@ pub use self::adam::{FusedAdam, FusedAdamState, FusedAdamW};
 pub(crate) use self::given::record_of;
 pub(crate) use self::read_out::{MOST_AT_ONCE, ParamState, StateNames, has_others, portions, without};
 pub use self::sgd::{FusedSgd, FusedSgdState};
-pub(crate) use self::widened::Widened;
+pub(crate) use self::widened::{ASKED, Widened};
 
 /// Configurations of burn whose optimizers update a parameter in one pass: see the [module page](self).
 pub trait FusedOptimizer {

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use super::number::Number;
 use super::numbers_of;
-use super::update::{Rule, as_recorded, is_here, update};
+use super::update::{UpdateRule, as_recorded, is_here, update};
 
 /// burn's [`Sgd`](burn::optim::Sgd) in one pass: see the [module page](super).
 #[derive(Debug, Clone)]
@@ -70,7 +70,7 @@ impl Plain {
     }
 }
 
-impl Rule<0> for Plain {
+impl UpdateRule<0> for Plain {
     #[inline(always)]
     fn update<T: Number>(&self, value: T, gradient: T, _: &mut [T; 0]) -> T {
         value.sub(self.decayed(value, gradient).mul(T::of(self.lr)))
@@ -84,7 +84,7 @@ struct WithMomentum {
     is_first: bool,
 }
 
-impl Rule<1> for WithMomentum {
+impl UpdateRule<1> for WithMomentum {
     #[inline(always)]
     fn update<T: Number>(&self, value: T, gradient: T, [velocity]: &mut [T; 1]) -> T {
         let factor = T::of(self.momentum.factor());

@@ -14,7 +14,7 @@ const BLOCK: usize = 128;
 const SPLIT_FROM: usize = 128 * 1024;
 
 /// How an element with `N` moments is updated.
-pub(super) trait Rule<const N: usize>: Copy + Send + Sync {
+pub(super) trait UpdateRule<const N: usize>: Copy + Send + Sync {
     /// The new value; the moments are changed. To be inlined always.
     fn update<T: Number>(&self, value: T, gradient: T, moments: &mut [T; N]) -> T;
 }
@@ -42,7 +42,7 @@ pub(super) fn update<const D: usize, const N: usize>(
     value: Tensor<D>,
     gradient: Tensor<D>,
     moments: [Option<Tensor<D>>; N],
-    rule: impl Rule<N>,
+    rule: impl UpdateRule<N>,
 ) -> (Tensor<D>, [Tensor<D>; N]) {
     let (dtype, shape) = (value.dtype(), value.shape());
     let mut value = packed(value);
@@ -86,7 +86,7 @@ fn update_as<T: Number, const N: usize>(
     value: &mut FlexTensor,
     gradient: &FlexTensor,
     moments: &mut [FlexTensor; N],
-    rule: impl Rule<N>,
+    rule: impl UpdateRule<N>,
 ) {
     let moments = moments.each_mut().map(|moment| moment.storage_mut::<T>());
     Elements { value: value.storage_mut(), gradient: gradient.storage(), moments, rule }.share_out();
@@ -100,7 +100,7 @@ struct Elements<'a, T, R, const N: usize> {
     rule: R,
 }
 
-impl<T: Number, R: Rule<N>, const N: usize> Elements<'_, T, R, N> {
+impl<T: Number, R: UpdateRule<N>, const N: usize> Elements<'_, T, R, N> {
     /// Computes halves on threads of their own, as long as that is worth it. Each element is computed by itself, so the
     /// number of threads changes nothing.
     fn share_out(self) {
@@ -135,7 +135,7 @@ impl<T: Number, R: Rule<N>, const N: usize> Elements<'_, T, R, N> {
     }
 }
 
-impl<T: Number, R: Rule<N>, const N: usize> Loops for Elements<'_, T, R, N> {
+impl<T: Number, R: UpdateRule<N>, const N: usize> Loops for Elements<'_, T, R, N> {
     #[inline(always)]
     fn run(mut self) {
         let from = self.value.len() / BLOCK * BLOCK;

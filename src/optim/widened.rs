@@ -11,7 +11,7 @@ use burn::optim::{
     join_path,
 };
 use burn::tensor::kind::BridgeTensor;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor};
 use burn_pack::{Scalar, Writer};
 
 use super::{ParamState, StateNames, record_of};
@@ -21,6 +21,10 @@ use crate::sharding::{RankedParam, Rows, ShardParam, ShardParams};
 
 /// What burn calls the number of dims of a parameter in a record.
 const RANK: &str = "__rank";
+
+/// A number in a record for a parameter that only asks how it would be loaded. Of all optimizers [`Widened`] alone gives
+/// it out again.
+pub(crate) const ASKED: &str = "__widened";
 
 /// The optimizer of one parameter.
 pub(crate) struct Widened {
@@ -37,8 +41,8 @@ pub(crate) struct Widened {
 #[derive(Clone)]
 struct State {
     inner: ModuleOptimizer,
-    /// The dtypes of fewer bits that moments had in the record, by name, until they change: so much is in them.
-    recorded: Vec<(String, DType)>,
+    /// Whether the record only [asked](ASKED).
+    asked: bool,
 }
 
 impl Widened {
@@ -85,7 +89,7 @@ impl Widened {
         let model = ShardParams(vec![ShardParam { path: self.path.clone(), rows, owner: 0, param }]);
         let mut updated = optim.step(lr, model, grads);
         let value = updated.0.remove(0).param.value().float::<D>()?;
-        let state = DynState::create(State { inner: optim, recorded: Vec::new() }, D);
+        let state = DynState::create(State { inner: optim, asked: false }, D);
         Ok((value.cast(dtype).into_bridge(), state))
     }
 
@@ -134,23 +138,19 @@ impl DynOptimizer for Widened {
     }
 
     fn state_flatten(&self, prefix: &str, state: &DynState, into: &mut StateSink) {
-        let State { inner, recorded } = state.downcast_ref();
+        let State { inner, asked } = state.downcast_ref();
+        if *asked {
+            into.push_scalar(prefix, ASKED, Scalar::from(1_usize));
+        }
         let states = self.names.clone().read(inner, &[self.id]);
         let Some(state) = states.ok().and_then(|mut states| states.remove(&self.id)) else { return };
-        for (name, data) in state.moments {
-            let recorded = recorded.iter().find(|(moment, _)| *moment == name);
-            let data = recorded.map_or(data.clone(), |(_, dtype)| data.convert_dtype(*dtype));
-            into.push_tensor(prefix, &name, data);
-        }
+        state.moments.into_iter().for_each(|(name, data)| into.push_tensor(prefix, &name, data));
         state.scalars.iter().for_each(|(name, scalar)| into.push_scalar(prefix, name, *scalar));
     }
 
     fn state_unflatten(&self, rank: usize, prefix: &str, from: &mut StateSource, _: &Device) -> Option<DynState> {
-        let state = self.names.take(prefix, from);
-        let fits = |(_, data): &(&String, &TensorData)| Self::takes(data.dtype(), self.dtype);
-        let dtype = |(name, data): (&String, &TensorData)| (name.clone(), data.dtype());
-        let recorded = state.moments.iter().filter(fits).map(dtype).collect();
+        let (state, asked) = (self.names.take(prefix, from), from.take_scalar(prefix, ASKED).is_some());
         let inner = self.inner.clone().load_record(self.record(rank, state)?);
-        Some(DynState::create(State { inner, recorded }, rank))
+        Some(DynState::create(State { inner, asked }, rank))
     }
 }

@@ -8,8 +8,9 @@ use burn::tensor::{Bool, DType, Int, Tensor, TensorData};
 
 use super::SliceSource;
 use super::leaf::{LazyParam, LeafKind, leaf};
-use super::map::{MapParams, Mapped, map_params};
+use super::map::{MapParams, MappedParam, map_params};
 use super::pad::padded;
+use super::sweep::sweep_leaves;
 use super::walk::{ModulePath, visit_params};
 use crate::Error;
 
@@ -52,6 +53,8 @@ pub(crate) fn load<M: Module>(
 ) -> Result<M, Error> {
     let mut mapper = Load { source, held, outcome: Ok(()) };
     let module = map_params(module, &mut mapper);
+    // Each value is a new leaf, and the old ones go.
+    sweep_leaves();
     mapper.outcome.map(|()| module)
 }
 
@@ -73,44 +76,50 @@ impl Load<'_> {
         if self.source.keeps(&path) {
             return None;
         }
-        let wrong = |problem| Err(Error::invalid("load", problem));
-        let read = match self.source.dims(&path) {
-            Ok(Some(found)) if found == dims => match ranges.iter().any(Range::is_empty) {
-                true => Ok(TensorData::new(Vec::<f32>::new(), ranges.iter().map(Range::len).collect::<Vec<_>>())),
-                false => {
-                    let read = match dtype() {
-                        Some(dtype) => self.source.read_as(&path, &ranges, dtype),
-                        None => self.source.read(&path, &ranges),
-                    };
-                    read.and_then(|data| {
-                        let asked: Vec<usize> = ranges.iter().map(Range::len).collect();
-                        match data.shape().as_slice() == asked {
-                            true => Ok(data),
-                            false => wrong(format!(
-                                "the source gave dims {:?} of parameter `{path}`, of which {ranges:?} was asked for",
-                                data.shape().as_slice()
-                            )),
-                        }
-                    })
-                }
-            },
-            Ok(Some(found)) => {
-                wrong(format!("parameter `{path}` has dims {dims:?} in the model and {found:?} in the source"))
-            }
-            Ok(None) => wrong(format!("the source has no parameter `{path}`")),
-            Err(error) => Err(error),
-        };
+        let read = self.read_slice(&path, &dims, &ranges, dtype);
         read.map(|data| (data, local_dims)).map_err(|error| self.outcome = Err(error)).ok()
+    }
+
+    fn read_slice(
+        &mut self,
+        path: &str,
+        dims: &[usize],
+        ranges: &[Range<usize>],
+        dtype: impl FnOnce() -> Option<DType>,
+    ) -> Result<TensorData, Error> {
+        let wrong = |problem| Err(Error::invalid("load", problem));
+        match self.source.dims(path)? {
+            Some(found) if found == dims => {}
+            Some(found) => {
+                return wrong(format!("parameter `{path}` has dims {dims:?} in the model and {found:?} in the source"));
+            }
+            None => return wrong(format!("the source has no parameter `{path}`")),
+        }
+        let asked: Vec<usize> = ranges.iter().map(Range::len).collect();
+        if asked.contains(&0) {
+            return Ok(TensorData::new(Vec::<f32>::new(), asked));
+        }
+        let data = match dtype() {
+            Some(dtype) => self.source.read_as(path, ranges, dtype)?,
+            None => self.source.read(path, ranges)?,
+        };
+        if data.shape().as_slice() != asked {
+            return wrong(format!(
+                "the source gave dims {:?} of parameter `{path}`, of which {ranges:?} was asked for",
+                data.shape().as_slice()
+            ));
+        }
+        Ok(data)
     }
 }
 
 impl MapParams for Load<'_> {
-    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, path: &ModulePath) -> Mapped<D> {
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, path: &ModulePath) -> MappedParam<D> {
         let dtype = || match param.is_initialized() {
             true => Some(param.base().dtype()),
             false => Some(LazyParam::of(&param).placeholder.base().dtype()),
         };
-        let Some((data, local_dims)) = self.read(param.id, path, dtype) else { return Mapped::Same(param) };
+        let Some((data, local_dims)) = self.read(param.id, path, dtype) else { return MappedParam::Same(param) };
         let (kind, one) = match param.is_initialized() {
             true => (LeafKind::of(&param.base()), param.base().inner()),
             false => {
@@ -121,7 +130,7 @@ impl MapParams for Load<'_> {
         let value = padded(Tensor::from_data(data, (&one.device(), one.dtype())), &local_dims);
         // What a lazy parameter would have been made of is dropped unmade.
         let (id, _, mapper) = LazyParam::of(&param).placeholder.consume();
-        Mapped::New(Param::from_mapped_value(id, leaf(value, kind), mapper))
+        MappedParam::New(Param::from_mapped_value(id, leaf(value, kind), mapper))
     }
 
     fn int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>, path: &ModulePath) -> Param<Tensor<D, Int>> {

@@ -10,7 +10,7 @@ use super::shard::is_shard;
 use super::walk::ModulePath;
 
 /// What becomes of a float parameter.
-pub(crate) enum Mapped<const D: usize> {
+pub(crate) enum MappedParam<const D: usize> {
     /// It stays as it is.
     Same(Param<Tensor<D>>),
     /// Another one takes its place, wherever the module holds it.
@@ -20,7 +20,7 @@ pub(crate) enum Mapped<const D: usize> {
 /// What becomes of each parameter.
 pub(crate) trait MapParams {
     /// A float parameter, at the first of its places: a new one goes to the others as well.
-    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, path: &ModulePath) -> Mapped<D>;
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, path: &ModulePath) -> MappedParam<D>;
 
     fn int<const D: usize>(&mut self, param: Param<Tensor<D, Int>>, _path: &ModulePath) -> Param<Tensor<D, Int>> {
         param
@@ -49,8 +49,8 @@ impl<P: MapParams> ModuleMapper for TiePreserving<'_, P> {
             return made.clone();
         }
         match self.map.float(param, &self.path) {
-            Mapped::Same(param) => param,
-            Mapped::New(made) => {
+            MappedParam::Same(param) => param,
+            MappedParam::New(made) => {
                 self.made.insert(id, Box::new(made.clone()));
                 made
             }

@@ -4,7 +4,7 @@ use burn::module::{Module, Param, ParamId};
 use burn::tensor::Tensor;
 
 use super::leaf::{LazyParam, LeafKind, leaf};
-use super::map::{MapParams, Mapped, map_params};
+use super::map::{MapParams, MappedParam, map_params};
 use super::walk::ModulePath;
 
 /// The dims that a float parameter shall have, by its id and the dims that it has; `None` to leave it as it is.
@@ -37,16 +37,16 @@ fn meta_tensor<const D: usize>(one: Tensor<D>, dims: &[usize], kind: LeafKind) -
 struct LazyToMeta;
 
 impl MapParams for LazyToMeta {
-    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> Mapped<D> {
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> MappedParam<D> {
         if param.is_initialized() {
-            return Mapped::Same(param);
+            return MappedParam::Same(param);
         }
         let dims = param.lazy_shape().to_vec();
         let LazyParam { placeholder, device, trained } = LazyParam::of(&param);
         let (id, one, mapper) = placeholder.consume();
         match meta_tensor(one, &dims, LeafKind::on(&device, trained)) {
-            Some(value) => Mapped::New(Param::from_mapped_value(id, value, mapper)),
-            None => Mapped::Same(param),
+            Some(value) => MappedParam::New(Param::from_mapped_value(id, value, mapper)),
+            None => MappedParam::Same(param),
         }
     }
 }
@@ -56,15 +56,15 @@ struct ToMeta<'a> {
 }
 
 impl MapParams for ToMeta<'_> {
-    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> Mapped<D> {
-        let Some(dims) = (self.dims)(param.id, &param.lazy_shape().to_vec()) else { return Mapped::Same(param) };
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> MappedParam<D> {
+        let Some(dims) = (self.dims)(param.id, &param.lazy_shape().to_vec()) else { return MappedParam::Same(param) };
         let value = param.val();
         let kind = LeafKind::of(&value);
         let value = value.inner();
         let one = Tensor::zeros([1; D], (&value.device(), value.dtype()));
         match meta_tensor(one, &dims, kind) {
-            Some(whole) => Mapped::New(Param::initialized(param.id, whole)),
-            None => Mapped::Same(param),
+            Some(whole) => MappedParam::New(Param::initialized(param.id, whole)),
+            None => MappedParam::Same(param),
         }
     }
 }

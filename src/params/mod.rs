@@ -31,7 +31,7 @@ pub(crate) use leaf::{LazyParam, LeafKind, leaf, with_autodiff};
 #[doc(hidden)]
 pub use load::ParamSlice;
 pub(crate) use load::{dims_of, load};
-pub(crate) use map::{MapParams, Mapped, map_params};
+pub(crate) use map::{MapParams, MappedParam, map_params};
 pub(crate) use meta_module::{NewDims, meta_module};
 pub(crate) use pad::{padded, without_padding};
 pub(crate) use retain::{lazy_params, replace_values, retain};

@@ -6,7 +6,7 @@ use burn::module::{Module, Param, ParamId, ParamMapper};
 use burn::tensor::Tensor;
 
 use super::leaf::{LazyParam, LeafKind, leaf};
-use super::map::{MapParams, Mapped, map_params};
+use super::map::{MapParams, MappedParam, map_params};
 use super::walk::{ModulePath, visit_floats};
 use crate::tensor::PlainTensor;
 
@@ -21,13 +21,13 @@ struct Retain<'a> {
 }
 
 impl MapParams for Retain<'_> {
-    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> Mapped<D> {
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> MappedParam<D> {
         if (self.keep)(param.id) {
-            return Mapped::Same(param);
+            return MappedParam::Same(param);
         }
         let DiscardedParam { one, kind, id, mapper } = DiscardedParam::of(param);
         let nothing = Tensor::zeros([0; D], (&one.device(), one.dtype()));
-        Mapped::New(Param::from_mapped_value(id, leaf(nothing, kind), mapper))
+        MappedParam::New(Param::from_mapped_value(id, leaf(nothing, kind), mapper))
     }
 }
 
@@ -82,11 +82,11 @@ struct ReplaceValues {
 }
 
 impl MapParams for ReplaceValues {
-    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> Mapped<D> {
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> MappedParam<D> {
         let Some(value) = self.values.remove(&param.id).and_then(|value| value.float::<D>().ok()) else {
-            return Mapped::Same(param);
+            return MappedParam::Same(param);
         };
         let DiscardedParam { kind, id, mapper, .. } = DiscardedParam::of(param);
-        Mapped::New(Param::from_mapped_value(id, leaf(value, kind), mapper))
+        MappedParam::New(Param::from_mapped_value(id, leaf(value, kind), mapper))
     }
 }

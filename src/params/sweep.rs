@@ -1,7 +1,7 @@
 //! Frees burn's table of autodiff leaves where no backward pass runs.
 //!
 //! Every leaf of the process enters one table, and only a `backward` takes those out whose tensors are gone. Captured
-//! steps run none, but burn's optimizers make a new leaf of every parameter at every step.
+//! steps run none, but burn's optimizers make a new leaf of every parameter at every step, and so does who loads it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,7 +17,7 @@ const NODES: u64 = 1024;
 static SWEPT: AtomicU64 = AtomicU64::new(0);
 
 /// Takes leaves whose tensors are gone out of burn's table, if there may be many. Called at every captured step or
-/// forward.
+/// forward, and whenever a module was loaded.
 pub(crate) fn sweep_leaves() {
     let newest = NodeId::new().value;
     let swept = SWEPT.load(Ordering::Relaxed);

@@ -3,7 +3,7 @@
 use burn::module::{Module, ParamId};
 
 use super::walk::visit_floats;
-use crate::error::Error;
+use crate::Error;
 
 /// The float parameters whose ids are not known, with their paths, in the order of the module.
 pub(crate) fn unknown_params<M: Module>(module: &M, known: &dyn Fn(ParamId) -> bool) -> Vec<(ParamId, String)> {

@@ -64,7 +64,7 @@ fn bucket_axis(graph: &mut StepGraph, axis: &str, bucket_bytes: usize) -> (usize
     let uses = Uses::of(&graph.operations);
     let of = |index: usize| CollectiveOp::of(&graph.operations[index]);
     let ends = |id: TensorId| ends(graph, &uses, &gradients, axis, id);
-    let mut buckets: Vec<Bucket> = Vec::new();
+    let mut buckets: Vec<ReductionBucket> = Vec::new();
     let mut found = 0;
     for index in graph.forward_len..graph.operations.len() {
         let Some((collective, op)) = of(index) else { continue };
@@ -82,12 +82,12 @@ fn bucket_axis(graph: &mut StepGraph, axis: &str, bucket_bytes: usize) -> (usize
                 bucket.members.push(index);
                 bucket.bytes += bytes;
             }
-            _ => buckets.push(Bucket { dtype, bytes, members: vec![index] }),
+            _ => buckets.push(ReductionBucket { dtype, bytes, members: vec![index] }),
         }
     }
     let left = buckets.len();
     let mut removed = HashSet::new();
-    for Bucket { members, .. } in buckets {
+    for ReductionBucket { members, .. } in buckets {
         let Some((last, others)) = members.split_last() else { continue };
         let mut folded: Option<CustomOpIr> = None;
         for index in &members {
@@ -127,7 +127,7 @@ pub(super) fn ends(graph: &StepGraph, uses: &Uses, gradients: &HashSet<TensorId>
     readers.iter().all(goes_on) && (gradients.contains(&id) || !readers.is_empty())
 }
 
-struct Bucket {
+struct ReductionBucket {
     dtype: DType,
     bytes: usize,
     members: Vec<usize>,

@@ -2,8 +2,8 @@
 
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
+use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
-use crate::error::Error;
 use crate::graph::{StepGraph, graph_error};
 use crate::layout::MoveOp;
 use crate::tensor::PlainTensor;

@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
+use crate::Error;
 use crate::comm::lock::lock;
-use crate::error::Error;
 use crate::graph::{CustomOps, graph_error};
 use crate::tensor::PlainTensor;
 

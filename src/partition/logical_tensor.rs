@@ -12,7 +12,7 @@ pub(super) struct LogicalTensor {
     /// The layout in which it came to be.
     layout: Layout,
     versions: Vec<(Layout, TensorId)>,
-    pub(super) origin: Origin,
+    pub(super) state: TensorState,
     /// Whether it is a parameter, or one with its elements moved: not meant to be whole anywhere.
     pub(super) parameter: bool,
     /// The operation that made it, if that only moves elements: another version of its input gives one of this.
@@ -21,7 +21,7 @@ pub(super) struct LogicalTensor {
 
 /// How a tensor comes to be.
 #[derive(Debug, Clone)]
-pub(super) enum Origin {
+pub(super) enum TensorState {
     /// It is there.
     Made,
     /// A sum that was not made yet; then there are no versions.
@@ -41,7 +41,14 @@ pub(super) struct WaitingSum {
 
 impl LogicalTensor {
     pub(super) fn new(global: TensorIr, layout: Layout, local: TensorId) -> Self {
-        Self { global, layout, versions: vec![(layout, local)], origin: Origin::Made, parameter: false, moved: None }
+        Self {
+            global,
+            layout,
+            versions: vec![(layout, local)],
+            state: TensorState::Made,
+            parameter: false,
+            moved: None,
+        }
     }
 
     pub(super) fn parameter(global: TensorIr, layout: Layout) -> Self {
@@ -50,15 +57,15 @@ impl LogicalTensor {
     }
 
     pub(super) fn waiting(global: TensorIr, sum: WaitingSum) -> Self {
-        Self::without_versions(global, Layout::Partial, Origin::Waiting(sum))
+        Self::without_versions(global, Layout::Partial, TensorState::Waiting(sum))
     }
 
     pub(super) fn planned(global: TensorIr, op: OperationIr) -> Self {
-        Self::without_versions(global, Layout::Replicated, Origin::Planned(Box::new(op)))
+        Self::without_versions(global, Layout::Replicated, TensorState::Planned(Box::new(op)))
     }
 
-    fn without_versions(global: TensorIr, layout: Layout, origin: Origin) -> Self {
-        Self { global, layout, versions: Vec::new(), origin, parameter: false, moved: None }
+    fn without_versions(global: TensorIr, layout: Layout, state: TensorState) -> Self {
+        Self { global, layout, versions: Vec::new(), state, parameter: false, moved: None }
     }
 
     /// The layout that rules should see: a partial tensor counts as the layout that it was moved to.
@@ -92,16 +99,16 @@ impl LogicalTensor {
     }
 
     pub(super) fn is_waiting(&self) -> bool {
-        matches!(self.origin, Origin::Waiting(_))
+        matches!(self.state, TensorState::Waiting(_))
     }
 
     pub(super) fn is_planned(&self) -> bool {
-        matches!(self.origin, Origin::Planned(_))
+        matches!(self.state, TensorState::Planned(_))
     }
 
     /// Whether it is planned as nothing but zeros, which are as well the sum of zeros.
     pub(super) fn is_planned_zeros(&self) -> bool {
-        let Origin::Planned(op) = &self.origin else { return false };
+        let TensorState::Planned(op) = &self.state else { return false };
         is_zeros(op)
     }
 

@@ -42,6 +42,7 @@ mod checked_indices;
 mod collectives;
 mod cost;
 mod exchange;
+mod flops;
 mod fuse;
 mod indices;
 mod logical_tensor;
@@ -61,12 +62,12 @@ mod rows;
 mod rules;
 mod sharded;
 mod sums;
-mod work;
 
 pub use buckets::bucket_reductions;
 pub use collectives::CollectiveKind;
 pub(crate) use collectives::CollectiveOp;
 pub(crate) use exchange::{Exchange, Exchanges, exchanged};
+pub(crate) use flops::{flops, multiplications};
 pub use fuse::fuse_products;
 pub use options::PartitionOptions;
 pub use overlap::overlap;
@@ -78,4 +79,3 @@ pub use report::{Collective, Fallback, ShardReport};
 pub(crate) use sharded::{
     Gathering, InRows, Parts, START_GATHER, START_SCATTER, WAIT_GATHER, WAIT_SCATTER, rewrite, shard_parameters, tokens,
 };
-pub(crate) use work::{flops, multiplications};

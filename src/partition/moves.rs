@@ -4,7 +4,7 @@ use burn::tensor::Slice;
 use burn_ir::{TensorId, TensorIr};
 
 use super::collectives::CollectiveKind;
-use super::logical_tensor::Origin;
+use super::logical_tensor::TensorState;
 use super::pass::Pass;
 use super::report::Collective;
 use crate::graph::operation::build;
@@ -18,10 +18,10 @@ impl Pass<'_> {
         if let Some(local) = tensor.version(want) {
             return tensor.local(want, local, degree);
         }
-        match tensor.origin {
-            Origin::Waiting(_) => return self.settle(id, want),
-            Origin::Planned(_) => return self.make(id, want),
-            Origin::Made => {}
+        match tensor.state {
+            TensorState::Waiting(_) => return self.settle(id, want),
+            TensorState::Planned(_) => return self.make(id, want),
+            TensorState::Made => {}
         }
         if let Some((op, option)) = self.moved(id, want) {
             let local = self.fresh();

@@ -17,10 +17,10 @@ use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 use super::buckets::move_up;
 use super::collectives::{CollectiveKind, CollectiveOp};
 use super::products::{ProductKind, ProductOp};
+use crate::Error;
 use crate::collective_matmul::PendingProduct;
 use crate::comm::Communicator;
 use crate::comm::lock::lock;
-use crate::error::Error;
 use crate::graph::operation::only_moves;
 use crate::graph::{CustomOps, StepGraph, graph_error};
 use crate::tensor::PlainTensor;
@@ -184,17 +184,19 @@ fn wait_id(axis: &str) -> String {
     format!("{axis}.wait")
 }
 
-type InFlight = Arc<Mutex<HashMap<u64, PendingProduct<Vec<PlainTensor>>>>>;
+type PendingProducts = Arc<Mutex<HashMap<u64, PendingProduct<Vec<PlainTensor>>>>>;
 
 /// Registers the operations that [`overlap`] puts in.
 pub(super) fn register(ops: &mut CustomOps, axis: &str, group: &Communicator) {
-    let in_flight = InFlight::default();
-    let keep_pending =
-        |in_flight: &InFlight, op: &CustomOpIr, collective: PendingProduct<Vec<PlainTensor>>, device: &Device| {
-            // A collective of a step that failed is forgotten here.
-            lock(in_flight).insert(ticket(op)?, collective);
-            Ok(op.outputs.iter().map(|out| token(out, device)).collect())
-        };
+    let in_flight = PendingProducts::default();
+    let keep_pending = |in_flight: &PendingProducts,
+                        op: &CustomOpIr,
+                        collective: PendingProduct<Vec<PlainTensor>>,
+                        device: &Device| {
+        // A collective of a step that failed is forgotten here.
+        lock(in_flight).insert(ticket(op)?, collective);
+        Ok(op.outputs.iter().map(|out| token(out, device)).collect())
+    };
     for kind in CollectiveKind::ALL {
         let (comm, in_flight) = (group.clone(), in_flight.clone());
         ops.register_maker(&start_id(axis, kind.name()), move |op, inputs, device| {

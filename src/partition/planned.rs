@@ -6,7 +6,7 @@
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
-use super::logical_tensor::{LogicalTensor, Origin};
+use super::logical_tensor::{LogicalTensor, TensorState};
 use super::pass::Pass;
 use super::rules::{ShardingOption, creates, sharding_options};
 use crate::graph::operation::{is_elementwise, only_moves, writes_at};
@@ -39,7 +39,7 @@ impl Pass<'_> {
             if let Some(tensor) = self.tensors.get_mut(&out.id)
                 && let Some(local) = tensor.version(layout)
             {
-                tensor.origin = Origin::Made;
+                tensor.state = TensorState::Made;
                 tensor.prefer(layout, local);
             }
         }
@@ -50,7 +50,7 @@ impl Pass<'_> {
     pub(super) fn make(&mut self, id: TensorId, want: Layout) -> TensorIr {
         let tensor = &self.tensors[&id];
         let degree = self.options.degree;
-        let Origin::Planned(op) = tensor.origin.clone() else { return self.get(id, want) };
+        let TensorState::Planned(op) = tensor.state.clone() else { return self.get(id, want) };
         // Zeros on every rank add up to zeros.
         let made_as = if want == Partial { Replicated } else { want };
         let fitting = sharding_options(&op, degree)

@@ -5,9 +5,9 @@ use std::fmt;
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
 use super::collectives::dim;
+use crate::Error;
 use crate::collective_matmul::{self, Overlap, PendingProduct, ProductCall};
 use crate::comm::Communicator;
-use crate::error::Error;
 use crate::graph::{CustomOps, graph_error};
 use crate::tensor::PlainTensor;
 

@@ -11,7 +11,7 @@ use super::padding::{Larger, pad};
 use super::pass::Pass;
 use super::report::ShardReport;
 use super::rows::unflattened;
-use crate::error::Error;
+use crate::Error;
 use crate::graph::operation::{drawn, op_name};
 use crate::graph::{StepGraph, graph_error};
 use crate::layout::Layout::{self, Partial, Replicated, Sharded};

@@ -102,7 +102,7 @@ fn live(graph: &mut StepGraph) -> [Vec<OperationIr>; 2] {
 /// Puts gathers and scatters into the passes of a step. New tensors have ids from `next_id` on; returns the next one.
 pub(crate) fn rewrite(parts: Parts<'_>, next_id: u64, gathering: Gathering) -> u64 {
     let Parts { passes, params, gradients, results } = parts;
-    let mut work = Work { params, next_id, tickets: 0 };
+    let mut work = ShardRewriter { params, next_id, tickets: 0 };
     let mut operations: Vec<Vec<OperationIr>> = passes.iter().map(|pass| (**pass).clone()).collect();
     work.scatter(&mut operations, gradients);
     if gathering.gathers {
@@ -112,7 +112,7 @@ pub(crate) fn rewrite(parts: Parts<'_>, next_id: u64, gathering: Gathering) -> u
     work.next_id
 }
 
-struct Work {
+struct ShardRewriter {
     params: Vec<(TensorIr, InRows)>,
     next_id: u64,
     tickets: u64,
@@ -124,7 +124,7 @@ struct AsyncPair {
     wait: OperationIr,
 }
 
-impl Work {
+impl ShardRewriter {
     fn fresh(&mut self, shape: Shape, like: &TensorIr) -> TensorIr {
         self.next_id += 1;
         TensorIr::uninit(TensorId::new(self.next_id - 1), shape, like.dtype)

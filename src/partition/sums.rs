@@ -5,7 +5,7 @@ use burn::tensor::Shape;
 use burn_ir::{BinaryOpIr, OperationIr, TensorId, TensorIr};
 
 use super::collectives::CollectiveKind;
-use super::logical_tensor::{LogicalTensor, Origin, WaitingSum};
+use super::logical_tensor::{LogicalTensor, TensorState, WaitingSum};
 use super::pass::Pass;
 use crate::graph::operation::build::add;
 use crate::graph::operation::sum;
@@ -61,7 +61,7 @@ impl Pass<'_> {
     fn term(&self, id: TensorId, sum: &TensorIr) -> Option<Term> {
         let tensor = &self.tensors[&id];
         let alone = self.readers.get(&id).is_some_and(|r| r.len() == 1) && !self.wanted.contains_key(&id);
-        if let Origin::Waiting(sum) = &tensor.origin {
+        if let TensorState::Waiting(sum) = &tensor.state {
             return alone.then(|| Term::Waiting(sum.clone()));
         }
         let local = |layout| tensor.version(layout).map(|local| tensor.local(layout, local, self.options.degree));
@@ -111,7 +111,7 @@ impl Pass<'_> {
     /// Makes a sum that was waiting: split if its whole term is, or if that is asked for and possible; else whole.
     pub(super) fn settle(&mut self, id: TensorId, want: Layout) -> TensorIr {
         let tensor = &self.tensors[&id];
-        let Origin::Waiting(WaitingSum { partial, whole, layout }) = tensor.origin.clone() else {
+        let TensorState::Waiting(WaitingSum { partial, whole, layout }) = tensor.state.clone() else {
             return self.get(id, want);
         };
         let global = tensor.global.clone();
@@ -139,7 +139,7 @@ impl Pass<'_> {
         let out = self.tensors[&id].local(layout, local, self.options.degree);
         self.operations.push(add(reduced, whole, out));
         if let Some(tensor) = self.tensors.get_mut(&id) {
-            tensor.origin = Origin::Made;
+            tensor.state = TensorState::Made;
             tensor.add(layout, local);
         }
         self.get(id, want)

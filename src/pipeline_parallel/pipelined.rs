@@ -14,8 +14,8 @@ use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
-    CheckedOptimizers, ClipRecord, GradientLayout, GradientSink, MicroBatch, RandomSource, Run, SameInputs, SplitParam,
-    StepEngine, TensorTree, read_params,
+    CheckedOptimizers, ClipRecord, ComparedCall, GradientLayout, GradientSink, MicroBatchResult, RandomSource,
+    SameInputs, SplitParam, StepEngine, TensorTree, read_params,
 };
 use crate::nesting::refuse_wrapping;
 use crate::params::{self, ParamSlice, SliceSource, one_device};
@@ -236,8 +236,8 @@ impl<M: Module> StepEngine for Pipelined<M> {
         step: StepFn<'_, M, I>,
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
-    ) -> Result<MicroBatch, Error> {
-        let comparison = self.same_inputs.start(Run::Step, &inputs)?;
+    ) -> Result<MicroBatchResult, Error> {
+        let comparison = self.same_inputs.start(ComparedCall::Step, &inputs)?;
         let shards = lock(&self.state).row_shards.clone();
         let divisor = unit.unwrap_or(1.0);
         if let Some(shards) = &shards {
@@ -255,7 +255,7 @@ impl<M: Module> StepEngine for Pipelined<M> {
             sink.gradient(id, gradient.scale(factor))?;
         }
         let sum = Weight::tensor(run.loss.sum, &Device::flex());
-        Ok(MicroBatch { loss: Some((sum, 1.0)), outputs, run: Some(run.report) })
+        Ok(MicroBatchResult { loss: Some((sum, 1.0)), outputs, run: Some(run.report) })
     }
 
     fn is_prepared(&self) -> bool {
@@ -287,7 +287,7 @@ impl<M: Module> StepEngine for Pipelined<M> {
         F: FnMut(&M, I) -> O,
         O: TensorTree + Clone + Send + 'static,
     {
-        let comparison = self.same_inputs.start(Run::Forward, &inputs)?;
+        let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs)?;
         let outputs = self.run_forward(inputs, forward)?;
         comparison.finish()?;
         Ok(outputs)

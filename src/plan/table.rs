@@ -72,9 +72,9 @@ pub struct PlanTable {
 impl PlanTable {
     /// Checks the plans of these axes; see [`Plan::table_over`](super::Plan::table_over).
     pub(super) fn of<M: Module>(plans: Vec<AxisPlan>, model: &M, axes: &[(&str, usize)]) -> Result<Self, Error> {
-        let mut found = Rows::default();
+        let mut found = TableRows::default();
         visit_params(model, &mut |param| found.add(&param));
-        let Rows { mut rows, tied, .. } = found;
+        let TableRows { mut rows, tied, .. } = found;
         for (name, degree) in axes {
             if *degree == 0 {
                 return Err(plan_error(format!("axis `{name}` has no ranks: a plan is for at least 1")));
@@ -118,7 +118,7 @@ impl PlanTable {
         ranks: usize,
         later: &dyn Fn(ParamId) -> Option<Vec<usize>>,
     ) -> Self {
-        let mut found = Rows::default();
+        let mut found = TableRows::default();
         visit_params(model, &mut |param| found.add(&param));
         let mut rows = found.rows;
         for row in &mut rows {
@@ -349,13 +349,13 @@ struct TiedParam {
 }
 
 #[derive(Default)]
-struct Rows {
+struct TableRows {
     rows: Vec<PlanRow>,
     tied: Vec<TiedParam>,
     seen: HashSet<ParamId>,
 }
 
-impl Rows {
+impl TableRows {
     fn add(&mut self, param: &ParamRef<'_>) {
         let (id, path, dims, dtype) = (param.id(), param.path(), param.dims(), param.dtype());
         if self.seen.insert(id) {

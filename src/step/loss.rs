@@ -35,11 +35,11 @@ use crate::tensor::{TensorMapper, TensorTree};
 pub struct Loss {
     value: Tensor<1>,
     weight: Weight,
-    outputs: Result<Vec<Output>, Error>,
+    outputs: Result<Vec<ExtraOutput>, Error>,
 }
 
 /// A further output: its place in the structure of the outputs, and the tensor.
-pub(crate) type Output = (String, DispatchTensor);
+pub(crate) type ExtraOutput = (String, DispatchTensor);
 
 /// What a loss is, and over how many items.
 #[derive(Debug, Clone)]
@@ -57,7 +57,7 @@ pub(crate) enum Weight {
 pub(crate) struct LossParts {
     pub value: Tensor<1>,
     pub weight: Weight,
-    pub outputs: Vec<Output>,
+    pub outputs: Vec<ExtraOutput>,
 }
 
 impl Loss {
@@ -167,7 +167,7 @@ impl From<Tensor<1, Int>> for Count {
 
 struct Collect {
     path: Vec<usize>,
-    outputs: Vec<Output>,
+    outputs: Vec<ExtraOutput>,
 }
 
 impl TensorMapper for Collect {

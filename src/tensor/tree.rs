@@ -139,14 +139,14 @@ pub(crate) fn place(path: &[usize]) -> String {
 /// # Errors
 /// Those of [`TensorTree::map_tensors`].
 pub(crate) fn rows<I: TensorTree>(inputs: I) -> Result<(I, Option<usize>), Error> {
-    let mut rows = Rows(None);
+    let mut rows = RowCount(None);
     let inputs = inputs.map_tensors(&mut rows)?;
     Ok((inputs, rows.0))
 }
 
-struct Rows(Option<usize>);
+struct RowCount(Option<usize>);
 
-impl TensorMapper for Rows {
+impl TensorMapper for RowCount {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
         self.0 = self.0.or_else(|| tensor.shape().iter().next().copied());
         Ok(tensor)

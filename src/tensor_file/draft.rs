@@ -37,6 +37,13 @@ impl Draft {
         Ok(Self { made_in: beside(UNFINISHED), replaced: beside(REPLACED), dir: dir.clone(), overwrite })
     }
 
+    /// The same with a part of its own in the hidden name, which no other draft of this directory has: so what a save
+    /// that was given up still writes is in no other's.
+    pub(crate) fn called(self, own: &str) -> Self {
+        let name = self.dir.file_name().unwrap_or_default();
+        Self { made_in: self.dir.with_file_name(hidden(name, &format!(".{own}{UNFINISHED}"))), ..self }
+    }
+
     /// Makes the draft, empty.
     ///
     /// # Errors

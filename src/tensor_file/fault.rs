@@ -14,13 +14,16 @@ pub(crate) fn point(name: &str) {
         std::thread::sleep(std::time::Duration::from_secs(10));
     }
     if std::env::var(STALL).is_ok_and(|wanted| wanted == name) {
-        std::thread::sleep(std::time::Duration::from_secs(600));
+        let ms = std::env::var(STALL_MS).ok().and_then(|ms| ms.parse().ok()).unwrap_or(600_000);
+        std::thread::sleep(std::time::Duration::from_millis(ms));
     }
 }
 
-/// Names a point at which the disk does not answer any more.
+/// Names a point at which the disk does not answer any more, or not for so many ms.
 #[cfg(test)]
 pub(crate) const STALL: &str = "BURN_PARALLEL_TEST_STALL";
+#[cfg(test)]
+pub(crate) const STALL_MS: &str = "BURN_PARALLEL_TEST_STALL_MS";
 
 #[cfg(test)]
 pub(crate) const VARIABLE: &str = "BURN_PARALLEL_TEST_KILL";

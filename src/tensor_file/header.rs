@@ -27,11 +27,11 @@ pub(crate) struct Entry {
 
 /// All tensors of a file.
 #[derive(Debug, Default)]
-pub(super) struct Header {
+pub(super) struct TensorTable {
     pub(super) tensors: BTreeMap<String, Entry>,
 }
 
-impl Header {
+impl TensorTable {
     /// Reads the JSON of a header that `there` bytes of tensors follow.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use memmap2::Mmap;
 #[cfg(unix)]
 use memmap2::UncheckedAdvice;
 
-use super::header::{Entry, Header, LONGEST};
+use super::header::{Entry, LONGEST, TensorTable};
 use super::problem::file_error;
 use crate::Error;
 
@@ -22,16 +22,16 @@ use crate::Error;
 /// gone.
 pub(crate) struct TensorFile {
     path: PathBuf,
-    header: Header,
+    header: TensorTable,
     /// Where the tensors begin.
     start: usize,
-    bytes: Bytes,
+    bytes: FileBytes,
 }
 
 /// Smaller tensors are not worth a call of the system.
 const RELEASED: usize = 1 << 18;
 
-enum Bytes {
+enum FileBytes {
     Mapped(Mmap),
     Owned(Vec<u8>),
 }
@@ -56,7 +56,7 @@ impl TensorFile {
         // SAFETY: a map of a file is unsound only if others change the file meanwhile, which the docs of this type
         // forbid.
         let map = unsafe { Mmap::map(&file) }.map_err(failed)?;
-        Self::of(path.into(), Bytes::Mapped(map))
+        Self::of(path.into(), FileBytes::Mapped(map))
     }
 
     /// Takes bytes that are in memory; errors call them by `name`.
@@ -64,14 +64,14 @@ impl TensorFile {
     /// # Errors
     /// As [`open`](Self::open).
     pub(crate) fn from_bytes(name: &str, bytes: Vec<u8>) -> Result<Self, Error> {
-        Self::of(name.into(), Bytes::Owned(bytes))
+        Self::of(name.into(), FileBytes::Owned(bytes))
     }
 
-    fn of(path: PathBuf, bytes: Bytes) -> Result<Self, Error> {
+    fn of(path: PathBuf, bytes: FileBytes) -> Result<Self, Error> {
         let all = bytes.all();
         let read = header_range(all, all.len() as u64).and_then(|range| {
             let there = (all.len() - range.end) as u64;
-            Ok((range.end, Header::parse(&all[range], there)?))
+            Ok((range.end, TensorTable::parse(&all[range], there)?))
         });
         let (start, header) = read.map_err(|problem| file_error(&path, problem))?;
         Ok(Self { path, header, start, bytes })
@@ -105,7 +105,7 @@ impl TensorFile {
     }
 }
 
-impl Bytes {
+impl FileBytes {
     fn all(&self) -> &[u8] {
         match self {
             Self::Mapped(map) => map,

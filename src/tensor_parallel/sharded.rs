@@ -14,8 +14,8 @@ use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
-    CheckedOptimizers, ClipRecord, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache, MicroBatch,
-    RandomSource, Run, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph, StepObserver,
+    CheckedOptimizers, ClipRecord, ComparedCall, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache,
+    MicroBatchResult, RandomSource, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph, StepObserver,
 };
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, ParamSlice, SliceSource, one_device};
@@ -197,9 +197,9 @@ impl<M: Module> StepEngine for Sharded<M> {
         step: StepFn<'_, M, I>,
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
-    ) -> Result<MicroBatch, Error> {
+    ) -> Result<MicroBatchResult, Error> {
         let signature = self.split.of_step(&self.local)?;
-        let comparison = self.same_inputs.start(Run::Step, &inputs)?;
+        let comparison = self.same_inputs.start(ComparedCall::Step, &inputs)?;
         let (inputs, rows) = rows(inputs)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
@@ -222,7 +222,7 @@ impl<M: Module> StepEngine for Sharded<M> {
             shards.end_micro_batch(&[units.items(&step)]);
         }
         self.split.random().advance_rows(all_rows);
-        Ok(MicroBatch { loss: Some(units.loss(&step)), outputs: vec![step.outputs], run: None })
+        Ok(MicroBatchResult { loss: Some(units.loss(&step)), outputs: vec![step.outputs], run: None })
     }
 
     fn step_memory<I: TensorTree + Clone>(
@@ -247,7 +247,7 @@ impl<M: Module> StepEngine for Sharded<M> {
         O: TensorTree + Clone + Send + 'static,
     {
         let signature = self.split.of_forward(&self.local)?;
-        let comparison = self.same_inputs.start(Run::Forward, &inputs)?;
+        let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
         let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;

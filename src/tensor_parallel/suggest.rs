@@ -87,7 +87,7 @@ struct Candidate {
 }
 
 /// Like parameters of repeated layers, by their place among the parameters of the graph.
-struct Group {
+struct LikeParams {
     members: Vec<usize>,
     bytes: usize,
     /// What they may be.
@@ -103,8 +103,8 @@ impl Candidate {
     }
 
     /// The groups, the largest first. Those that must be split have no choice but how.
-    fn groups(&self) -> Vec<Group> {
-        let mut found: BTreeMap<(String, Vec<usize>), Group> = BTreeMap::new();
+    fn groups(&self) -> Vec<LikeParams> {
+        let mut found: BTreeMap<(String, Vec<usize>), LikeParams> = BTreeMap::new();
         let norms = self.graph.batch_norms.iter().flat_map(|norm| [norm.running_mean, norm.running_var]);
         let running: Vec<TensorId> = norms.collect();
         for (place, param) in self.graph.params.iter().enumerate() {
@@ -113,11 +113,12 @@ impl Candidate {
             // With an eighth more for padding, at most.
             let fits = |size: usize| size > 0 && size.next_multiple_of(self.degree) - size <= size / 8;
             let choices = (0..dims.len()).filter(|dim| may && fits(dims[*dim])).map(Layout::Sharded).collect();
-            let group = found.entry((like(&param.path), dims)).or_insert(Group { members: vec![], bytes: 0, choices });
+            let group =
+                found.entry((like(&param.path), dims)).or_insert(LikeParams { members: vec![], bytes: 0, choices });
             group.members.push(place);
             group.bytes += bytes(&param.tensor) as usize;
         }
-        let mut groups: Vec<Group> = found.into_values().filter(|group| !group.choices.is_empty()).collect();
+        let mut groups: Vec<LikeParams> = found.into_values().filter(|group| !group.choices.is_empty()).collect();
         groups.sort_by_key(|group| std::cmp::Reverse(group.bytes));
         let must = must_split(&groups.iter().map(|group| group.bytes).collect::<Vec<_>>());
         for (group, _) in groups.iter_mut().zip(must).filter(|(_, must)| !must) {
@@ -127,7 +128,7 @@ impl Candidate {
     }
 
     /// The groups of which one feeds the other.
-    fn pairs(&self, groups: &[Group]) -> Vec<[usize; 2]> {
+    fn pairs(&self, groups: &[LikeParams]) -> Vec<[usize; 2]> {
         let of = |param: usize| groups.iter().position(|group| group.members.contains(&param));
         let pairs = feeds(&self.graph).into_iter().filter_map(|(from, to)| Some([of(from)?, of(to)?]));
         pairs.filter(|[from, to]| from != to).collect::<BTreeSet<_>>().into_iter().collect()
@@ -136,7 +137,7 @@ impl Candidate {
 
 struct Search<'a> {
     step: &'a Candidate,
-    groups: Vec<Group>,
+    groups: Vec<LikeParams>,
     pairs: Vec<[usize; 2]>,
     /// What layouts cost, as far as they were tried; of those that the step cannot run in, infinitely much.
     known: HashMap<Vec<Layout>, f64>,
@@ -176,7 +177,7 @@ impl Search<'_> {
     fn best(&mut self, groups: &[usize], layouts: &[Layout]) -> Option<(f64, Vec<Layout>)> {
         let mut tried = vec![layouts.to_vec()];
         for group in groups {
-            let Group { members, choices, .. } = &self.groups[*group];
+            let LikeParams { members, choices, .. } = &self.groups[*group];
             let with = |layouts: &Vec<Layout>, choice: Layout| {
                 let mut layouts = layouts.clone();
                 members.iter().for_each(|place| layouts[*place] = choice);

@@ -11,13 +11,13 @@ use crate::tensor::PlainTensor;
 
 /// The gradients of the micro-batches of a step, added up.
 #[derive(Default)]
-struct LossAccumulator {
+struct GradientSum {
     gradients: HashMap<ParamId, PlainTensor>,
     weight: f64,
     unit: f64,
 }
 
-impl GradientSink for LossAccumulator {
+impl GradientSink for GradientSum {
     fn expect(&mut self, _: &[ParamId]) -> Result<(), Error> {
         Ok(())
     }
@@ -47,7 +47,7 @@ pub(super) fn step<E: StepEngine, I: TensorTree + Clone>(
     mut step: StepFn<'_, E::Model, I>,
 ) -> Result<Step, Error> {
     let before = engine.counters();
-    let mut sum = LossAccumulator::default();
+    let mut sum = GradientSum::default();
     let (mut losses, mut outputs, mut runs) = (Vec::new(), Vec::new(), Vec::new());
     for inputs in micro_batches {
         let unit = (sum.unit > 0.0).then_some(sum.unit);
@@ -56,7 +56,7 @@ pub(super) fn step<E: StepEngine, I: TensorTree + Clone>(
         outputs.extend(gave.outputs);
         runs.extend(gave.run);
     }
-    let LossAccumulator { gradients, weight, unit } = sum;
+    let GradientSum { gradients, weight, unit } = sum;
     // Of no items at all the loss is NaN, the gradients are those of nothing.
     let factor = if weight > 0.0 { unit / weight } else { 1.0 };
     let gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.scale(factor))).collect();

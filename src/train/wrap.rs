@@ -15,7 +15,7 @@ use crate::data_parallel::{DataParallelConfig, Join, JoinLoader, Replica};
 use crate::graph::{CheckedOptimizers, GradientLayout, RandomSource, SplitParam, StepEngine, TensorTree};
 use crate::params::{ParamSlice, SliceSource};
 use crate::pipeline_parallel::{PipelineConfig, Pipelined};
-use crate::sharding::{ShardComms, Sharding};
+use crate::sharding::ShardComms;
 use crate::step::{Loss, Step, StepCounters, StepFn};
 use crate::tensor_parallel::Sharded;
 
@@ -301,17 +301,15 @@ impl<M: Module> Pipelined<M> {
     /// All replicas take the values and ids of the first, and draw different random numbers: now, if the model is cut
     /// already (by paths, or after [`prepare`](Self::prepare)), or in the first step, which cuts it, and to which every
     /// replica brings a micro-batch then. Lazy parameters of this rank's stages are made then; if the replicas [divide
-    /// the parameters](Sharding::Parameters), they stay lazy, and all of this is done now, but for the cut.
+    /// the parameters](crate::sharding::Sharding::Parameters), they stay lazy, and all of this is done now, but for the
+    /// cut.
     ///
     /// # Errors
     /// [`Error::ModelMismatch`] if the ranks of `group` hold different stages; those of [`Communicator`].
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Self>, Error> {
         self.same_parts(group)?;
         self.draw_as(group.rank());
-        match group.size() > 1 && config.sharding == Sharding::Parameters {
-            true => Replica::by_rows(self, group, &config, Self::divided),
-            false => Replica::new(self, group, config),
-        }
+        Replica::of_parts(self, group, config, Self::divided)
     }
 }
 
@@ -334,17 +332,14 @@ impl<M: Module> Sharded<M> {
     /// same parts: the axis of a [`Mesh`](crate::mesh::Mesh) that is not the one of the split.
     ///
     /// All replicas take the values and ids of the first. Lazy parameters are made now, unless the replicas
-    /// [divide the parameters](Sharding::Parameters). They draw different random numbers,
-    /// all of the same [seed](Sharded::seed), from the [step](Sharded::random_step) on that this model has reached.
+    /// [divide the parameters](crate::sharding::Sharding::Parameters). They draw different random numbers, all of the
+    /// same [seed](Sharded::seed), from the [step](Sharded::random_step) on that this model has reached.
     ///
     /// # Errors
     /// [`Error::ModelMismatch`] if the ranks of `group` hold different parts; those of [`Communicator`].
     pub fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Self>, Error> {
         self.split().same_parts(group)?;
         self.draw_as(group.rank());
-        match group.size() > 1 && config.sharding == Sharding::Parameters {
-            true => Replica::by_rows(self, group, &config, Self::divided),
-            false => Replica::new(self, group, config),
-        }
+        Replica::of_parts(self, group, config, Self::divided)
     }
 }

@@ -126,6 +126,38 @@ fn another_precision() {
     }
 }
 
+/// Moments keep the digits that a checkpoint has of them, however often the same optimizer is restored, also between
+/// steps and from one that was saved since.
+#[test]
+fn moments_keep_their_digits_however_often_they_are_restored() {
+    let net = Net::new();
+    for axes in [Axes::new(1, 1, 1), Axes::new(2, 1, 1).sharded(Sharding::Optimizer), Axes::new(1, 2, 2)] {
+        let dir = Dir::fresh();
+        let ran = launch::threads(axes.ranks()).run(|world| {
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let mut optim = adamw().init();
+            let mut model = train(axes.wrap(&world, &net)?, &mut optim, (0, 2))?.0;
+            checkpoints.save(2, TrainState::new(&mut model).with_optimizer("optim", &mut optim))?;
+            let mut narrow = axes.wrap(&world, &net.clone().map(&mut Cast(FloatDType::BF16)))?;
+            let mut optim = adamw().init();
+            let mut runs = Vec::new();
+            for (from, to) in [(2, 3), (2, 4), (4, 5), (2, 6)] {
+                checkpoints.restore_step(from, TrainState::new(&mut narrow).with_optimizer("optim", &mut optim))?;
+                checkpoints.save(to, TrainState::new(&mut narrow).with_optimizer("optim", &mut optim))?;
+                let (trained, losses) = train(narrow, &mut optim, (2, 5))?;
+                narrow = trained;
+                runs.push(losses);
+            }
+            Ok(runs)
+        });
+        let runs = ran.unwrap().swap_remove(0);
+        assert!(runs.iter().all(|run| *run == runs[0]), "{axes:?}: {runs:?}");
+        for step in 3..7 {
+            assert!(moment_dtypes(&dir, step).iter().all(|found| found == "F32"), "{axes:?}: step {step}");
+        }
+    }
+}
+
 /// With moments of the parameter's own dtype a run goes on to the bit.
 #[test]
 fn fused_optimizers_go_on_to_the_bit_in_any_precision() {

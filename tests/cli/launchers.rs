@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::common::ports::free_port;
 use crate::train_lm::{Folder, TINY, example, json, losses, losses_in, same_losses, send};
 
 const STEPS: [&str; 4] = ["--steps", "60", "--batch", "8"];
@@ -70,9 +71,10 @@ fn a_job_of_slurm_that_is_requeued_goes_on() {
         let (saved, outcome) = (folder.path(&format!("saved{left}")), folder.path(&format!("again{left}.json")));
         let mut flags = flags(&saved, &outcome);
         flags.extend(["--min-ranks".into(), left.to_string()]);
-        // Slurm's ranks meet at a port made of the number of the job.
+        // Slurm's ranks meet at a port made of the number of the job: one below those that the system gives away.
         let first = u64::from(std::process::id());
-        let free = |job: &u64| TcpListener::bind(("127.0.0.1", 20_000 + (job % 20_000) as u16)).is_ok();
+        let port = |job: u64| 20_000 + (job % 20_000) as u16;
+        let free = |job: &u64| port(*job) < 32_000 && TcpListener::bind(("127.0.0.1", port(*job))).is_ok();
         let job = (first..first + 20_000).find(free).unwrap();
 
         let mut ranks = slurm((0, 2), job, &flags);
@@ -145,7 +147,7 @@ fn torchrun_goes_on_with_fewer_nodes() {
     let ranks = flags.iter().position(|flag| flag == "--dp").unwrap() + 1;
     flags[ranks] = "4".into();
     flags.extend(["--min-ranks".into(), "2".into()]);
-    let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let endpoint = format!("127.0.0.1:{port}");
     // Nodes that say nothing for two seconds are lost; nobody is waited for longer than a second.
     let node = |host: bool| {

@@ -1,5 +1,10 @@
 //! The examples as their users meet them: flags, errors, output.
 
+#[path = "../common"]
+mod common {
+    pub mod ports;
+}
+
 mod launchers;
 mod schedules;
 mod strategies;

@@ -12,6 +12,8 @@ use burn::tensor::FloatDType;
 use burn_parallel::prelude::*;
 use serde_json::Value;
 
+use crate::common::ports::free_port;
+
 /// The example beside this test. A plain `cargo test` builds it; with `--test cli` alone, build it first.
 pub fn example() -> PathBuf {
     let test = std::env::current_exe().unwrap();
@@ -681,21 +683,24 @@ fn a_run_that_went_back_is_gone_on_with() {
     let stderr = run("9", &[]);
     assert!(stderr.contains("goes on after step 5 of 9"), "{stderr}");
     assert_eq!(losses_in(&folder.path("outcome.json")).len(), whole.len());
-    // As a start after a loss: what this run has saved since, if it has.
-    let restarted = |step: &str| {
+    // As a start after a loss: what this run has saved since, if it has, and not what another has from the same step.
+    let restarted = |step: &str, run: &str| {
         let flags: Vec<&str> = flags.iter().map(|flag| if *flag == "9" { "10" } else { flag }).collect();
         let mut command = Command::new(example());
         command.args(TINY).args(flags).args(["--resume-step", step, "--dp", "1", "--launch", "env"]);
         let one = [("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")];
-        let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
+        let port = free_port().to_string();
         command.envs(one).env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port).env("BURN_PARALLEL_RESTART", "1");
+        command.env("BURN_PARALLEL_RUN", run);
         let output = command.output().unwrap();
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
-    let stderr = restarted("4");
-    assert!(stderr.contains("goes on after step 4 of 10"), "{stderr}");
-    let stderr = restarted("4");
-    assert!(stderr.contains("has made all 10 steps"), "{stderr}");
+    for (run, found) in
+        [("a", "goes on after step 4 of 10"), ("a", "has made all 10 steps"), ("b", "goes on after step 4 of 10")]
+    {
+        let stderr = restarted("4", run);
+        assert!(stderr.contains(found), "{run}: {stderr}");
+    }
 }
 
 #[test]
@@ -825,7 +830,7 @@ fn processes_have_the_losses_of_threads() {
 #[test]
 fn what_a_launcher_has_started_has_the_losses_of_threads() {
     let start = |flags: &[&str]| {
-        let port = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port().to_string();
+        let port = free_port().to_string();
         let ranks: Vec<_> = (0..3)
             .map(|rank: usize| {
                 let mut command = Command::new(example());

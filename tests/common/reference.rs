@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 
 use burn::backend::Flex;
-use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::{AdamWConfig, GradientsParams, ModuleOptimizer};
 use burn::prelude::*;
 use burn::tensor::Transaction;
 
-use crate::common::models::{Numbers, eager};
+pub use super::fill::filled;
+use crate::common::models::eager;
 
 /// A whole tensor, as one device has it.
 #[derive(Debug, Clone, PartialEq)]
@@ -75,6 +76,31 @@ pub fn gradient_values<M: Module>(model: &M, gradients: &GradientsParams) -> Who
     floats.read()
 }
 
+/// The paths of all float parameters and buffers, in their order, as a module shows them.
+pub fn paths<M: Module>(model: &M) -> Vec<String> {
+    #[derive(Default)]
+    struct Paths {
+        path: Vec<String>,
+        found: Vec<String>,
+    }
+    impl ModuleVisitor for Paths {
+        fn visit_float<const D: usize>(&mut self, _: &Param<Tensor<D>>) {
+            self.found.push(self.path.join("."));
+        }
+
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.into());
+        }
+
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+    }
+    let mut paths = Paths::default();
+    model.visit(&mut paths);
+    paths.found
+}
+
 /// The bytes of the buffers behind all initialized parameters.
 #[derive(Default)]
 pub struct Bytes {
@@ -97,27 +123,6 @@ pub fn bytes<M: Module>(model: &M) -> Bytes {
     let mut bytes = Bytes::default();
     model.visit(&mut bytes);
     bytes
-}
-
-/// The same numbers in every model of the same structure.
-struct Fill(Numbers);
-
-impl ModuleMapper for Fill {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let (id, value, mapper) = param.consume();
-        if !value.is_require_grad() {
-            return Param::from_mapped_value(id, value, mapper);
-        }
-        let dims = value.dims();
-        let scale = if D > 1 { 1.0 / (dims[0] as f32).sqrt() } else { 0.5 };
-        let new = self.0.tensor::<D>(dims, &value.device()) * scale + if D == 1 { 0.3 } else { 0.0 };
-        let new = new.cast(value.dtype());
-        Param::from_mapped_value(id, new.detach().require_grad(), mapper)
-    }
-}
-
-pub fn filled<M: Module>(model: M) -> M {
-    model.train().map(&mut Fill(Numbers(7)))
 }
 
 /// Demands the same dims, and values that differ by no more than a fraction of the largest.
@@ -161,6 +166,9 @@ pub fn close(what: &str, a: f32, b: f32) {
     assert!((a - b).abs() <= 2e-5 * a.abs().max(1.0), "{what}: {a} {b}");
 }
 
+/// The learning rate of [`alone`] and [`reference`].
+const LR: f64 = 0.05;
+
 pub fn optimizer() -> ModuleOptimizer {
     // Gradients that are 0 but for rounding, as that of a key's bias, must not be blown up.
     AdamWConfig::new().with_weight_decay(0.01).with_epsilon(1e-2).init()
@@ -176,52 +184,49 @@ pub fn own<M: Module>(model: &M) -> M {
     own_on(model, Device::flex())
 }
 
-/// What a few steps of one device give, whatever the values of the model: the losses, and all parameters after each.
-pub struct Alone {
-    pub losses: Vec<f32>,
-    pub after: Vec<Wholes>,
+/// What one device does in a step.
+pub struct Reference {
+    pub loss: f32,
+    pub gradients: Wholes,
+    /// All parameters and buffers, after the step.
+    pub after: Wholes,
 }
 
-/// Trains a copy of a model on one device, the CPU.
+/// Trains a copy of a model on one device, the CPU, on these batches.
+pub fn train<M: Module, I>(
+    model: &M,
+    mut optim: ModuleOptimizer,
+    lr: f64,
+    batches: impl IntoIterator<Item = I>,
+    loss: impl Fn(&M, I) -> Tensor<1>,
+) -> Vec<Reference> {
+    let mut model = own(model);
+    let mut steps = Vec::new();
+    for batch in batches {
+        let (loss, grads) = eager(&model, |model| loss(model, batch));
+        let gradients = gradient_values(&model, &grads);
+        model = optim.step(lr, model, grads);
+        steps.push(Reference { loss, gradients, after: values(&model) });
+    }
+    steps
+}
+
+/// [`train`], so many steps with [`optimizer`].
 pub fn alone<M: Module, I>(
     model: &M,
     steps: usize,
     batch: impl Fn(usize) -> I,
     loss: impl Fn(&M, I) -> Tensor<1>,
-) -> Alone {
-    let (mut model, mut optim) = (own(model), optimizer());
-    let mut alone = Alone { losses: Vec::new(), after: Vec::new() };
-    for step in 0..steps {
-        let (loss, gradients) = eager(&model, |m| loss(m, batch(step)));
-        alone.losses.push(loss);
-        model = optim.step(0.05, model, gradients);
-        alone.after.push(values(&model));
-    }
-    alone
+) -> Vec<Reference> {
+    train(model, optimizer(), LR, (0..steps).map(batch), loss)
 }
 
-/// One step of [`reference`].
-pub struct Reference {
-    pub loss: f32,
-    pub gradients: Wholes,
-    pub after: Wholes,
-}
-
-/// What one device does, with [filled](filled) parameters, on the whole batch.
+/// [`alone`], of a [`filled`] model.
 pub fn reference<M: Module, I>(
     make: impl Fn() -> M,
     batch: fn(u64) -> I,
     loss: fn(&M, I) -> Tensor<1>,
     steps: u64,
 ) -> Vec<Reference> {
-    let mut model = filled(make());
-    let mut optim = optimizer();
-    let mut done = Vec::new();
-    for step in 0..steps {
-        let (loss, grads) = eager(&model, |m| loss(m, batch(step)));
-        let gradients = gradient_values(&model, &grads);
-        model = optim.step(0.05, model, grads);
-        done.push(Reference { loss, gradients, after: values(&model) });
-    }
-    done
+    train(&filled(make()), optimizer(), LR, (0..steps).map(batch), loss)
 }

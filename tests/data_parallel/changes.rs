@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use burn::module::{Lora, Module, ModuleMapper, ModuleVisitor, Param, ParamGroup};
+use burn::module::{Lora, Module, ParamGroup};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::prelude::*;
@@ -11,41 +11,22 @@ use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Engine;
 
+use crate::common::fill::{filled, filled_from};
+use crate::common::models::device;
+use crate::common::reference::{all_same, close, values};
+
 type Layers = Vec<Linear>;
 
 const WORLDS: [usize; 4] = [1, 2, 3, 4];
 /// Rows that each rank has.
 const ROWS: usize = 2;
 
-fn device() -> Device {
-    Device::flex().autodiff()
-}
-
-/// Numbers that follow from a seed, as leaves of their own.
-fn filled<M: Module>(model: M, seed: usize) -> M {
-    struct Fill(usize);
-    impl ModuleMapper for Fill {
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            param.map(|value| {
-                let (shape, trained) = (value.shape(), value.is_require_grad());
-                let numbers = (0..shape.num_elements()).map(|_| {
-                    self.0 = (self.0 * 1103 + 12345) % 65_521;
-                    self.0 as f32 / 65_521.0 - 0.5
-                });
-                let data = TensorData::new(numbers.collect::<Vec<f32>>(), shape);
-                Tensor::from_data(data, &value.device()).set_require_grad(trained)
-            })
-        }
-    }
-    model.map(&mut Fill(seed))
-}
-
 fn layers() -> Layers {
-    filled((0..3).map(|_| LinearConfig::new(4, 4).init(&device())).collect(), 1)
+    filled((0..3).map(|_| LinearConfig::new(4, 4).init(&device())).collect())
 }
 
-fn head(seed: usize) -> Linear {
-    filled(LinearConfig::new(4, 4).init(&device()), seed)
+fn head(seed: u64) -> Linear {
+    filled_from(seed, LinearConfig::new(4, 4).init(&device()))
 }
 
 fn rows(step: usize, rows: std::ops::Range<usize>) -> Tensor<2> {
@@ -60,25 +41,6 @@ fn loss(model: &Layers, x: Tensor<2>) -> Tensor<1> {
 
 fn sgd() -> ModuleOptimizer {
     SgdConfig::new().init()
-}
-
-fn parameters<M: Module>(model: &M) -> Vec<f32> {
-    struct Read(Vec<f32>);
-    impl ModuleVisitor for Read {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.0.extend(param.base().inner().into_data().iter::<f32>());
-        }
-    }
-    let mut read = Read(Vec::new());
-    model.visit(&mut read);
-    read.0
-}
-
-#[track_caller]
-fn close(what: &str, a: &[f32], b: &[f32]) {
-    assert_eq!(a.len(), b.len(), "{what}");
-    let worst = a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-    assert!(worst < 1e-5, "{what}: {worst} apart");
 }
 
 fn first() -> ParamGroup {
@@ -139,7 +101,7 @@ fn parameters_that_are_unfrozen_after_wrapping_train() {
                         assert_eq!(grads.len(), if step == 0 { 4 } else { 6 });
                         model = optim.step(0.5, model, grads);
                     }
-                    close(&format!("{name} on {world}"), &parameters(&*model), &parameters(&expected));
+                    all_same(&format!("{name} on {world}"), &values(&expected), &values(&*model), 1e-5);
                     Ok(())
                 })
                 .unwrap();
@@ -164,14 +126,14 @@ fn a_layer_put_in_after_wrapping_takes_part_from_its_first_step_on() {
                         if step == 2 {
                             // Where a forward is still to come, the ranks need not bring the same.
                             let equal = matches!(name, "backward" | "accumulate");
-                            model[2] = head(if equal { 5 } else { 5 + rank.rank() });
+                            model[2] = head(if equal { 5 } else { 5 + rank.rank() as u64 });
                         }
                         let (buckets, grads) = (model.buckets(), way(&mut model, rows(step, share(&rank)))?);
                         assert_eq!(grads.len(), 6, "{name} on {world}");
                         assert_eq!(model.buckets(), buckets, "what has gone is reduced no more");
                         model = optim.step(0.5, model, grads);
                     }
-                    close(&format!("{name} on {world}"), &parameters(&*model), &parameters(&expected));
+                    all_same(&format!("{name} on {world}"), &values(&expected), &values(&*model), 1e-5);
                     Ok(())
                 })
                 .unwrap();
@@ -184,7 +146,7 @@ fn layers_of_unequal_values_are_refused_where_the_forward_has_run() {
     for world in [2, 4] {
         let error = launch::threads(world).timeout(Duration::from_secs(20)).run(|rank| {
             let mut model = layers().data_parallel(&rank, DataParallelConfig::new())?;
-            model[1] = head(5 + usize::from(rank.rank() == world - 1));
+            model[1] = head(5 + u64::from(rank.rank() == world - 1));
             let loss = loss(&model, rows(0, share(&rank)));
             model.backward(loss).map(drop)
         });
@@ -252,7 +214,7 @@ fn replicas_of_split_and_cut_models_train_what_is_unfrozen() {
                     assert_eq!(grads.len(), if step == 0 { 4 } else { 6 });
                     model = optim.step(0.5, model, grads);
                 }
-                close("dp x tp", &parameters(&model.assemble()?), &parameters(&expected));
+                all_same("dp x tp", &values(&expected), &values(&model.assemble()?), 1e-5);
 
                 let model = layers().freeze_group(first());
                 let mut model = model.pipeline_parallel(&other, PipelineConfig::new(2))?;
@@ -265,7 +227,7 @@ fn replicas_of_split_and_cut_models_train_what_is_unfrozen() {
                     let grads = model.step(rows(step, own.clone()), loss)?.grads;
                     model = optim.step(0.5, model, grads);
                 }
-                close("dp x pp", &parameters(&model.assemble()?), &parameters(&expected));
+                all_same("dp x pp", &values(&expected), &values(&model.assemble()?), 1e-5);
                 Ok(())
             })
             .unwrap();
@@ -297,7 +259,7 @@ fn one_parameter_in_two_fields_is_an_error_once_they_differ() {
             let grads = model.step(rows(0, share(&rank)), twice_loss)?.grads;
             model = sgd().step(0.5, model, grads);
             // Burn's optimizers have moved the first alone.
-            close("as burn alone does", &parameters(&*model), &parameters(&single));
+            all_same("as burn alone does", &values(&single), &values(&*model), 1e-5);
             // Tied again, they are one parameter.
             let weight = model.a.weight.clone();
             let untied = std::mem::replace(&mut model.b.weight, weight);
@@ -338,14 +300,16 @@ fn one_parameter_in_two_fields_stays_one_where_its_update_is_divided() {
             }
             Ok(losses)
         });
-        close(&format!("{sharding:?}, {engine:?}"), &losses.unwrap()[0], &expected);
+        for (found, expected) in losses.unwrap()[0].iter().zip(&expected) {
+            close(&format!("{sharding:?}, {engine:?}"), *expected, *found);
+        }
     }
 }
 
 #[test]
 fn the_model_of_a_replica_is_as_it_was_before_it_was_wrapped() {
     let lora = || Lora::new(2, 4.0);
-    let tuned = filled(layers().apply_lora(lora()), 9);
+    let tuned = filled_from(9, layers().apply_lora(lora()));
     for world in [1, 2, 3] {
         let expected = alone(tuned.clone(), world, 3, |_, model| model);
         launch::threads(world)
@@ -354,7 +318,7 @@ fn the_model_of_a_replica_is_as_it_was_before_it_was_wrapped() {
                 model.step(rows(0, share(&rank)), loss)?;
                 let clone = model.clone();
                 // Adapters of burn find parameters without a hook, although a clone of the replica lives on.
-                let model = filled(model.into_inner().apply_lora(lora()), 9);
+                let model = filled_from(9, model.into_inner().apply_lora(lora()));
                 assert!(model.iter().all(|layer| layer.weight.adapter().is_some()));
                 let (mut model, mut optim) = (model.data_parallel(&rank, DataParallelConfig::new())?, sgd());
                 for step in 0..3 {
@@ -362,7 +326,7 @@ fn the_model_of_a_replica_is_as_it_was_before_it_was_wrapped() {
                     assert_eq!(grads.len(), 6);
                     model = optim.step(0.5, model, grads);
                 }
-                close("adapters", &parameters(&*model), &parameters(&expected));
+                all_same("adapters", &values(&expected), &values(&*model), 1e-5);
                 // What came with adapters keeps them.
                 let model = model.into_inner();
                 assert!(model.iter().all(|layer| layer.weight.adapter().is_some()));

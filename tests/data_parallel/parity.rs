@@ -5,7 +5,9 @@ use burn::optim::{AdamWConfig, ModuleOptimizer, SgdConfig};
 use burn_parallel::comm::part;
 use burn_parallel::prelude::*;
 
-use crate::common::zoo::{self, Case, assert_close, parameters};
+use crate::common::cases::{self, Case, wrap};
+use crate::common::fill::filled_from;
+use crate::common::reference::{all_same, values};
 
 const WORLDS: [usize; 5] = [1, 2, 3, 4, 8];
 const STEPS: usize = 4;
@@ -20,14 +22,11 @@ fn optimizer(name: &str) -> ModuleOptimizer {
 
 fn parity<M: Module + Sync>(case: Case<M>) {
     for optim in ["adamw", "sgd"] {
-        let (losses, model) = case.alone(optimizer(optim), 1e-2, &[ROWS; STEPS]);
-        let expected = parameters(&model.valid());
+        let (losses, expected) = case.alone(optimizer(optim), 1e-2, &[ROWS; STEPS]);
         for size in WORLDS {
             let ranks = launch::threads(size)
                 .run(|rank| {
-                    let device = rank.device().autodiff();
-                    let model = case.model.clone().fork(&device).train();
-                    let mut model = model.data_parallel(&rank, DataParallelConfig::new().with_bucket_bytes(3000))?;
+                    let mut model = wrap(&rank, &case.model, DataParallelConfig::new().with_bucket_bytes(3000))?;
                     let mut optim = optimizer(optim);
                     let mut seen = Vec::new();
                     for step in 0..STEPS {
@@ -40,14 +39,14 @@ fn parity<M: Module + Sync>(case: Case<M>) {
                         seen.push(done.loss.item());
                         model = optim.step(1e-2, model, done.grads);
                     }
-                    Ok((seen, parameters(&model.valid())))
+                    Ok((seen, values(&model)))
                 })
                 .unwrap();
             for (seen, found) in &ranks {
                 for (a, b) in losses.iter().zip(seen) {
                     assert!((a - b).abs() <= 1e-5 * a.abs().max(1e-3), "{size} ranks, {optim}: loss {a} against {b}");
                 }
-                assert_close(&expected, found, 2e-5, &format!("{size} ranks, {optim}"));
+                all_same(&format!("{size} ranks, {optim}"), &expected, found, 2e-5);
                 assert_eq!(found, &ranks[0].1, "replicas are bit-identical");
             }
         }
@@ -56,56 +55,53 @@ fn parity<M: Module + Sync>(case: Case<M>) {
 
 #[test]
 fn mlp() {
-    parity(zoo::mlp());
+    parity(cases::mlp());
 }
 
 #[test]
 fn transformer_encoder() {
-    parity(zoo::transformer());
+    parity(cases::transformer());
 }
 
 #[test]
 fn lstm() {
-    parity(zoo::lstm());
+    parity(cases::lstm());
 }
 
 #[test]
 fn convolutions() {
-    parity(zoo::cnn());
+    parity(cases::cnn());
 }
 
 #[test]
 fn tied_weights() {
-    parity(zoo::tied());
+    parity(cases::tied());
 }
 
 #[test]
 fn frozen_parameters() {
-    let mut case = zoo::mlp();
-    case.model =
-        case.model.freeze_group(burn::module::ParamGroup::from_paths(vec!["layers.1.weight", "layers.0.bias"]));
+    let mut case = cases::mlp();
+    case.model = case.model.freeze_group(burn::module::ParamGroup::from_paths(vec!["between.0.weight", "first.bias"]));
     parity(case);
 }
 
 #[test]
 fn lora_adapters() {
-    let mut case = zoo::transformer();
-    case.model = zoo::with_values(case.model.apply_lora(burn::module::Lora::new(2, 4.0)), 7);
+    let mut case = cases::transformer();
+    case.model = filled_from(7, case.model.apply_lora(burn::module::Lora::new(2, 4.0)));
     parity(case);
 }
 
 /// Batch norm over all ranks is batch norm over the whole batch, running statistics included.
 #[test]
 fn synchronised_batch_norm() {
-    let case = zoo::cnn_with_batch_norm();
+    let case = cases::cnn_with_batch_norm();
     for optim in ["adamw", "sgd"] {
-        let (losses, model) = case.alone(optimizer(optim), 1e-2, &[ROWS; STEPS]);
-        let expected = parameters(&model.valid());
+        let (losses, expected) = case.alone(optimizer(optim), 1e-2, &[ROWS; STEPS]);
         for size in WORLDS {
             let ranks = launch::threads(size)
                 .run(|rank| {
-                    let model = case.model.clone().fork(&rank.device().autodiff()).train();
-                    let mut model = model.data_parallel(&rank, DataParallelConfig::new().with_bucket_bytes(500))?;
+                    let mut model = wrap(&rank, &case.model, DataParallelConfig::new().with_bucket_bytes(500))?;
                     let mut optim = optimizer(optim);
                     let mut seen = Vec::new();
                     for step in 0..STEPS {
@@ -114,21 +110,21 @@ fn synchronised_batch_norm() {
                         let batch = vec![((input.features, input.targets), rows.len() as f64)];
                         let done = model.step_sync_batch_norm(batch, |model, (features, targets)| {
                             let tokens = burn::tensor::Tensor::zeros([1, 1], &features.device());
-                            (case.loss)(model, zoo::Batch { features, tokens, targets })
+                            (case.loss)(model, cases::Batch { features, tokens, targets })
                         })?;
                         seen.push(done.loss.item());
                         model = optim.step(1e-2, model, done.grads);
                     }
                     // Two collectives forward and two backward for the one batch norm, and one a step to agree.
                     assert_eq!(model.counters().statistics.of("all_reduce").calls, 4 * STEPS as u64);
-                    Ok((seen, parameters(&model.valid())))
+                    Ok((seen, values(&model)))
                 })
                 .unwrap();
             for (seen, found) in &ranks {
                 for (a, b) in losses.iter().zip(seen) {
                     assert!((a - b).abs() <= 1e-5 * a.abs().max(1e-3), "{size} ranks, {optim}: loss {a} against {b}");
                 }
-                assert_close(&expected, found, 1e-4, &format!("{size} ranks, {optim}"));
+                all_same(&format!("{size} ranks, {optim}"), &expected, found, 1e-4);
                 assert_eq!(found, &ranks[0].1, "replicas are bit-identical");
             }
         }

@@ -16,24 +16,23 @@ use burn_parallel::comm::{Communicator, ReduceOp, part};
 use burn_parallel::data_parallel::{Bucket, CommHook, Eager, Replica};
 use burn_parallel::prelude::*;
 
-use crate::common::zoo::{self, assert_close, parameters};
+use crate::common::cases::{self, Batch, Case, wrap};
+use crate::common::fill::{cast, filled_from};
+use crate::common::models::Mlp;
+use crate::common::reference::{Wholes, all_same, gradient_values, train, values};
 
 fn sgd() -> ModuleOptimizer {
     SgdConfig::new().init()
 }
 
-fn wrap<M: Module>(rank: &Rank, model: &M, config: DataParallelConfig) -> Result<Replica<Eager<M>>, Error> {
-    model.clone().fork(&rank.device().autodiff()).train().data_parallel(rank, config)
-}
-
 /// Steps of one device on all rows of each step, SGD.
-fn alone<M: Module>(case: &zoo::Case<M>, rows: &[usize]) -> Vec<(String, Vec<f32>)> {
-    parameters(&case.alone(sgd(), 0.1, rows).1)
+fn alone<M: Module>(case: &Case<M>, rows: &[usize]) -> Wholes {
+    case.alone(sgd(), 0.1, rows).1
 }
 
 #[test]
 fn bytes_are_the_lower_bound_and_calls_are_the_buckets() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let bytes = 4 * case.model.num_params() as u64;
     for size in [2, 3, 4, 8] {
         let moved = launch::threads(size)
@@ -78,7 +77,7 @@ fn every_rank_moves_2_n_minus_1_over_n_when_the_size_divides() {
 
 #[test]
 fn micro_batches_are_averaged_by_their_weights_and_reduce_nothing_before_the_last() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let expected = alone(&case, &[17, 17, 17]);
     // Rows of each rank's micro-batches: different numbers, different sizes.
     let three = vec![vec![(0, 1), (1, 6), (6, 8)], vec![(8, 13)], vec![(13, 14), (14, 17)]];
@@ -112,18 +111,18 @@ fn micro_batches_are_averaged_by_their_weights_and_reduce_nothing_before_the_las
                     };
                     model = optim.step(0.1, model, grads);
                 }
-                Ok(parameters(&model))
+                Ok(values(&model))
             })
             .unwrap();
         for found in found {
-            assert_close(&expected, &found, 1e-5, "accumulated");
+            all_same("accumulated", &expected, &found, 1e-5);
         }
     }
 }
 
 #[test]
 fn ranks_with_different_numbers_of_batches_finish_together() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     for size in [2, 3, 4] {
         // Rank r has r + 1 batches of 2 rows; step s is what all ranks that still have one bring.
         let steps = size;
@@ -140,18 +139,13 @@ fn ranks_with_different_numbers_of_batches_finish_together() {
                     model = optim.step(0.1, model, done.grads);
                 }
                 assert_eq!(weights, (0..steps).map(|step| 2.0 * (size - step) as f64).collect::<Vec<_>>());
-                Ok(parameters(&model))
+                Ok(values(&model))
             })
             .unwrap();
-        let mut model = case.model.clone().fork(&Device::flex().autodiff()).train();
-        let mut optim = sgd();
-        for step in 0..steps {
-            let loss = (case.loss)(&model, (case.input)(step, 2 * step..2 * size));
-            let grads = GradientsParams::from_grads(loss.backward(), &model);
-            model = optim.step(0.1, model, grads);
-        }
+        let batches = (0..steps).map(|step| (case.input)(step, 2 * step..2 * size));
+        let alone = train(&case.model, sgd(), 0.1, batches, case.loss);
         for found in found {
-            assert_close(&parameters(&model), &found, 1e-5, "joined");
+            all_same("joined", &alone[steps - 1].after, &found, 1e-5);
         }
     }
 }
@@ -167,7 +161,7 @@ struct Branches {
 fn branches() -> Branches {
     let device = Device::flex().autodiff();
     let layer = || LinearConfig::new(3, 2).init(&device);
-    zoo::with_values(Branches { left: layer(), right: layer(), never: layer() }, 3)
+    filled_from(3, Branches { left: layer(), right: layer(), never: layer() })
 }
 
 #[test]
@@ -180,7 +174,6 @@ fn parameters_used_on_some_ranks_or_on_none() {
         let layer = if rank == 0 { &model.left } else { &model.right };
         layer.forward(input(rank)).powf_scalar(2.0).mean()
     };
-    let train = |model: Branches, optim: &mut ModuleOptimizer, grads| optim.step(0.1, model, grads);
     for size in [2usize, 3, 4] {
         let found = launch::threads(size)
             .run(|rank| {
@@ -192,26 +185,22 @@ fn parameters_used_on_some_ranks_or_on_none() {
                     assert_eq!(grads.len(), 4, "what no rank's loss depends on has no gradient");
                     model = optim.step(0.1, model, grads);
                 }
-                Ok(parameters(&model))
+                Ok(values(&model))
             })
             .unwrap();
-        let mut model = model.clone().fork(&Device::flex().autodiff());
-        let mut optim: ModuleOptimizer = AdamWConfig::new().init();
-        for _ in 0..3 {
-            let losses = (0..size).map(|rank| forward(&model, rank) / size as f32);
-            let loss = losses.reduce(|a, b| a + b).unwrap();
-            let grads = GradientsParams::from_grads(loss.backward(), &model);
-            model = train(model, &mut optim, grads);
-        }
+        let alone = train(&model, AdamWConfig::new().init(), 0.1, 0..3, |model, _| {
+            let losses = (0..size).map(|rank| forward(model, rank) / size as f32);
+            losses.reduce(|a, b| a + b).unwrap()
+        });
         for found in found {
-            assert_close(&parameters(&model), &found, 1e-5, &format!("{size} ranks"));
+            all_same(&format!("{size} ranks"), &alone[2].after, &found, 1e-5);
         }
     }
 }
 
 #[test]
 fn forwards_that_are_not_differentiated_and_backwards_that_share_a_forward() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let expected = alone(&case, &[8, 8]);
     let found = launch::threads(2)
         .run(|rank| {
@@ -229,11 +218,11 @@ fn forwards_that_are_not_differentiated_and_backwards_that_share_a_forward() {
             model.accumulate(Loss::mean(first, 2.0))?;
             let grads = model.backward(Loss::mean(second, 2.0))?;
             model = optim.step(0.1, model, grads);
-            Ok(parameters(&model))
+            Ok(values(&model))
         })
         .unwrap();
     for found in found {
-        assert_close(&expected, &found, 1e-5, "shared forwards");
+        all_same("shared forwards", &expected, &found, 1e-5);
     }
 }
 
@@ -242,7 +231,7 @@ fn forwards_that_are_not_differentiated_and_backwards_that_share_a_forward() {
 #[test]
 fn late_gradients_are_summed_all_the_same() {
     let device = Device::flex().autodiff();
-    let layer = zoo::with_values(LinearConfig::new(3, 3).init(&device), 1);
+    let layer = filled_from(1, LinearConfig::new(3, 3).init(&device));
     let input = |seed: f32| Tensor::<2>::ones([2, 3], &Device::flex().autodiff()) * seed;
     let twice = |model: &Linear, seed: f32| model.forward(model.forward(input(seed)).tanh()).powf_scalar(2.0).mean();
     let found = launch::threads(2)
@@ -255,22 +244,22 @@ fn late_gradients_are_summed_all_the_same() {
             let grads = model.backward(second)?;
             // Weight and bias, and what came late of both.
             assert_eq!(model.counters().gradients.total().calls, 3);
-            Ok(grads.get::<2>(model.weight.id).unwrap().into_data().try_to_vec::<f32>().unwrap())
+            Ok(gradient_values(&*model, &grads))
         })
         .unwrap();
     let model = layer.clone().fork(&device);
     let loss = [(1.0, 2.0), (2.0, 4.0)].map(|(a, b)| (twice(&model, a) + twice(&model, b)) / 4.0);
     let [a, b] = loss;
     let grads = GradientsParams::from_grads((a + b).backward(), &model);
-    let expected = grads.get::<2>(model.weight.id).unwrap().into_data().try_to_vec::<f32>().unwrap();
+    let expected = gradient_values(&model, &grads);
     for found in &found {
-        assert_close(&[("weight".into(), expected.clone())], &[("weight".into(), found.clone())], 1e-5, "late");
+        all_same("late", &expected, found, 1e-5);
     }
 }
 
 #[test]
 fn gradients_travel_in_16_bits_and_come_back_in_32() {
-    let case = zoo::transformer();
+    let case = cases::transformer();
     let expected = alone(&case, &[8, 8, 8]);
     for (dtype, tolerance) in [(FloatDType::BF16, 2e-2), (FloatDType::F16, 3e-3)] {
         let found = launch::threads(4)
@@ -286,12 +275,12 @@ fn gradients_travel_in_16_bits_and_come_back_in_32() {
                     assert!(done.counters.gradients.total().bytes <= 2 * 3 * elements * 2 / 4 + 64);
                     model = optim.step(0.1, model, done.grads);
                 }
-                Ok(parameters(&model))
+                Ok(values(&model))
             })
             .unwrap();
         for other in &found {
             assert_eq!(other, &found[0]);
-            assert_close(&expected, other, tolerance, &format!("{dtype:?}"));
+            all_same(&format!("{dtype:?}"), &expected, other, tolerance);
         }
     }
 }
@@ -321,7 +310,7 @@ impl CommHook for &'static SignHook {
 #[test]
 fn a_compression_of_the_users_own() {
     static HOOK: SignHook = SignHook { seen: Mutex::new(Vec::new()) };
-    let case = zoo::mlp();
+    let case = cases::mlp();
     launch::threads(2)
         .run(|rank| {
             let mut model = wrap(&rank, &case.model, DataParallelConfig::new().with_comm_hook(&HOOK))?;
@@ -336,7 +325,7 @@ fn a_compression_of_the_users_own() {
         })
         .unwrap();
     let seen = HOOK.seen.lock().unwrap();
-    assert!(seen.iter().any(|(_, paths)| paths.contains(&"layers.2.weight".to_owned())));
+    assert!(seen.iter().any(|(_, paths)| paths.contains(&"second.weight".to_owned())));
 }
 
 fn model_weight<M: Module>(model: &M) -> burn::module::ParamId {
@@ -363,7 +352,7 @@ impl CommHook for ShortHook {
 
 #[test]
 fn a_hook_that_loses_gradients_is_an_error_on_every_rank() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let outcome = launch::threads(3).timeout(Duration::from_secs(5)).run(|rank| {
         let mut model = wrap(&rank, &case.model, DataParallelConfig::new().with_comm_hook(ShortHook))?;
         model.step((case.input)(0, 0..4), |model, batch| (case.loss)(model, batch)).map(|_| ())
@@ -409,7 +398,7 @@ fn models_of_different_structure_are_refused_with_the_path() {
 
 #[test]
 fn losses_that_cannot_be_are_errors_on_every_rank() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     for bad in 0..4 {
         let outcome = launch::threads(3).timeout(Duration::from_secs(5)).run(|rank| {
             let mut model = wrap(&rank, &case.model, DataParallelConfig::new())?;
@@ -430,7 +419,7 @@ fn losses_that_cannot_be_are_errors_on_every_rank() {
 
 #[test]
 fn a_rank_that_fails_in_its_forward_ends_the_others() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let began = Instant::now();
     let outcome = launch::threads(4).run(|rank| {
         let mut model = wrap(&rank, &case.model, DataParallelConfig::new())?;
@@ -450,13 +439,13 @@ fn a_rank_that_fails_in_its_forward_ends_the_others() {
 fn nobody_brings_data() {
     launch::threads(2)
         .run(|rank| {
-            let case = zoo::mlp();
+            let case = cases::mlp();
             let mut model = wrap(&rank, &case.model, DataParallelConfig::new())?;
-            let before = parameters(&model);
+            let before = values(&model);
             let grads = model.backward_without_data()?;
             assert!(grads.is_empty());
             let model = sgd().step(0.1, model, grads);
-            assert_eq!(parameters(&model), before);
+            assert_eq!(values(&model), before);
             Ok(())
         })
         .unwrap();
@@ -464,7 +453,7 @@ fn nobody_brings_data() {
 
 #[test]
 fn gradient_checkpointing_devices() {
-    let case = zoo::transformer();
+    let case = cases::transformer();
     let expected = alone(&case, &[8, 8]);
     let found = launch::threads(2)
         .run(|rank| {
@@ -480,11 +469,11 @@ fn gradient_checkpointing_devices() {
                 let done = model.step(batch, |model, batch| (case.loss)(model, batch))?;
                 model = optim.step(0.1, model, done.grads);
             }
-            Ok(parameters(&model))
+            Ok(values(&model))
         })
         .unwrap();
     for found in found {
-        assert_close(&expected, &found, 1e-5, "checkpointing");
+        all_same("checkpointing", &expected, &found, 1e-5);
     }
 }
 
@@ -510,29 +499,15 @@ impl<M: Module> Recheck<'_, M> {
 
 #[test]
 fn other_float_dtypes() {
-    struct Cast(FloatDType);
-    impl ModuleMapper for Cast {
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let (id, value, mapper) = param.consume();
-            let value = value.inner().cast(self.0).autodiff().require_grad();
-            Param::from_mapped_value(id, value, mapper)
-        }
-    }
     for (dtype, tolerance) in [(FloatDType::F64, 1e-6), (FloatDType::BF16, 3e-2), (FloatDType::F16, 5e-3)] {
-        let mut case = zoo::mlp();
-        case.model = case.model.map(&mut Cast(dtype));
-        let forward = |model: &zoo::Mlp, mut batch: zoo::Batch| {
+        let mut case = cases::mlp();
+        case.model = cast(case.model, dtype);
+        let forward = |model: &Mlp, mut batch: Batch| {
             batch.features = batch.features.cast(dtype);
             batch.targets = batch.targets.cast(dtype);
             (case.loss)(model, batch)
         };
-        let mut model = case.model.clone().fork(&Device::flex().autodiff());
-        let mut optim = sgd();
-        for step in 0..3 {
-            let loss = forward(&model, (case.input)(step, 0..9));
-            let grads = GradientsParams::from_grads(loss.backward(), &model);
-            model = optim.step(0.1, model, grads);
-        }
+        let alone = train(&case.model, sgd(), 0.1, (0..3).map(|step| (case.input)(step, 0..9)), forward);
         let found = launch::threads(3)
             .run(|rank| {
                 let mut replica = wrap(&rank, &case.model, DataParallelConfig::new())?;
@@ -542,11 +517,11 @@ fn other_float_dtypes() {
                     let done = replica.step((case.input)(step, rows), forward)?;
                     replica = optim.step(0.1, replica, done.grads);
                 }
-                Ok(parameters(&replica))
+                Ok(values(&replica))
             })
             .unwrap();
         for found in found {
-            assert_close(&parameters(&model), &found, tolerance, &format!("{dtype:?}"));
+            all_same(&format!("{dtype:?}"), &alone[2].after, &found, tolerance);
         }
     }
 }
@@ -640,12 +615,12 @@ fn buckets_are_reduced_while_backward_runs() {
 fn a_replica_is_saved_and_evaluated_like_its_model() {
     launch::threads(2)
         .run(|rank| {
-            let case = zoo::transformer();
+            let case = cases::transformer();
             let mut replica = wrap(&rank, &case.model, DataParallelConfig::new())?;
             let done = replica.step((case.input)(0, 0..3), |model, batch| (case.loss)(model, batch))?;
             let replica = sgd().step(0.1, replica, done.grads);
-            let plain = zoo::transformer().model.load_record(replica.clone().into_record());
-            assert_eq!(parameters(&plain), parameters(&replica));
+            let plain = cases::transformer().model.load_record(replica.clone().into_record());
+            assert_eq!(values(&plain), values(&replica));
             assert_eq!(replica.num_params(), case.model.num_params());
             assert!(!format!("{replica:?}").is_empty());
             let valid = replica.valid();
@@ -692,7 +667,7 @@ fn a_replica_trains_on_with_the_parameters_and_the_optimizer_of_another_run() {
                 // The parameters of a new model have other ids until the record gives them those of the first run.
                 let fresh = layers(&rank).data_parallel(&rank, DataParallelConfig::new())?.load_record(model);
                 let (resumed, _) = steps(&rank, fresh, adam().load_record(state), 3..6)?;
-                assert_eq!(parameters(&*whole), parameters(&*resumed), "on {size} ranks");
+                assert_eq!(values(&*whole), values(&*resumed), "on {size} ranks");
                 Ok(())
             })
             .unwrap();

@@ -1,39 +1,26 @@
 //! Data parallelism and tensor parallelism together: the numbers of one device.
 
 use burn::prelude::*;
-use burn::tensor::activation;
 use burn_parallel::partition::CollectiveKind;
 use burn_parallel::prelude::*;
 
-use crate::common::models::{Lm, Mlp, Numbers, device, eager};
+use crate::common::models::{Lm, Mlp, Numbers, Tokens, device, eager, token_rows};
 use crate::common::reference::{alone, difference, optimizer, own, values};
 
 const STEPS: usize = 3;
 
-type Batch = (Tensor<2, Int>, Tensor<2, Int>);
-
-/// Some rows of the batch of a step.
-fn rows(step: usize, rows: std::ops::Range<usize>) -> Batch {
-    let mut numbers = Numbers(step as u64 * 77 + 9);
-    let (tokens, targets) = (numbers.classes([9, 5], 11, &device()), numbers.classes([9, 5], 11, &device()));
-    (tokens.slice([rows.clone()]), targets.slice([rows]))
+fn summed(model: &Lm, batch: Tokens) -> (Tensor<1>, usize) {
+    let losses = model.token_losses(batch);
+    let count = losses.dims()[0];
+    (losses.sum(), count)
 }
 
-fn summed(model: &Lm, (tokens, targets): Batch) -> (Tensor<1>, usize) {
-    let [b, s] = tokens.dims();
-    let x = model.position.forward(model.embedding.forward(tokens));
-    let x = model.encoder.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
-    let logits = model.head.forward(model.norm.forward(x)).reshape([b * s, 11]);
-    let chosen = activation::log_softmax(logits, 1).gather(1, targets.reshape([b * s, 1]));
-    (chosen.sum().neg(), b * s)
-}
-
-fn mean_loss(model: &Lm, batch: Batch) -> Tensor<1> {
+fn mean_loss(model: &Lm, batch: Tokens) -> Tensor<1> {
     let (sum, count) = summed(model, batch);
     sum / count as f32
 }
 
-fn token_loss(model: &Lm, batch: Batch) -> Loss {
+fn token_loss(model: &Lm, batch: Tokens) -> Loss {
     let (sum, count) = summed(model, batch);
     Loss::sum(sum, count)
 }
@@ -43,13 +30,13 @@ fn lm() -> Lm {
 }
 
 /// This replica's micro-batches: rows of different numbers, on some replicas more of them.
-fn share(step: usize, replica: usize, replicas: usize) -> Vec<Batch> {
+fn share(step: usize, replica: usize, replicas: usize) -> Vec<Tokens> {
     match (replica, replicas) {
-        (_, 1) => vec![rows(step, 0..4), rows(step, 4..5), rows(step, 5..9)],
-        (0, 2) => vec![rows(step, 0..2), rows(step, 2..3), rows(step, 3..4)],
-        (1, 2) => vec![rows(step, 4..9)],
-        (0, _) => vec![rows(step, 0..7)],
-        (1, _) => vec![rows(step, 7..8), rows(step, 8..9)],
+        (_, 1) => vec![token_rows(step, 0..4), token_rows(step, 4..5), token_rows(step, 5..9)],
+        (0, 2) => vec![token_rows(step, 0..2), token_rows(step, 2..3), token_rows(step, 3..4)],
+        (1, 2) => vec![token_rows(step, 4..9)],
+        (0, _) => vec![token_rows(step, 0..7)],
+        (1, _) => vec![token_rows(step, 7..8), token_rows(step, 8..9)],
         _ => vec![],
     }
 }
@@ -57,7 +44,7 @@ fn share(step: usize, replica: usize, replicas: usize) -> Vec<Batch> {
 #[test]
 fn uneven_replicas_of_split_models_train_like_one_device() {
     let model = lm();
-    let reference = alone(&model, STEPS, |step| rows(step, 0..9), mean_loss);
+    let reference = alone(&model, STEPS, |step| token_rows(step, 0..9), mean_loss);
     for (dp, tp) in [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)] {
         launch::threads(dp * tp)
             .run(|world| {
@@ -67,14 +54,14 @@ fn uneven_replicas_of_split_models_train_like_one_device() {
                 let config = DataParallelConfig::new().with_bucket_bytes(4096).with_first_bucket_bytes(512);
                 let mut model = own(&model).tensor_parallel(&tp, Plan::megatron())?.data_parallel(&dp, config)?;
                 let mut optim = optimizer();
-                for step in 0..STEPS {
+                for (step, alone) in reference.iter().enumerate() {
                     let batches = share(step, dp.rank(), dp.size());
                     let result = model.step_micro_batches(batches, token_loss)?;
                     assert_eq!(result.weight, 45.0);
-                    let (loss, expected) = (result.loss.item() as f32, reference.losses[step]);
+                    let (loss, expected) = (result.loss.item() as f32, alone.loss);
                     assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
                     model = optim.step(0.05, model, result.grads);
-                    let worst = difference(&reference.after[step], &values(&model.assemble()?));
+                    let worst = difference(&alone.after, &values(&model.assemble()?));
                     assert!(worst < 3e-4, "{worst} after step {step} with dp {} and tp {}", dp.size(), tp.size());
                 }
                 Ok(())
@@ -86,7 +73,7 @@ fn uneven_replicas_of_split_models_train_like_one_device() {
 #[test]
 fn both_axes_in_the_graph_train_like_one_device() {
     let model = lm();
-    let reference = alone(&model, STEPS, |step| rows(step, 0..9), mean_loss);
+    let reference = alone(&model, STEPS, |step| token_rows(step, 0..9), mean_loss);
     let plan = Plan::megatron().on("dp", Plan::new().shard_input("0", 0).shard_input("1", 0));
     for (dp, tp) in [(3, 1), (3, 2)] {
         launch::threads(dp * tp)
@@ -94,13 +81,13 @@ fn both_axes_in_the_graph_train_like_one_device() {
                 let mesh = Mesh::new(&world, [("dp", dp), ("tp", tp)])?;
                 let mut model = own(&model).tensor_parallel_over(&mesh, &["tp", "dp"], &plan)?;
                 let mut optim = optimizer();
-                for step in 0..STEPS {
+                for (step, alone) in reference.iter().enumerate() {
                     // A mean over all rows, which the axis of the data shares out.
-                    let result = model.step(rows(step, 0..9), mean_loss)?;
-                    let (loss, expected) = (result.loss.item() as f32, reference.losses[step]);
+                    let result = model.step(token_rows(step, 0..9), mean_loss)?;
+                    let (loss, expected) = (result.loss.item() as f32, alone.loss);
                     assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
                     model = optim.step(0.05, model, result.grads);
-                    let worst = difference(&reference.after[step], &values(&model.assemble()?));
+                    let worst = difference(&alone.after, &values(&model.assemble()?));
                     assert!(worst < 3e-4, "{worst} after step {step} with dp {dp} and tp {tp}");
                 }
                 let [over_tp, over_dp] = <[_; 2]>::try_from(model.report().shards).unwrap();
@@ -154,9 +141,9 @@ fn gradients_are_reduced_in_buckets_over_the_replicas_only() {
         let model = own(&model).tensor_parallel(&tp, Plan::megatron())?;
         let mut model = model.data_parallel(&dp, DataParallelConfig::new())?;
         let bytes = model.table().bytes() as u64;
-        model.step(rows(0, 0..4), token_loss)?;
+        model.step(token_rows(0, 0..4), token_loss)?;
         let before = model.counters();
-        let step = model.step(rows(1, 0..4), token_loss)?;
+        let step = model.step(token_rows(1, 0..4), token_loss)?;
         let split = model.counters() - before;
         Ok((bytes, step.counters.gradients.total(), split.tensor.total()))
     });

@@ -11,38 +11,27 @@ use burn_parallel::comm::part;
 use burn_parallel::data_parallel::{Eager, Replica};
 use burn_parallel::prelude::*;
 
-use crate::common::zoo::{self, assert_close, parameters};
+use crate::common::cases::{self, Case};
+use crate::common::fill::filled_from;
+use crate::common::reference::{Wholes, all_same, own, values};
 
 /// Losses, and all parameters at the end.
-type Trained = (Vec<f64>, Vec<(String, Vec<f32>)>);
+type Trained = (Vec<f64>, Wholes);
 
 fn sgd() -> ModuleOptimizer {
     SgdConfig::new().init()
 }
 
-fn own<M: Module>(model: &M, device: &Device) -> M {
-    model.clone().fork(device).train()
-}
-
 /// Three steps of one device on all rows.
-fn alone<M: Module>(case: &zoo::Case<M>, rows: usize) -> Trained {
-    let mut model = own(&case.model, &Device::flex().autodiff());
-    let mut optim = sgd();
-    let mut losses = Vec::new();
-    for step in 0..3 {
-        let loss = (case.loss)(&model, (case.input)(step, 0..rows));
-        losses.push(loss.clone().into_scalar::<f64>());
-        let grads = GradientsParams::from_grads(loss.backward(), &model);
-        model = optim.step(0.1, model, grads);
-    }
-    (losses, parameters(&model))
+fn alone<M: Module>(case: &Case<M>, rows: usize) -> Trained {
+    case.alone(sgd(), 0.1, &[rows; 3])
 }
 
 /// Three steps of a model however it is spread, with bare means as losses.
 fn spread<P: ParallelModule>(
     mut model: P,
-    case: &zoo::Case<P::Model>,
-    batches: impl Fn(usize) -> Vec<zoo::Batch>,
+    case: &Case<P::Model>,
+    batches: impl Fn(usize) -> Vec<cases::Batch>,
     rows: usize,
 ) -> Result<Trained, Error> {
     let mut optim = sgd();
@@ -53,15 +42,15 @@ fn spread<P: ParallelModule>(
         losses.push(done.loss.item());
         model = model.optimize(&mut optim, 0.1, done)?;
     }
-    Ok((losses, parameters(&model.assemble()?)))
+    Ok((losses, values(&model.assemble()?)))
 }
 
 #[test]
 fn a_bare_mean_counts_for_its_rows_whatever_the_model_is_spread_over() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let (losses, expected) = alone(&case, 8);
     // 3 + 3 + 2 rows on three replicas; 2 + 1 and so on as micro-batches.
-    let cut = |rows: std::ops::Range<usize>, micro_batches: usize, step: usize| -> Vec<zoo::Batch> {
+    let cut = |rows: std::ops::Range<usize>, micro_batches: usize, step: usize| -> Vec<cases::Batch> {
         let parts = (0..micro_batches).map(|index| part(rows.len(), micro_batches, index));
         parts.map(|part| (case.input)(step, rows.start + part.start..rows.start + part.end)).collect()
     };
@@ -70,13 +59,13 @@ fn a_bare_mean_counts_for_its_rows_whatever_the_model_is_spread_over() {
             for micro_batches in [1, 2] {
                 let found = launch::threads(dp * tp * pp)
                     .run(|world| {
-                        let plan = "plan = { parameters = [{ pattern = '*.0.weight', shard = 0 }] }";
+                        let plan = "plan = { parameters = [{ pattern = 'first.weight', shard = 0 }] }";
                         let text = format!(
                             "dp = {dp}\npp = {pp}\ntp = {tp}\nengine = '{engine}'\n[tensor]\n{}\n{}",
                             if tp > 1 { plan } else { "" },
                             if pp > 1 { "[pipeline]\nmicro_batches = 1" } else { "" }
                         );
-                        let model = own(&case.model, &world.device().autodiff());
+                        let model = own(&case.model);
                         let model = model.parallelize(&world, &text.parse()?)?;
                         let (replica, replicas) = model.replica();
                         assert_eq!((replica, replicas), (model.mesh().coordinate("dp")?, dp));
@@ -90,7 +79,7 @@ fn a_bare_mean_counts_for_its_rows_whatever_the_model_is_spread_over() {
                     for (a, b) in losses.iter().zip(&found_losses) {
                         assert!((a - b).abs() < 1e-5 * a.abs(), "{what}: {losses:?} {found_losses:?}");
                     }
-                    assert_close(&expected, &found, 2e-5, &what);
+                    all_same(&what, &expected, &found, 2e-5);
                 }
             }
         }
@@ -118,12 +107,11 @@ fn one_replica_leaves_lazy_parameters_lazy() {
 
 #[test]
 fn the_gradients_of_another_backward_stay_with_it() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let (_, expected) = alone(&case, 6);
     for size in [1, 2, 4] {
         let found = launch::threads(size).run(|rank| {
-            let device = rank.device().autodiff();
-            let mut model = own(&case.model, &device).data_parallel(&rank, DataParallelConfig::new())?;
+            let mut model = own(&case.model).data_parallel(&rank, DataParallelConfig::new())?;
             let mut optim = sgd();
             for step in 0..3 {
                 let rows = part(6, size, rank.rank());
@@ -139,10 +127,10 @@ fn the_gradients_of_another_backward_stay_with_it() {
                 let grads = model.backward(Loss::mean(loss, rows.len()))?;
                 model = optim.step(0.1, model, grads);
             }
-            Ok(parameters(&model))
+            Ok(values(&model))
         });
         for found in found.unwrap() {
-            assert_close(&expected, &found, 1e-5, "after other backwards");
+            all_same("after other backwards", &expected, &found, 1e-5);
         }
     }
 }
@@ -166,7 +154,7 @@ fn two_replicas_that_share_a_loss_train_as_on_one_device() {
         all.slice([part])
     };
     let layer = |seed, device: &Device| -> Linear {
-        zoo::with_values(LinearConfig::new(2, 2).init(&Device::flex().autodiff()), seed).fork(device).train()
+        filled_from(seed, LinearConfig::new(2, 2).init(&Device::flex().autodiff())).fork(device).train()
     };
     let run = |size: usize| {
         let trained = launch::threads(size).run(|rank| {
@@ -185,14 +173,14 @@ fn two_replicas_that_share_a_loss_train_as_on_one_device() {
                 let grads = discriminator.backward(loss)?;
                 discriminator = of_discriminator.step(0.1, discriminator, grads);
             }
-            Ok([parameters(&generator), parameters(&discriminator)])
+            Ok([values(&generator), values(&discriminator)])
         });
         trained.unwrap().remove(0)
     };
     let alone = run(1);
     for size in [2, 4] {
         for (expected, found) in alone.iter().zip(run(size)) {
-            assert_close(expected, &found, 1e-5, "a generator and a discriminator");
+            all_same("a generator and a discriminator", expected, &found, 1e-5);
         }
     }
 }
@@ -226,7 +214,7 @@ fn all_ranks_have_the_ids_of_the_first() {
 }
 
 #[test]
-fn replicas_that_drift_apart_are_found() {
+fn a_replica_that_takes_another_learning_rate_is_found() {
     for size in [2, 3, 4] {
         let outcome = launch::threads(size).run(|rank| {
             let device = rank.device().autodiff();

@@ -10,7 +10,7 @@ use burn_parallel::prelude::*;
 
 use super::trials::{Trials, gpu};
 use crate::common::models::{self, Cnn, Lm, Mlp, Numbers, Tied, scalar};
-use crate::common::reference::{Alone, alone, difference, optimizer, own_on, values};
+use crate::common::reference::{Reference, alone, difference, optimizer, own_on, values};
 
 pub fn add_to(trials: &mut Trials) {
     trials.add("replicas_with_hooks", replicas_with_hooks);
@@ -33,15 +33,15 @@ const ROWS: usize = 8;
 type Batch<I> = fn(usize, &Device) -> I;
 
 /// The steps of one model on the CPU.
-fn on_the_cpu<M: Module, I>(model: &M, batch: Batch<I>, loss: fn(&M, I) -> Tensor<1>) -> Alone {
+fn on_the_cpu<M: Module, I>(model: &M, batch: Batch<I>, loss: fn(&M, I) -> Tensor<1>) -> Vec<Reference> {
     alone(model, STEPS, |step| batch(step, &models::device()), loss)
 }
 
 #[track_caller]
-fn compare<M: Module>(alone: &Alone, what: &str, step: usize, loss: f64, model: &M) {
-    let expected = f64::from(alone.losses[step]);
+fn compare<M: Module>(alone: &[Reference], what: &str, step: usize, loss: f64, model: &M) {
+    let expected = f64::from(alone[step].loss);
     assert!((loss - expected).abs() <= 1e-4 * expected.abs().max(1.0), "{what}, loss {step}: {loss} for {expected}");
-    let worst = difference(&alone.after[step], &values(model));
+    let worst = difference(&alone[step].after, &values(model));
     assert!(worst <= 1e-3, "{what}: parameters differ by {worst} after step {step}");
     assert_on(model, &gpu());
 }

@@ -1,5 +1,9 @@
 //! The example `finetune`: its data, and what its user meets.
 
+#[path = "../common"]
+mod common {
+    pub mod ports;
+}
 #[allow(dead_code, reason = "the example uses more of it")]
 #[path = "../../examples/finetune/data/mod.rs"]
 mod data;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use crate::common::ports::free_port;
 use crate::directory::Directory;
 use crate::program::{command, numbers, outcome, prepared, prepared_with, same, trained};
 
@@ -18,7 +19,7 @@ fn losses(directory: &Directory) -> Vec<f64> {
 
 /// Two ranks with flags of their own, as torchrun starts them, which says by variables which rank a process is.
 fn ranks_of_torchrun(directory: &Directory, flags: [&[&str]; 2]) -> Vec<Output> {
-    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port().to_string();
+    let port = free_port().to_string();
     let ranks: Vec<Child> = ["0", "1"]
         .iter()
         .zip(flags)

@@ -3,6 +3,7 @@
 #[path = "../common"]
 mod common {
     pub mod failing;
+    pub mod ports;
 }
 
 mod mesh;

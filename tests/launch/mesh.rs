@@ -12,7 +12,8 @@ use burn_parallel::launch::{self, Rank};
 use burn_parallel::mesh::Mesh;
 use rand::RngCore;
 
-const LIMIT: Duration = Duration::from_secs(5);
+/// Far below the time-out of the worlds that fail: nobody may need that to find out.
+const LIMIT: Duration = Duration::from_secs(20);
 
 #[test]
 fn results_come_in_rank_order() {

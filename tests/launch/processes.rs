@@ -95,7 +95,8 @@ fn one_that_fails_ends_all() {
     // Each has a child of its own, which must not be left behind either.
     let script = format!(
         "echo $$ > {0}/$RANK; sleep 1000 & echo $! > {0}/child$RANK; \
-         if [ $RANK = 1 ]; then while [ $(ls {0} | wc -l) -lt 6 ]; do sleep 0.01; done; echo the disk is full >&2; exit 7; fi; wait",
+         if [ $RANK = 1 ]; then \
+         while [ $(cat {0}/* | wc -l) -lt 6 ]; do sleep 0.01; done; echo the disk is full >&2; exit 7; fi; wait",
         folder.path()
     );
     let began = Instant::now();
@@ -103,7 +104,8 @@ fn one_that_fails_ends_all() {
     assert!(out.contains("<Some(1) of 3 with exit status 7: [\"[rank 1/3] the disk is full\"]>"), "{out}");
     assert!(began.elapsed() < LIMIT);
     assert_eq!(pids(&folder.0).len(), 6);
-    assert!(pids(&folder.0).iter().all(|pid| !alive(*pid)), "processes are left");
+    // What they have started is not waited for by anybody here.
+    until("the end of all processes", || pids(&folder.0).iter().all(|pid| !alive(*pid)));
 }
 
 /// Started again until all goes well, or as often as was said.
@@ -132,9 +134,11 @@ fn ranks_are_started_again() {
 fn fewer_ranks_are_started_again() {
     let folder = Folder::new("fewer");
     let run = |name: &str, sizes: &[usize]| {
+        // The last rank is lost when the others have written as well: a rank that starts late would be ended before.
         let script = format!(
-            "echo > {}/{name}.$BURN_PARALLEL_RESTART.$RANK.$WORLD_SIZE; \
-             if [ $WORLD_SIZE -ge 3 ]; then if [ $RANK -ge 2 ]; then kill -9 $$; fi; sleep 1000; fi",
+            "cd {}; echo > {name}.$BURN_PARALLEL_RESTART.$RANK.$WORLD_SIZE; \
+             if [ $WORLD_SIZE -lt 3 ]; then exit 0; fi; if [ $RANK -lt 2 ]; then sleep 1000; fi; \
+             while [ $(ls | grep -c {name}.$BURN_PARALLEL_RESTART) -lt 3 ]; do sleep 0.01; done; kill -9 $$",
             folder.path()
         );
         launch::processes(3).program("sh", ["-c", &script]).restarts(3).restart_sizes(sizes.to_vec()).supervise()
@@ -175,6 +179,9 @@ fn what_would_fail_again_is_not_started_again() {
     let starts = |name: &str, ends: &str| starts_within(None, name, ends);
     assert_eq!(starts("refused", "if [ $RANK = 1 ]; then exit 2; fi; sleep 1000"), 1);
     assert_eq!(starts("same", "echo no such model >&2; exit 1"), 2);
+    // Whichever rank is the first to say so.
+    let in_turn = "if [ $RANK != $BURN_PARALLEL_RESTART ]; then sleep 10; exit; fi; echo no such model >&2; exit 1";
+    assert_eq!(starts("in_turn", in_turn), 2);
     assert_eq!(starts("other", "echo step $BURN_PARALLEL_RESTART >&2; exit 1"), 4);
     assert_eq!(starts("killed", "echo the same words >&2; kill -9 $$"), 4);
     // What ran for a while has got further, as when a network breaks now and then.
@@ -184,6 +191,20 @@ fn what_would_fail_again_is_not_started_again() {
     let once = "if [ $BURN_PARALLEL_RESTART = 0 ]; then sleep 3.3; fi; echo connection reset >&2; exit 1";
     assert_eq!(starts_within(Some(Duration::from_secs(3)), "once", once), 3);
     assert_eq!(starts_within(Some(Duration::ZERO), "always", "echo no such model >&2; exit 1"), 4);
+}
+
+/// All starts of a run are told one name, and no other run is told it.
+#[test]
+fn a_run_has_a_name() {
+    let run = |name: &str| -> Vec<String> {
+        let folder = Folder::new(name);
+        let script = format!("echo $BURN_PARALLEL_RUN > {}/$BURN_PARALLEL_RESTART; kill -9 $$", folder.path());
+        launch::processes(1).program("sh", ["-c", &script]).restarts(2).supervise().unwrap_err();
+        (0..3).map(|start| fs::read_to_string(folder.0.join(start.to_string())).unwrap()).collect()
+    };
+    let (one, other) = (run("one"), run("another"));
+    assert!(one[0].trim().len() > 20 && one.iter().all(|name| *name == one[0]), "{one:?}");
+    assert_ne!(one[0], other[0]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -10,15 +10,12 @@ use burn_parallel::Error;
 use burn_parallel::launch::{ProcessInfo, Rendezvous};
 
 use crate::common::failing::fails;
+use crate::common::ports::free_port;
 
 /// A time-out that no test waits for.
 const LONG: Duration = Duration::from_secs(30);
-const SHORT: Duration = Duration::from_millis(600);
+const SHORT: Duration = Duration::from_secs(1);
 const SECRET: &[u8] = b"nobody knows";
-
-fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
-}
 
 fn at(rank: usize, size: usize, port: u16, timeout: Duration) -> Rendezvous {
     Rendezvous::new(rank, size, "127.0.0.1", port, SECRET, timeout)
@@ -62,7 +59,7 @@ fn the_missing_are_named() {
     let results = meet(vec![at(0, 4, port, SHORT), at(2, 4, port, LONG)]);
     fails(
         &results[0],
-        &["ranks 1, 3 of 4 did not come", &format!("127.0.0.1:{port}"), "600.0ms", "BURN_PARALLEL_TIMEOUT_S"],
+        &["ranks 1, 3 of 4 did not come", &format!("127.0.0.1:{port}"), "1.0s", "BURN_PARALLEL_TIMEOUT_S"],
     );
     // The one that came is told at once.
     assert_eq!(results[1].as_ref().unwrap_err(), results[0].as_ref().unwrap_err());
@@ -112,17 +109,33 @@ fn ranks_that_contradict_each_other() {
     fails(&at(1, 2, port, LONG).all_gather(&vec![0; (1 << 20) + 1]), &["1048577 bytes"]);
 }
 
+/// A connection to rank 0, which may not listen yet.
+fn connect(port: u16) -> TcpStream {
+    loop {
+        if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)) {
+            break stream;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// A stranger announces a large blob, and is told no.
+fn is_turned_away(port: u16) {
+    let mut stream = connect(port);
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    stream.read_exact(&mut [0; 40]).unwrap();
+    let numbers = [1u64, 2, 1 << 20].map(u64::to_le_bytes).concat();
+    stream.write_all(&[&b"burnpar2"[..], &[7; 32], &numbers, &[9; 32]].concat()).unwrap();
+    let mut heard = Vec::new();
+    let _ = stream.read_to_end(&mut heard);
+    assert_eq!(heard, [0]);
+}
+
 /// Whatever strangers send, those who belong together meet.
 #[test]
 fn garbage_of_strangers_does_no_harm() {
     let port = free_port();
     let zero = thread::spawn(move || at(0, 2, port, LONG).all_gather(b"zero"));
-    let connect = || loop {
-        if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)) {
-            break stream;
-        }
-        thread::sleep(Duration::from_millis(5));
-    };
     let mut held = Vec::new();
     let claim = |len: u64| {
         let numbers = [1u64, 2, len].map(u64::to_le_bytes).concat();
@@ -130,10 +143,10 @@ fn garbage_of_strangers_does_no_harm() {
     };
     let says = [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![0; 5000], vec![0xff; 200], claim(32), claim(u64::MAX), vec![]];
     for bytes in says {
-        let mut stream = connect();
+        let mut stream = connect(port);
         let _ = stream.write_all(&bytes);
         held.push(stream);
-        drop(connect());
+        drop(connect(port));
     }
     let all = [b"zero".to_vec(), b"one".to_vec()];
     assert_eq!(at(1, 2, port, LONG).all_gather(b"one").unwrap(), all);
@@ -168,24 +181,10 @@ fn a_stranger_in_the_place_of_rank_0() {
 fn nothing_is_heard_of_a_stranger_but_its_name() {
     let port = free_port();
     let zero = thread::spawn(move || at(0, 2, port, LONG).all_gather(b"zero"));
-    let connect = || loop {
-        if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)) {
-            break stream;
-        }
-        thread::sleep(Duration::from_millis(5));
-    };
-    let numbers = [1u64, 2, 1 << 20].map(u64::to_le_bytes).concat();
     let began = Instant::now();
-    for _ in 0..20 {
-        let mut stream = connect();
-        stream.set_read_timeout(Some(LONG)).unwrap();
-        stream.read_exact(&mut [0; 40]).unwrap();
-        stream.write_all(&[&b"burnpar2"[..], &[7; 32], &numbers, &[9; 32]].concat()).unwrap();
-        let mut heard = Vec::new();
-        let _ = stream.read_to_end(&mut heard);
-        assert_eq!(heard, [0]);
-    }
-    assert!(began.elapsed() < Duration::from_secs(4), "nobody waits for what a stranger has announced");
+    (0..20).for_each(|_| is_turned_away(port));
+    // Each for five seconds, if anybody did.
+    assert!(began.elapsed() < LONG / 2, "nobody waits for what a stranger has announced");
     at(1, 2, port, LONG).all_gather(b"one").unwrap();
     zero.join().unwrap().unwrap();
 }
@@ -213,10 +212,19 @@ fn connect_from(last: u8, port: u16) -> std::io::Result<TcpStream> {
     }
 }
 
-/// Whoever opens more connections than ranks may come from one address keeps nobody else out.
+/// Whoever opens more connections than ranks may come from one address keeps nobody else out, not even until these are
+/// given up, after five seconds.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_crowd_from_one_address() {
+    // A machine with much else to do may be that slow, but not always.
+    let waits: Vec<Duration> = (0..3).map(|_| behind_a_crowd()).take_while(|wait| wait.as_secs() >= 3).collect();
+    assert!(waits.len() < 3, "{waits:?}");
+}
+
+/// For how long a rank waits that comes behind it.
+#[cfg(target_os = "linux")]
+fn behind_a_crowd() -> Duration {
     let port = free_port();
     let zero = thread::spawn(move || at(0, 2, port, LONG).all_gather(b"zero"));
     let mut crowd = Vec::new();
@@ -235,8 +243,9 @@ fn a_crowd_from_one_address() {
     assert_eq!(greeted, 9);
     let began = Instant::now();
     at(1, 2, port, LONG).all_gather(b"one").unwrap();
-    assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
+    let waited = began.elapsed();
     zero.join().unwrap().unwrap();
+    waited
 }
 
 #[test]
@@ -256,9 +265,7 @@ fn any_time_out_but_none_at_all() {
 fn one_rank() {
     let Ok(place) = ProcessInfo::from_env() else { return };
     env_logger::init();
-    let timeout = std::env::var("RENDEZVOUS_MS").ok().and_then(|time| time.parse().ok());
-    let timeout = timeout.map_or(LONG, Duration::from_millis);
-    let met = Rendezvous::at(&place, timeout).and_then(|meeting| meeting.all_gather(&blob(place.rank)));
+    let met = Rendezvous::at(&place, LONG).and_then(|meeting| meeting.all_gather(&blob(place.rank)));
     match met {
         Ok(blobs) => println!("<met {} of {}>", place.rank, blobs.iter().map(Vec::len).sum::<usize>()),
         Err(error) => println!("<{error}>"),
@@ -273,7 +280,7 @@ fn one_rank_in(mut command: Command, rank: usize, size: usize, address: &str, po
     command
 }
 
-/// What two ranks say on standard output and error that meet with these secrets.
+/// What two ranks say on standard output and error that meet with these secrets, or don't.
 #[cfg(unix)]
 fn two_with(secrets: [Option<&[u8]>; 2], address: &str) -> [(String, String); 2] {
     use std::os::unix::ffi::OsStrExt;
@@ -284,13 +291,19 @@ fn two_with(secrets: [Option<&[u8]>; 2], address: &str) -> [(String, String); 2]
             Some(secret) => command.env("BURN_PARALLEL_SECRET", std::ffi::OsStr::from_bytes(secret)),
             None => command.env_remove("BURN_PARALLEL_SECRET"),
         };
-        command.env("RENDEZVOUS_MS", "2000").spawn().unwrap()
+        command.spawn().unwrap()
     };
-    [start(0), start(1)].map(|process| {
-        let output = process.wait_with_output().unwrap();
+    let said = |output: Output| {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         (text(&output.stdout), text(&output.stderr))
-    })
+    };
+    let (mut zero, one) = (start(0), start(1));
+    let one = said(one.wait_with_output().unwrap());
+    if !one.0.contains("<met") {
+        // It would wait for the other until its time-out.
+        zero.kill().unwrap();
+    }
+    [said(zero.wait_with_output().unwrap()), one]
 }
 
 /// A secret is bytes, whatever they mean, and never taken for none.
@@ -387,7 +400,8 @@ fn file_descriptors_are_counted_before_they_run_out() {
 fn rank_0_without_descriptors() {
     let Some(port) = std::env::var("MASTER_PORT").ok().and_then(|port| port.parse().ok()) else { return };
     let zero = thread::spawn(move || at(0, 2, port, LONG).all_gather(b"zero"));
-    thread::sleep(Duration::from_millis(500));
+    // It listens, and has nothing open of whoever came.
+    is_turned_away(port);
     // For a while: what others have open for a moment would be free again.
     let mut open = Vec::new();
     for _ in 0..20 {

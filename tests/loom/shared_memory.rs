@@ -19,7 +19,7 @@ use loom::cell::UnsafeCell;
 use loom::thread;
 
 use mailbox::{ENTRIES, Mailbox};
-use rounds::{Counter, Counters, Rounds};
+use rounds::{Counter, RoundCounters, Rounds};
 use sync::AtomicU64;
 
 use crate::explore::explore;
@@ -51,8 +51,8 @@ impl SharedMemory {
         }
     }
 
-    fn counters(&self) -> Counters<'_> {
-        Counters { committed: &self.committed, published: &self.published }
+    fn counters(&self) -> RoundCounters<'_> {
+        RoundCounters { committed: &self.committed, published: &self.published }
     }
 
     fn write(cells: &[[UnsafeCell<u64>; 2]], rounds: &Rounds, value: u64) {

@@ -93,7 +93,7 @@ fn dropped(rank: Rank) -> Result<(), Error> {
     rank.barrier()?;
     let began = Instant::now();
     drop((comm, part));
-    if began.elapsed() < Duration::from_millis(200) {
+    if began.elapsed() < TIMEOUT / 2 {
         println!("the drop took no time");
     }
     rank.barrier()
@@ -107,7 +107,7 @@ fn lost(rank: Rank) -> Result<(), Error> {
     if rank.rank() == 1 {
         return Err(Error::user("on purpose"));
     }
-    sleep(Duration::from_millis(600));
+    sleep(Duration::from_millis(1200));
     println!("{LATER}");
     part.barrier()
 }
@@ -135,7 +135,7 @@ pub fn role() -> Option<ExitCode> {
         Err(error) => println!("failed: {error}"),
     }
     // The watchdog may still be at work.
-    sleep(Duration::from_millis(300));
+    sleep(Duration::from_secs(1));
     Some(ExitCode::SUCCESS)
 }
 

@@ -7,11 +7,11 @@ use burn::module::{Module, Param, ParamId};
 use burn::nn::{Embedding, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
 
 use crate::common::models::{Numbers, device};
-use crate::common::reference::filled;
+use crate::common::reference::{filled, values};
+use crate::common::store::Store;
 
 fn rows(count: usize) -> Tensor<2> {
     Numbers(11).tensor([count, 6], &device())
@@ -123,38 +123,18 @@ fn words() -> Tensor<2, Int> {
     Numbers(2).classes([4, 3], 11, &device())
 }
 
-/// Values that follow from the path.
-struct Store(Vec<String>);
-
-impl SliceSource for Store {
-    fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
-        Ok(Some(match path {
-            "words.weight" => vec![11, 6],
-            path if path.ends_with("weight") => vec![6, 6],
-            _ => vec![6],
-        }))
-    }
-
-    fn read(&mut self, path: &str, ranges: &[std::ops::Range<usize>]) -> Result<burn::tensor::TensorData, Error> {
-        self.0.push(path.into());
-        let dims: Vec<usize> = ranges.iter().map(|range| range.len()).collect();
-        let count = dims.iter().product();
-        let mut numbers = Numbers(path.len() as u64);
-        Ok(burn::tensor::TensorData::new((0..count).map(|_| numbers.next()).collect::<Vec<f32>>(), dims))
-    }
-}
-
 #[test]
 fn a_tied_lazy_embedding_that_is_loaded_is_never_made() {
+    let stored = values(&filled(tied(&Arc::default())));
     launch::threads(2)
         .run(|rank| {
             let made = Arc::new(AtomicUsize::new(0));
             let mut model = tied(&made).pipeline_parallel(&rank, PipelineConfig::new(2))?;
             model.prepare(words(), tied_loss)?;
             assert_eq!(model.report().cut.unwrap().tied.len(), 1);
-            let mut store = Store(Vec::new());
+            let mut store = Store::of(stored.clone());
             let mut model = model.load(&mut store)?;
-            assert!(store.0.contains(&"words.weight".to_owned()), "{:?}", store.0);
+            assert!(store.read.contains_key("words.weight"), "{:?}", store.read);
             let evaluated = model.forward_with(words(), tied_loss)?.into_scalar::<f32>();
             let step = model.step(words(), tied_loss)?;
             assert_eq!(made.load(Ordering::Relaxed), 0);

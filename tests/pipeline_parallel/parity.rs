@@ -8,23 +8,23 @@ use burn_parallel::pipeline_parallel::schedule::Routes;
 use burn_parallel::prelude::*;
 
 use super::compare::compare;
-use crate::common::models::{Cnn, Lm, Numbers, Tied, cross_entropy, device, images, scalar};
+use crate::common::models::{Cnn, Lm, Numbers, Tied, Tokens, cross_entropy, device, images, scalar};
 use crate::common::reference::{all_same, bytes, filled, gradient_values, optimizer, reference, values};
 
 pub fn lm() -> Lm {
     Lm::new(13, 8, 3, &device())
 }
 
-pub fn tokens(seed: u64) -> (Tensor<2, Int>, Tensor<2, Int>) {
+pub fn tokens(seed: u64) -> Tokens {
     rows_of_tokens(8, seed)
 }
 
-pub fn rows_of_tokens(rows: usize, seed: u64) -> (Tensor<2, Int>, Tensor<2, Int>) {
+pub fn rows_of_tokens(rows: usize, seed: u64) -> Tokens {
     let mut numbers = Numbers(seed + 3);
     (numbers.classes([rows, 5], 11, &device()), numbers.classes([rows, 5], 11, &device()))
 }
 
-pub fn lm_loss(model: &Lm, (x, y): (Tensor<2, Int>, Tensor<2, Int>)) -> Tensor<1> {
+pub fn lm_loss(model: &Lm, (x, y): Tokens) -> Tensor<1> {
     model.loss(x, y)
 }
 
@@ -65,7 +65,7 @@ pub fn tied() -> Tied {
     Tied::new(&device())
 }
 
-pub fn tied_loss(model: &Tied, (x, y): (Tensor<2, Int>, Tensor<2, Int>)) -> Tensor<1> {
+pub fn tied_loss(model: &Tied, (x, y): Tokens) -> Tensor<1> {
     model.loss(x, y)
 }
 
@@ -101,10 +101,10 @@ fn tied_weights_on_two_ranks_stay_one() {
 #[test]
 fn token_losses_count_what_is_real() {
     // Rows of different numbers of real tokens, so that a mean of means would be wrong.
-    fn loss(model: &Lm, (x, y): (Tensor<2, Int>, Tensor<2, Int>)) -> Loss {
+    fn loss(model: &Lm, (x, y): Tokens) -> Loss {
         let [b, s] = x.dims();
         let real = y.clone().greater_elem(3).float().reshape([b * s]);
-        let x = model.position.forward(model.embedding.forward(x)).reshape([b * s, 8]);
+        let x = model.embed(x).reshape([b * s, 8]);
         let logits = activation::log_softmax(model.head.forward(model.norm.forward(x)), 1);
         let nats = logits.gather(1, y.reshape([b * s, 1])).reshape([b * s]).neg();
         Loss::sum((nats * real.clone()).sum(), real.sum())
@@ -138,9 +138,7 @@ fn evaluation_gives_the_whole_output_on_every_rank() {
     let expected = {
         let model = filled(lm()).valid();
         let (x, _) = rows_of_tokens(7, 1);
-        let x = model.position.forward(model.embedding.forward(x.inner()));
-        let x = model.encoder.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
-        model.head.forward(model.norm.forward(x)).into_data().try_to_vec::<f32>().unwrap()
+        model.logits(x.inner()).into_data().try_to_vec::<f32>().unwrap()
     };
     launch::threads(3)
         .run(|rank| {
@@ -149,11 +147,7 @@ fn evaluation_gives_the_whole_output_on_every_rank() {
             let early = model.forward_with(rows_of_tokens(7, 1).0, |model, x| model.embedding.forward(x));
             assert!(matches!(early, Err(Error::Pipeline { .. })));
             model.prepare(tokens(0), lm_loss)?;
-            let logits = model.forward_with(rows_of_tokens(7, 1).0, |model, x| {
-                let x = model.position.forward(model.embedding.forward(x));
-                let x = model.encoder.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
-                model.head.forward(model.norm.forward(x))
-            })?;
+            let logits = model.forward_with(rows_of_tokens(7, 1).0, |model, x| model.logits(x))?;
             assert_eq!(logits.dims(), [7, 5, 13]);
             let found = logits.into_data().try_to_vec::<f32>().unwrap();
             assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5));
@@ -164,11 +158,6 @@ fn evaluation_gives_the_whole_output_on_every_rank() {
 
 #[test]
 fn wherever_a_trained_model_was_cut_it_can_be_evaluated() {
-    let forward = |model: &Lm, x: Tensor<2, Int>| {
-        let x = model.position.forward(model.embedding.forward(x));
-        let x = model.encoder.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
-        model.head.forward(model.norm.forward(x))
-    };
     // With many stages some are cut beside a normalisation.
     for stages_per_rank in [2, 3, 4, 6, 9] {
         launch::threads(2)
@@ -176,7 +165,7 @@ fn wherever_a_trained_model_was_cut_it_can_be_evaluated() {
                 let config = PipelineConfig::new(2).with_schedule(Schedule::Interleaved { stages_per_rank });
                 let mut model = filled(lm()).pipeline_parallel(&rank, config)?;
                 model.prepare(tokens(0), lm_loss)?;
-                let logits = model.forward_with(rows_of_tokens(4, 1).0, forward)?;
+                let logits = model.forward_with(rows_of_tokens(4, 1).0, Lm::logits)?;
                 assert_eq!(logits.dims(), [4, 5, 13]);
                 Ok(())
             })
@@ -200,28 +189,23 @@ fn a_record_of_another_run_is_told_where_to_be_loaded() {
 
 #[test]
 fn a_model_is_evaluated_that_was_never_trained() {
-    let forward = |model: &Lm, x: Tensor<2, Int>| {
-        let x = model.position.forward(model.embedding.forward(x));
-        let x = model.encoder.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
-        model.head.forward(model.norm.forward(x))
-    };
     let expected = {
         let (x, _) = rows_of_tokens(6, 1);
-        forward(&filled(lm()).valid(), x.inner()).into_data().try_to_vec::<f32>().unwrap()
+        filled(lm()).valid().logits(x.inner()).into_data().try_to_vec::<f32>().unwrap()
     };
     let references = reference(lm, tokens, lm_loss, 1);
     launch::threads(2)
         .run(|rank| {
             let mut model = filled(lm()).pipeline_parallel(&rank, PipelineConfig::new(2))?;
             let before = bytes(model.local()).bytes.values().sum::<usize>();
-            model.prepare_forward(rows_of_tokens(6, 1).0, forward)?;
+            model.prepare_forward(rows_of_tokens(6, 1).0, Lm::logits)?;
             let report = model.report().cut.unwrap();
             let held = bytes(model.local()).bytes.values().sum::<usize>();
             assert_eq!(held as u64, report.stages[rank.rank()].param_bytes);
             assert!(held < before);
             // Nothing goes back.
             assert!(report.crossings.iter().all(|crossing| crossing.from < crossing.to), "{report}");
-            let logits = model.forward_with(rows_of_tokens(6, 1).0, forward)?;
+            let logits = model.forward_with(rows_of_tokens(6, 1).0, Lm::logits)?;
             let found = logits.into_data().try_to_vec::<f32>().unwrap();
             assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 1e-5));
             // A step that is trained later keeps to the cut.
@@ -305,7 +289,7 @@ fn running_statistics_take_a_step_for_each_micro_batch() {
 }
 
 /// The first rank's error is everybody's.
-fn refused(ranks: usize, config: PipelineConfig, batch: fn(u64) -> (Tensor<2, Int>, Tensor<2, Int>)) -> Error {
+fn refused(ranks: usize, config: PipelineConfig, batch: fn(u64) -> Tokens) -> Error {
     launch::threads(ranks)
         .run(|rank| {
             let mut model = lm().pipeline_parallel(&rank, config.clone())?;

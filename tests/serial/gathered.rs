@@ -88,7 +88,7 @@ fn after_forward<M: Module + Sync>(
             model.step(x, |model, x| {
                 let loss = loss(model, x);
                 // What is gathered ahead is there by then, and neither rank goes on.
-                std::thread::sleep(std::time::Duration::from_millis(20));
+                std::thread::sleep(std::time::Duration::from_millis(200));
                 rank.barrier().expect("both come here");
                 found.store((held() - before) / 2, Relaxed);
                 rank.barrier().expect("both come here");

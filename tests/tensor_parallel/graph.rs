@@ -10,7 +10,7 @@ use burn_parallel::partition::{CollectiveKind, PartitionOptions, ShardReport, pa
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::Sharded;
 
-use crate::common::models::{Cnn, Numbers, Rnn, Tied, WideLm, cross_entropy, device, images};
+use crate::common::models::{Cnn, Lm, Numbers, Rnn, Tied, Tokens, cross_entropy, device, images};
 use crate::common::reference::{Reference, all_same, bytes, filled, gradient_values, optimizer, reference, values};
 
 /// Puts gradients where the parameters are, so that they can be assembled like them.
@@ -64,14 +64,14 @@ fn compare<M: Module, I: TensorTree + Clone>(
 }
 
 #[derive(Module, Debug)]
-struct Mlp {
+struct NormedMlp {
     first: Linear,
     norm: LayerNorm,
     second: Linear,
     third: Linear,
 }
 
-impl Mlp {
+impl NormedMlp {
     fn new(device: &Device) -> Self {
         Self {
             first: LinearConfig::new(12, 24).init(device),
@@ -93,20 +93,24 @@ fn rows(seed: u64) -> (Tensor<2>, Tensor<1, Int>) {
     (numbers.tensor([12, 12], &device()), numbers.classes([12], 12, &device()))
 }
 
-fn post(device: &Device) -> WideLm {
-    WideLm::new(12, 0.0, false, 2, device)
+fn post(device: &Device) -> Lm {
+    Lm::wide(12, 0.0, false, 2, device)
 }
 
-fn pre(device: &Device) -> WideLm {
-    WideLm::new(12, 0.0, true, 3, device)
+fn pre(device: &Device) -> Lm {
+    Lm::wide(12, 0.0, true, 3, device)
 }
 
-fn tokens(seed: u64) -> (Tensor<2, Int>, Tensor<2, Int>) {
+fn lm_loss(model: &Lm, (x, y): Tokens) -> Tensor<1> {
+    model.loss(x, y)
+}
+
+fn tokens(seed: u64) -> Tokens {
     let mut numbers = Numbers(seed + 50);
     (numbers.classes([12, 5], 12, &device()), numbers.classes([12, 5], 12, &device()))
 }
 
-fn few_tokens(seed: u64) -> (Tensor<2, Int>, Tensor<2, Int>) {
+fn few_tokens(seed: u64) -> Tokens {
     let mut numbers = Numbers(seed + 50);
     (numbers.classes([4, 5], 11, &device()), numbers.classes([4, 5], 11, &device()))
 }
@@ -116,10 +120,10 @@ const KINDS: [CollectiveKind; 3] =
 
 #[test]
 fn mlp_by_columns_and_rows() {
-    let references = reference(|| Mlp::new(&device()), rows, Mlp::loss, 4);
+    let references = reference(|| NormedMlp::new(&device()), rows, NormedMlp::loss, 4);
     let plan = Plan::new().shard("second.weight", 1).shard("second.bias", 0).shard("third.*", 0);
     for degree in [1, 2, 3, 4] {
-        let report = compare(Mlp::new, rows, Mlp::loss, &plan, degree, &references).unwrap();
+        let report = compare(NormedMlp::new, rows, NormedMlp::loss, &plan, degree, &references).unwrap();
         let counts = KINDS.map(|kind| report.count(kind));
         let expected = if degree == 1 { [[0, 0]; 3] } else { [[1, 1], [0, 0], [0, 0]] };
         assert_eq!(counts, expected, "{report}");
@@ -129,12 +133,12 @@ fn mlp_by_columns_and_rows() {
 
 #[test]
 fn transformers_with_megatrons_plan_and_its_collectives() {
-    type Case = (fn(&Device) -> WideLm, usize);
+    type Case = (fn(&Device) -> Lm, usize);
     let cases: [Case; 2] = [(post, 2), (pre, 3)];
     for (make, layers) in cases {
-        let references = reference(|| make(&device()), tokens, WideLm::loss, 3);
+        let references = reference(|| make(&device()), tokens, lm_loss, 3);
         for degree in [1, 2, 3, 4] {
-            let report = compare(make, tokens, WideLm::loss, &Plan::megatron(), degree, &references).unwrap();
+            let report = compare(make, tokens, lm_loss, &Plan::megatron(), degree, &references).unwrap();
             let counts = KINDS.map(|kind| report.count(kind));
             let expected = if degree == 1 { [[0, 0]; 3] } else { [[2 * layers, 2 * layers], [0, 0], [0, 0]] };
             assert_eq!(counts, expected, "{report}");
@@ -155,7 +159,7 @@ impl Translator {
         Self { embedding: EmbeddingConfig::new(12, 24).init(device), decoder }
     }
 
-    fn loss(&self, (source, target): (Tensor<2, Int>, Tensor<2, Int>)) -> Tensor<1> {
+    fn loss(&self, (source, target): Tokens) -> Tensor<1> {
         let (memory, target) = (self.embedding.forward(source), self.embedding.forward(target));
         self.decoder.forward(TransformerDecoderInput::new(target, memory)).powi_scalar(2).sub_scalar(0.5).abs().mean()
     }
@@ -177,16 +181,16 @@ fn decoder_with_megatrons_plan() {
 #[test]
 fn inputs_split_along_the_batch_are_data_parallelism() {
     let plan = Plan::new().shard_input("0", 0).shard_input("1", 0);
-    let references = reference(|| Mlp::new(&device()), rows, Mlp::loss, 3);
+    let references = reference(|| NormedMlp::new(&device()), rows, NormedMlp::loss, 3);
     for degree in [2, 3, 4] {
-        let report = compare(Mlp::new, rows, Mlp::loss, &plan, degree, &references).unwrap();
+        let report = compare(NormedMlp::new, rows, NormedMlp::loss, &plan, degree, &references).unwrap();
         // The loss, and each gradient.
         let gradients = references[0].gradients.len();
         let counts = KINDS.map(|kind| report.count(kind));
         assert_eq!(counts, [[1, gradients], [0, 0], [0, 0]], "{report}");
     }
-    let references = reference(|| post(&device()), tokens, WideLm::loss, 2);
-    let report = compare(post, tokens, WideLm::loss, &plan, 2, &references).unwrap();
+    let references = reference(|| post(&device()), tokens, lm_loss, 2);
+    let report = compare(post, tokens, lm_loss, &plan, 2, &references).unwrap();
     let gradients = references[0].gradients.len();
     assert_eq!(KINDS.map(|kind| report.count(kind)), [[1, gradients], [0, 0], [0, 0]], "{report}");
 }
@@ -233,13 +237,13 @@ fn random_plans<M: Module, I: TensorTree + Clone>(
 
 #[test]
 fn random_plans_of_an_mlp() {
-    random_plans(Mlp::new, rows, Mlp::loss, &[2, 3, 4], 80);
+    random_plans(NormedMlp::new, rows, NormedMlp::loss, &[2, 3, 4], 80);
 }
 
 #[test]
 fn random_plans_of_transformers() {
-    random_plans(post, tokens, WideLm::loss, &[2, 3, 4], 48);
-    random_plans(pre, tokens, WideLm::loss, &[4, 2], 16);
+    random_plans(post, tokens, lm_loss, &[2, 3, 4], 48);
+    random_plans(pre, tokens, lm_loss, &[4, 2], 16);
 }
 
 #[test]
@@ -251,21 +255,21 @@ fn random_plans_of_models_with_convolutions_recurrence_and_tied_weights() {
 
 #[test]
 fn gradient_checkpointing() {
-    fn make(_: &Device) -> WideLm {
+    fn make(_: &Device) -> Lm {
         post(&device().gradient_checkpointing())
     }
-    fn batch(seed: u64) -> (Tensor<2, Int>, Tensor<2, Int>) {
+    fn batch(seed: u64) -> Tokens {
         let (device, mut numbers) = (device().gradient_checkpointing(), Numbers(seed));
         (numbers.classes([12, 5], 12, &device), numbers.classes([12, 5], 12, &device))
     }
-    let references = reference(|| make(&device()), batch, WideLm::loss, 2);
-    compare(make, batch, WideLm::loss, &Plan::megatron(), 2, &references).unwrap();
+    let references = reference(|| make(&device()), batch, lm_loss, 2);
+    compare(make, batch, lm_loss, &Plan::megatron(), 2, &references).unwrap();
 }
 
 #[test]
 fn every_rank_gets_the_same_collectives() {
     let model = pre(&device());
-    let graph = capture_step(&model, tokens(0), |m, batch| m.loss(batch)).unwrap();
+    let graph = capture_step(&model, tokens(0), lm_loss).unwrap();
     let plan = Plan::megatron();
     let layouts: Vec<Layout> = graph.params.iter().map(|param| plan.layout(&param.path)).collect();
     for degree in [2, 4] {
@@ -283,7 +287,7 @@ fn every_rank_gets_the_same_collectives() {
 
 #[test]
 fn plans_that_do_not_fit() {
-    let model = Mlp::new(&device());
+    let model = NormedMlp::new(&device());
     let problem = |plan: Plan, degree| match plan.table(&model, degree) {
         Err(Error::Plan { problem }) => problem,
         other => panic!("{other:?}"),
@@ -309,8 +313,8 @@ fn an_input_that_is_not_there() {
     let plan = Plan::new().shard_input("2", 0);
     let error = launch::threads(2)
         .run(|rank| {
-            let mut model = Mlp::new(&device()).tensor_parallel(&rank, &plan)?;
-            model.step(rows(0), Mlp::loss).map(drop)
+            let mut model = NormedMlp::new(&device()).tensor_parallel(&rank, &plan)?;
+            model.step(rows(0), NormedMlp::loss).map(drop)
         })
         .unwrap_err();
     assert!(error.to_string().contains("no input `2`"), "{error}");
@@ -321,7 +325,7 @@ fn ranks_with_different_plans() {
     let error = launch::threads(3)
         .run(|rank| {
             let plan = Plan::new().shard("first.weight", usize::from(rank.rank() == 2));
-            Mlp::new(&device()).tensor_parallel(&rank, &plan).map(drop)
+            NormedMlp::new(&device()).tensor_parallel(&rank, &plan).map(drop)
         })
         .unwrap_err();
     assert!(matches!(error, Error::ModelMismatch { rank: 2, .. }), "{error}");

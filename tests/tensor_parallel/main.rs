@@ -4,6 +4,7 @@
 mod common;
 
 mod bounded;
+mod compare;
 mod engines;
 mod graph;
 mod layers;

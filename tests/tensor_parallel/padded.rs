@@ -10,9 +10,9 @@ use burn_parallel::prelude::*;
 use safetensors::tensor::{Dtype, TensorView};
 
 use crate::common::models::{Numbers, Tied, cross_entropy, device};
-use crate::common::reference::{Alone, alone, close, difference, optimizer, own, values};
+use crate::common::reference::close;
+use crate::compare::trains_like_one;
 
-const STEPS: usize = 3;
 /// Words, a prime; and a prime width inside.
 const WORDS: usize = 13;
 const WIDTH: usize = 8;
@@ -62,29 +62,6 @@ fn whole_plan() -> Plan {
     let inner = Plan::new().shard_padded("up.*", 1).shard_padded("down.weight", 0);
     let bias = Plan::new().shard_padded("up.bias", 0);
     bias.then(inner).then(Plan::vocabulary("tokens", "head"))
-}
-
-/// Trains on ranks beside one device. Losses and, put together, all parameters are the same, and have the model's dims.
-fn trains_like_one<M: Module + Sync>(
-    model: &M,
-    batch: fn(usize) -> Tokens,
-    loss: fn(&M, Tokens) -> Tensor<1>,
-    wrap: impl Fn(M, &Rank) -> Result<burn_parallel::tensor_parallel::Sharded<M>, Error> + Sync,
-    degree: usize,
-) -> ShardReport {
-    let Alone { losses, after } = alone(model, STEPS, batch, loss);
-    let reports = launch::threads(degree).run(|rank| {
-        let (mut model, mut optim) = (wrap(own(model), &rank)?, optimizer());
-        for step in 0..STEPS {
-            let result = model.step(batch(step), loss)?;
-            close(&format!("loss {step} of {degree}"), losses[step], result.loss.item() as f32);
-            model = optim.step(0.05, model, result.grads);
-            let worst = difference(&after[step], &values(&model.assemble()?));
-            assert!(worst <= 3e-4, "parameters differ by {worst} after step {step} over {degree} ranks");
-        }
-        Ok(model.report().shard())
-    });
-    reports.unwrap().swap_remove(0)
 }
 
 /// No collective over something as large as the logits or as a padded parameter.

@@ -10,37 +10,8 @@ use burn_parallel::partition::{Collective, CollectiveKind};
 use burn_parallel::prelude::*;
 
 use crate::common::models::{Cnn, Mlp, Numbers, Rnn, Tied, cross_entropy, device, eager, images, scalar};
-use crate::common::reference::{alone, close, difference, gradient_values, optimizer, own, values};
-
-const STEPS: usize = 3;
-
-/// Losses and all parameters of several steps are those of one device.
-#[track_caller]
-fn trains_like_one<M: Module + Sync, I: TensorTree + Clone>(
-    model: &M,
-    batch: fn(usize) -> I,
-    loss: fn(&M, I) -> Tensor<1>,
-    plan: &Plan,
-    degrees: &[usize],
-) {
-    let reference = alone(model, STEPS, batch, loss);
-    for degree in degrees {
-        launch::threads(*degree)
-            .run(|rank| {
-                let (mut model, mut optim) = (own(model).tensor_parallel(&rank, plan)?, optimizer());
-                for step in 0..STEPS {
-                    let result = model.step(batch(step), loss)?;
-                    close(&format!("loss {step} of {degree}"), reference.losses[step], result.loss.item() as f32);
-                    model = optim.step(0.05, model, result.grads);
-                    let found = values(&model.assemble()?);
-                    let worst = difference(&reference.after[step], &found);
-                    assert!(worst <= 3e-4, "parameters differ by {worst} after step {step} over {degree} ranks");
-                }
-                Ok(())
-            })
-            .unwrap();
-    }
-}
+use crate::common::reference::{alone, close, gradient_values, own};
+use crate::compare::splits_like_one;
 
 fn rows(step: usize) -> (Tensor<2>, Tensor<1, Int>) {
     let mut numbers = Numbers(step as u64 + 40);
@@ -80,20 +51,20 @@ fn a_record_of_another_run_is_told_where_to_be_loaded() {
 fn frozen_parameters() {
     let mut model = Mlp::new(0.0, &device());
     model.first = model.first.freeze();
-    trains_like_one(&model, rows, mlp_loss, &mlp_plan(), &[1, 2, 4]);
+    splits_like_one(&model, rows, mlp_loss, &mlp_plan(), &[1, 2, 4]);
     let mut model = Mlp::new(0.0, &device());
     model.second = model.second.freeze();
-    trains_like_one(&model, rows, mlp_loss, &mlp_plan(), &[2]);
+    splits_like_one(&model, rows, mlp_loss, &mlp_plan(), &[2]);
 }
 
 #[test]
 fn low_rank_adapters() {
     let model = Mlp::new(0.0, &device()).apply_lora(Lora::new(2, 4.0));
-    trains_like_one(&model, rows, mlp_loss, &mlp_plan(), &[2, 4]);
+    splits_like_one(&model, rows, mlp_loss, &mlp_plan(), &[2, 4]);
     // The adapters too.
     let table = mlp_plan().table(&model, 2).unwrap();
     let factor = table.rows().iter().find(|row| row.path.starts_with("first.weight.") && row.dims == [2, 16]).unwrap();
-    trains_like_one(&model, rows, mlp_loss, &mlp_plan().shard(factor.path.clone(), 1), &[2]);
+    splits_like_one(&model, rows, mlp_loss, &mlp_plan().shard(factor.path.clone(), 1), &[2]);
 }
 
 #[test]
@@ -103,12 +74,12 @@ fn gradient_checkpointing() {
         (numbers.tensor([6, 6], &device), numbers.classes([6], 4, &device))
     }
     let model = Mlp::new(0.0, &device().gradient_checkpointing());
-    let reference = alone(&model, STEPS, batch, mlp_loss);
+    let reference = alone(&model, 1, batch, mlp_loss);
     launch::threads(2)
         .run(|rank| {
             let model = model.clone().fork(&device().gradient_checkpointing());
             let step = model.tensor_parallel(&rank, mlp_plan())?.step(batch(0), mlp_loss)?;
-            close("loss", reference.losses[0], step.loss.item() as f32);
+            close("loss", reference[0].loss, step.loss.item() as f32);
             Ok(())
         })
         .unwrap();
@@ -119,15 +90,15 @@ fn running_statistics() {
     let plan =
         Plan::new().shard("first.weight", 0).shard("norm.*", 0).shard("second.weight", 1).shard("head.weight", 0);
     let loss = |m: &Cnn, (x, t): (Tensor<4>, Tensor<1, Int>)| m.loss(x, t);
-    trains_like_one(&Cnn::new(&device()), |step| images(4, step as u64, &device()), loss, &plan, &[1, 2, 4]);
+    splits_like_one(&Cnn::new(&device()), |step| images(4, step as u64, &device()), loss, &plan, &[1, 2, 4]);
 }
 
 #[test]
 fn tied_weights() {
     let loss = |m: &Tied, (x, t): (Tensor<2, Int>, Tensor<2, Int>)| m.loss(x, t);
     let model = Tied::new(&device());
-    trains_like_one(&model, tokens, loss, &Plan::new().shard("embedding.weight", 1), &[2, 3]);
-    trains_like_one(&model, tokens, loss, &Plan::new().shard("embedding.weight", 1).shard("inner.weight", 0), &[2]);
+    splits_like_one(&model, tokens, loss, &Plan::new().shard("embedding.weight", 1), &[2, 3]);
+    splits_like_one(&model, tokens, loss, &Plan::new().shard("embedding.weight", 1).shard("inner.weight", 0), &[2]);
 }
 
 /// With a state that two ranks can share.
@@ -141,7 +112,7 @@ fn recurrence_by_a_suggested_plan() {
     let loss = |m: &Rnn, (x, t): (Tensor<2, Int>, Tensor<2, Int>)| m.loss(x, t);
     let model = wider(Rnn::new(&device()));
     let plan = Plan::suggest_for(&model, 2, tokens(0), loss).unwrap();
-    trains_like_one(&model, tokens, loss, &plan, &[2]);
+    splits_like_one(&model, tokens, loss, &plan, &[2]);
 }
 
 /// Inputs and outputs with names.
@@ -248,14 +219,13 @@ fn evaluation_has_no_dropout_and_takes_running_statistics() {
     // Statistics that are not those of the batch.
     model.loss(images(4, 8, &device()).0, images(4, 8, &device()).1);
     let model = own(&model);
-    let logits = |m: &Cnn, x: Tensor<4>| m.norm.forward(m.first.forward(m.input_norm.forward(x)));
-    let expected = logits(&model.valid(), images(4, 9, &device()).0.inner());
+    let expected = model.valid().first_layer(images(4, 9, &device()).0.inner());
     let plan = Plan::new().shard("first.weight", 0).shard("norm.gamma", 0);
     launch::threads(2)
         .run(|rank| {
             let sharded = own(&model).tensor_parallel(&rank, &plan)?;
             for sharded in [sharded.valid(), sharded] {
-                let found = sharded.forward_with(images(4, 9, &device()).0, logits)?;
+                let found = sharded.forward_with(images(4, 9, &device()).0, Cnn::first_layer)?;
                 let far = (found - expected.clone()).abs().max().into_scalar::<f32>();
                 assert!(far < 1e-5, "{far}");
             }
@@ -379,7 +349,7 @@ fn a_vocabulary_and_a_gated_layer_by_ready_plans() {
         cross_entropy(m.head.forward(m.dropout.forward(x)).reshape([20, 12]), t.reshape([20]))
     };
     let plan = Plan::swiglu("swiglu").shard("down.weight", 0).then(Plan::vocabulary("tokens", "head"));
-    trains_like_one(&model, tokens, loss, &plan, &[2, 4]);
+    splits_like_one(&model, tokens, loss, &plan, &[2, 4]);
     let reports = launch::threads(2).run(|rank| {
         let mut model = own(&model).tensor_parallel(&rank, &plan)?;
         model.step(tokens(0), loss)?;
@@ -397,7 +367,7 @@ fn sequence_parallelism_by_plan() {
     let loss = |m: &TransformerEncoder, x: Tensor<3>| m.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
     let batch = |step: usize| Numbers(step as u64 + 3).tensor([2, 6, 24], &device());
     let plan = Plan::megatron().sequence_parallel(1);
-    trains_like_one(&model, batch, loss, &plan, &[1, 2, 3]);
+    splits_like_one(&model, batch, loss, &plan, &[1, 2, 3]);
     for (plan, scattered) in [(&plan, true), (&Plan::megatron(), false)] {
         let reports = launch::threads(2).run(|rank| {
             let mut model = own(&model).tensor_parallel(&rank, plan)?;
@@ -497,7 +467,7 @@ fn a_suggested_plan_splits_most_of_any_model() {
     let plan = Plan::suggest_for(&cnn, 2, images(4, 1, &device()), loss).unwrap();
     assert!(part(&plan, &cnn) < 0.65, "{plan:?}");
     assert!(part(&Plan::suggest(&cnn, 2), &cnn) < 0.75);
-    trains_like_one(&cnn, |step| images(4, step as u64, &device()), loss, &plan, &[2]);
+    splits_like_one(&cnn, |step| images(4, step as u64, &device()), loss, &plan, &[2]);
 
     let rnn = wider(Rnn::new(&device()));
     let loss = |m: &Rnn, (x, t): (Tensor<2, Int>, Tensor<2, Int>)| m.loss(x, t);

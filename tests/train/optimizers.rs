@@ -13,11 +13,11 @@ use burn::optim::{
 use burn::tensor::{DType, Tensor};
 use burn_parallel::prelude::*;
 
+use crate::common::cases::{self, wrap};
 use crate::common::models::device;
 use crate::common::reference::{Wholes, all_same, own, values};
-use crate::common::zoo::{self, assert_close, parameters};
 use crate::grad_norm::lm::{Kind, Lm, loss};
-use crate::zero::{LEVELS, config, optimizer, wrap};
+use crate::zero::{LEVELS, config, optimizer};
 use crate::zero_captured::parity::{share, strategy};
 
 const STEPS: usize = 3;
@@ -181,7 +181,7 @@ fn joined_parameters_are_shared_out() {
 /// Muon in the variable where AdamW was: its update depends on the whole of a parameter, of which each rank holds rows.
 #[test]
 fn another_optimizer_in_the_same_place_is_looked_at_anew() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let run = |config: DataParallelConfig, size: usize| {
         let found = launch::threads(size).run(|rank| {
             let mut model = wrap(&rank, &case.model, config.clone())?;
@@ -193,13 +193,13 @@ fn another_optimizer_in_the_same_place_is_looked_at_anew() {
                 let done = model.step((case.input)(step, 0..4), |model, batch| (case.loss)(model, batch))?;
                 model = model.optimize(&mut optim, 1e-2, done)?;
             }
-            Ok(parameters(&model.assemble()?.valid()))
+            Ok(values(&model.assemble()?))
         });
         found.unwrap().remove(0)
     };
     let expected = run(DataParallelConfig::new(), 1);
     for level in LEVELS {
-        assert_close(&expected, &run(config(level), 2), 3e-5, &format!("{level}"));
+        all_same(&format!("{level}"), &expected, &run(config(level), 2), 3e-5);
     }
 }
 

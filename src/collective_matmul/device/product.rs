@@ -11,7 +11,7 @@ use burn_cubecl::ops::permute;
 use super::view::{add, dims, multiply, multiply_all, rows, stacked, transposed};
 use crate::Error;
 use crate::collective_matmul::chunk_plan::{ChunkPlan, total_positions};
-use crate::collective_matmul::schedule::{Schedule, Size};
+use crate::collective_matmul::schedule::{ChunkSchedule, Size};
 use crate::collective_matmul::{PendingProduct, ProductCall};
 use crate::comm::device::{from_device, to_device, with_dims};
 use crate::comm::{Communicator, DeviceTensor, Pending, ReduceOp};
@@ -24,7 +24,7 @@ struct RunningChunks {
 }
 
 impl RunningChunks {
-    fn new(schedule: Schedule) -> Self {
+    fn new(schedule: ChunkSchedule) -> Self {
         Self { background: schedule.background, in_flight: Vec::new(), arrived: Vec::new() }
     }
 
@@ -53,14 +53,14 @@ impl RunningChunks {
 }
 
 /// A left factor as a matrix of rows, positions first, and what it takes to bring products back.
-struct Rows {
+struct RowMatrix {
     /// Its dims, of which `dim` has the positions.
     dims: Vec<usize>,
     dim: usize,
     matrix: DeviceTensor,
 }
 
-impl Rows {
+impl RowMatrix {
     fn of(left: DeviceTensor, dim: usize) -> Self {
         let dims = left.meta.shape().to_vec();
         let features = dims[dims.len() - 1];
@@ -130,7 +130,7 @@ fn schedule(
     [rows, across, split]: [usize; 3],
     size: usize,
     beside: bool,
-) -> Result<Schedule, Error> {
+) -> Result<ChunkSchedule, Error> {
     call.schedule(Size { rows, row_bytes: across * size, across, split, beside, on_device: true })
 }
 
@@ -170,9 +170,9 @@ pub(super) fn sum(
     beside: bool,
 ) -> Result<PendingProduct<DeviceTensor>, Error> {
     let first = &terms.first().ok_or_else(|| call.no_terms())?[0];
-    let (size, first) = (first.dtype.size(), Rows::of(first.clone(), 0));
+    let (size, first) = (first.dtype.size(), RowMatrix::of(first.clone(), 0));
     let back = first.back(first.positions());
-    let terms = Terms(terms.into_iter().map(|[left, right]| [Rows::of(left, 0).matrix, matrix(right)]).collect());
+    let terms = Terms(terms.into_iter().map(|[left, right]| [RowMatrix::of(left, 0).matrix, matrix(right)]).collect());
     let (m, columns) = (dims(&terms.0[0][0])[0], terms.columns());
     let schedule = schedule(call, [m, columns, terms.features()], size, beside)?;
     let mut running = RunningChunks::new(schedule);
@@ -190,10 +190,10 @@ pub(super) fn scatter(
     call: &ProductCall,
     beside: bool,
 ) -> Result<PendingProduct<DeviceTensor>, Error> {
-    let first = Rows::of(terms.first().ok_or_else(|| call.no_terms())?[0].clone(), call.dim);
+    let first = RowMatrix::of(terms.first().ok_or_else(|| call.no_terms())?[0].clone(), call.dim);
     let (size, positions, unit) = (first.matrix.dtype.size(), first.positions(), first.unit());
     let terms =
-        Terms(terms.into_iter().map(|[left, right]| [Rows::of(left, call.dim).matrix, matrix(right)]).collect());
+        Terms(terms.into_iter().map(|[left, right]| [RowMatrix::of(left, call.dim).matrix, matrix(right)]).collect());
     let columns = terms.columns();
     let schedule = schedule(call, [positions * unit, columns, terms.features()], size, beside)?;
     let plan = ChunkPlan::new(positions, call.comm.size(), call.comm.rank(), schedule);
@@ -219,7 +219,7 @@ pub(super) fn gather(
     call: &ProductCall,
 ) -> Result<(Vec<DeviceTensor>, DeviceTensor), Error> {
     let rights: Vec<DeviceTensor> = rights.into_iter().map(matrix).collect();
-    let left = Rows::of(left, call.dim);
+    let left = RowMatrix::of(left, call.dim);
     let (own, unit) = (left.positions(), left.unit());
     let (rank, size) = (call.comm.rank(), call.comm.size());
     let [_, inner] = dims(&left.matrix);
@@ -278,13 +278,13 @@ fn whole(left: DeviceTensor, own: usize, unit: usize, comm: &Communicator) -> Re
 }
 
 pub(super) fn multiply_own(left: DeviceTensor, right: DeviceTensor) -> Result<DeviceTensor, Error> {
-    let left = Rows::of(left, 0);
+    let left = RowMatrix::of(left, 0);
     multiply(left.matrix.clone(), &matrix(right)).map(left.back(left.positions()))
 }
 
 /// `left^T right`, summed over all rows.
 pub(super) fn multiply_rows(left: DeviceTensor, right: DeviceTensor) -> Result<DeviceTensor, Error> {
-    multiply(transposed(Rows::of(left, 0).matrix), &Rows::of(right, 0).matrix)
+    multiply(transposed(RowMatrix::of(left, 0).matrix), &RowMatrix::of(right, 0).matrix)
 }
 
 /// The rows of positions.

@@ -7,7 +7,7 @@ use burn::backend::flex::FlexTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::Tensor;
 
-use super::matrix::{Factor, Matrix, OutputRows, Real, elements_of, empty_tensor, multiply};
+use super::matrix::{Matrix, OutputRows, PreparedFactor, Real, elements_of, empty_tensor, multiply};
 use super::product::{dims_of, multiply_own, positions_first, unit_of, with_positions_first};
 use crate::Error;
 use crate::collective_matmul::ProductCall;
@@ -33,8 +33,9 @@ pub(super) fn gather<T: Real>(
     let unit = unit_of(&left, dim);
     let (outer, features) = (shape.as_slice()[..dim].iter().product::<usize>(), shape[shape.num_dims() - 1]);
     let positions = total_positions(shape[dim], call)?;
-    let factors: Vec<Factor<'_, T>> = rights.iter().map(|right| Factor::new(Matrix::of(right))).collect();
-    let split = factors.iter().map(Factor::columns).sum();
+    let factors: Vec<PreparedFactor<'_, T>> =
+        rights.iter().map(|right| PreparedFactor::new(Matrix::of(right))).collect();
+    let split = factors.iter().map(PreparedFactor::columns).sum();
     let (rows, row_bytes) = (outer * positions * unit, features * size_of::<T>());
     // Beside all of them there are the rows that this rank has.
     let schedule = call.schedule(Size { rows, row_bytes, across: features, split, beside: true, on_device: false })?;
@@ -57,7 +58,7 @@ pub(super) fn gather<T: Real>(
         }));
     }
     let mut whole = empty_tensor::<T>(&[positions, width], &pool);
-    let dims_of_made = |right: &Factor<'_, T>| dims_of(&left, dim, positions, right.columns());
+    let dims_of_made = |right: &PreparedFactor<'_, T>| dims_of(&left, dim, positions, right.columns());
     let mut made: Vec<_> = factors.iter().map(|right| empty_tensor::<T>(&dims_of_made(right), &pool)).collect();
     {
         let gathered: &mut [T] = whole.storage_mut();
@@ -90,7 +91,7 @@ pub(super) fn gather<T: Real>(
 fn write_slot<T: Real>(
     slot: &[T],
     [outer, unit, features]: [usize; 3],
-    right: &Factor<'_, T>,
+    right: &PreparedFactor<'_, T>,
     out: &mut [T],
     (at, positions): (Range<usize>, usize),
     pool: &Arc<Pool>,

@@ -94,13 +94,13 @@ pub(super) fn elements_of<T: Real>(tensor: &FlexTensor) -> &[T] {
 
 /// A right factor that is multiplied several times: made ready once.
 #[derive(Debug)]
-pub(super) struct Factor<'a, T: Real> {
+pub(super) struct PreparedFactor<'a, T: Real> {
     rows: usize,
     columns: usize,
     packed: T::Packed<'a>,
 }
 
-impl<'a, T: Real> Factor<'a, T> {
+impl<'a, T: Real> PreparedFactor<'a, T> {
     pub fn new(matrix: Matrix<'a, T>) -> Self {
         Self { rows: matrix.rows, columns: matrix.columns, packed: T::pack(matrix) }
     }
@@ -132,9 +132,13 @@ impl<'a, T> OutputRows<'a, T> {
 ///
 /// # Panics
 /// If the dims do not fit, which callers check.
-pub(super) fn multiply<T: Real>(terms: &[(Matrix<'_, T>, &Factor<'_, T>)], out: OutputRows<'_, T>, pool: &Arc<Pool>) {
+pub(super) fn multiply<T: Real>(
+    terms: &[(Matrix<'_, T>, &PreparedFactor<'_, T>)],
+    out: OutputRows<'_, T>,
+    pool: &Arc<Pool>,
+) {
     let (rows, columns) = terms.first().map_or((0, 0), |(left, right)| (left.rows, right.columns));
-    let fits = |(left, right): &(Matrix<'_, T>, &Factor<'_, T>)| {
+    let fits = |(left, right): &(Matrix<'_, T>, &PreparedFactor<'_, T>)| {
         (left.rows, left.columns, right.columns) == (rows, right.rows, columns)
     };
     assert!(terms.iter().all(fits), "dims are checked before");

@@ -11,7 +11,7 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 
 use super::disjoint::disjoint_slices;
-use super::matrix::{Factor, Matrix, OutputRows, Real, empty_tensor, multiply};
+use super::matrix::{Matrix, OutputRows, PreparedFactor, Real, empty_tensor, multiply};
 use super::matrix_batch::{MatrixBatch, even};
 use crate::Error;
 use crate::collective_matmul::chunk_plan::ChunkPlan;
@@ -21,11 +21,12 @@ use crate::comm::Pending;
 use crate::tensor::Pool;
 
 /// Pairs of factors whose products are added up, and the memory that this is done in.
-struct Terms<'a, T: Real>(Vec<(MatrixBatch<'a, T>, Factor<'a, T>)>, &'a Arc<Pool>);
+struct Terms<'a, T: Real>(Vec<(MatrixBatch<'a, T>, PreparedFactor<'a, T>)>, &'a Arc<Pool>);
 
 impl<'a, T: Real> Terms<'a, T> {
     fn of(terms: &'a [[FlexTensor; 2]], dim: usize, pool: &'a Arc<Pool>) -> Self {
-        let pair = |[left, right]: &'a [FlexTensor; 2]| (MatrixBatch::of(left, dim), Factor::new(Matrix::of(right)));
+        let pair =
+            |[left, right]: &'a [FlexTensor; 2]| (MatrixBatch::of(left, dim), PreparedFactor::new(Matrix::of(right)));
         Self(terms.iter().map(pair).collect(), pool)
     }
 
@@ -205,7 +206,7 @@ pub(super) fn scatter<T: Real>(
 pub(super) fn multiply_own<T: Real>(left: FlexTensor, right: &FlexTensor) -> FlexTensor {
     let dim = left.rank() - 2;
     let left = even(left, dim);
-    let (stack, factor) = (MatrixBatch::<T>::of(&left, dim), Factor::new(Matrix::of(right)));
+    let (stack, factor) = (MatrixBatch::<T>::of(&left, dim), PreparedFactor::new(Matrix::of(right)));
     let (rows, columns) = (stack.rows(), factor.columns());
     let pool = Pool::of_thread();
     let mut out = empty_tensor::<T>(&dims_of(&left, dim, left.shape()[dim], columns), &pool);
@@ -227,8 +228,10 @@ pub(super) fn multiply_rows<T: Real>(left: FlexTensor, right: FlexTensor) -> Fle
     let (left, right) = (even(left, dim), even(right, of_right));
     let (left, right) = (MatrixBatch::<T>::of(&left, dim), MatrixBatch::<T>::of(&right, of_right));
     let matrices: Vec<_> = match (left.flat(), right.flat()) {
-        (Some(left), Some(right)) => vec![(left.transposed(), Factor::new(right))],
-        _ => (0..left.outer).map(|place| (left.matrix(place).transposed(), Factor::new(right.matrix(place)))).collect(),
+        (Some(left), Some(right)) => vec![(left.transposed(), PreparedFactor::new(right))],
+        _ => (0..left.outer)
+            .map(|place| (left.matrix(place).transposed(), PreparedFactor::new(right.matrix(place))))
+            .collect(),
     };
     let pool = Pool::of_thread();
     let mut out = empty_tensor::<T>(&[left.columns(), right.columns()], &pool);

@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::barrier;
 use super::group::CallDescriptor;
 use crate::Error;
-use crate::comm::reduce::{Source, fold};
+use crate::comm::reduce::{Contribution, fold};
 use crate::comm::{Call, Extent, Operation, Output, ReduceOp, part};
 
 pub(super) type Descriptors<'a> = barrier::Descriptors<'a, CallDescriptor>;
@@ -52,10 +52,10 @@ fn fold_share(op: ReduceOp, rank: usize, descriptors: &Descriptors<'_>, root: Op
     let own = descriptors.get(rank).buffers();
     let total: usize = own.iter().map(|buffer| buffer.elements).sum();
     let share = part(total, size, rank);
-    let mut inputs = [Source { data: std::ptr::null(), factor: 1.0 }; FEW];
+    let mut inputs = [Contribution { data: std::ptr::null(), factor: 1.0 }; FEW];
     let mut outputs = [std::ptr::null_mut(); FEW];
     let (mut many_inputs, mut many_outputs) = (Vec::new(), Vec::new());
-    let (inputs, outputs): (&mut [Source], &mut [*mut u8]) = if size <= FEW {
+    let (inputs, outputs): (&mut [Contribution], &mut [*mut u8]) = if size <= FEW {
         (&mut inputs[..size], &mut outputs[..size])
     } else {
         many_inputs.resize(size, inputs[0]);
@@ -74,7 +74,7 @@ fn fold_share(op: ReduceOp, rank: usize, descriptors: &Descriptors<'_>, root: Op
                 // SAFETY: all ranks have buffers of the same lengths, and `overlap` lies within this one.
                 let place = unsafe { descriptor.place(piece, own.len()).add(bytes) };
                 let factor = if scaled { factor(&descriptor.call().operation) } else { 1.0 };
-                inputs[other] = Source { data: place, factor };
+                inputs[other] = Contribution { data: place, factor };
                 outputs[other] = place;
             }
             let into = match root {
@@ -118,12 +118,12 @@ fn fold_part(op: ReduceOp, rank: usize, descriptors: &Descriptors<'_>, output: &
     let rows = part(extent.rows(), descriptors.len(), rank);
     let (skipped, elements) = (rows.start * extent.width(), rows.len() * extent.width());
     let target = output.allocate(&extent.with_rows(rows.len()), dtype)?;
-    let source = |descriptor: CallDescriptor| Source {
+    let source = |descriptor: CallDescriptor| Contribution {
         // SAFETY: every input is as long as this rank's, and its owner waits.
         data: unsafe { descriptor.input.add(skipped * dtype.size()) },
         factor: factor(&descriptor.call().operation),
     };
-    let sources: Vec<Source> = descriptors.iter().map(source).collect();
+    let sources: Vec<Contribution> = descriptors.iter().map(source).collect();
     // SAFETY: the output is this rank's own.
     unsafe { fold(dtype, op, &sources, &[target.data], elements) };
     Ok((elements * dtype.size() * (descriptors.len() - 1)) as u64)

@@ -41,10 +41,10 @@ const SMALL: usize = 1 << 14;
 
 /// The tensors that ranks exchange, by the number of the exchange.
 #[derive(Debug, Default)]
-pub(super) struct DeviceExchange(Mutex<HashMap<u64, Exchange>>);
+pub(super) struct DeviceExchange(Mutex<HashMap<u64, PendingExchange>>);
 
 #[derive(Debug)]
-struct Exchange {
+struct PendingExchange {
     tensors: Vec<Option<DeviceTensor>>,
     fetched: usize,
 }
@@ -55,7 +55,7 @@ impl LocalTransport {
         let (size, device_exchange) = (self.size(), &self.device_exchange().0);
         let number = self.next_exchange();
         let tensor = if size == 1 { tensor } else { exclusive(tensor) };
-        let empty = || Exchange { tensors: vec![None; size], fetched: 0 };
+        let empty = || PendingExchange { tensors: vec![None; size], fetched: 0 };
         lock(device_exchange).entry(number).or_insert_with(empty).tensors[self.rank()] = Some(tensor);
         if let Err(error) = self.collective(call, Transfer::Nothing) {
             // The world has failed.

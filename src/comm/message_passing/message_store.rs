@@ -19,14 +19,14 @@ pub(in crate::comm) struct Borrowed {
 }
 
 #[derive(Debug)]
-enum Bytes {
+enum StoredBytes {
     /// Copied when they were sent.
     Own(Vec<u8>),
     /// Still the sender's.
     Borrowed(Borrowed),
 }
 
-impl Bytes {
+impl StoredBytes {
     fn get(&self) -> &[u8] {
         match self {
             Self::Own(bytes) => bytes,
@@ -41,7 +41,7 @@ impl Bytes {
 struct InFlight {
     /// When it can be received.
     at: u64,
-    bytes: Bytes,
+    bytes: StoredBytes,
 }
 
 /// The messages of all ranks of a world.
@@ -69,20 +69,20 @@ impl MessageStore {
     ) {
         let request = self.table.begin();
         requests.push(Request(request as u64));
-        let bytes = Bytes::Borrowed(Borrowed { route, data: data.cast_mut(), len, request });
+        let bytes = StoredBytes::Borrowed(Borrowed { route, data: data.cast_mut(), len, request });
         if eager {
             self.table.done(request);
-            return self.push(route, at, Bytes::Own(bytes.get().to_vec()));
+            return self.push(route, at, StoredBytes::Own(bytes.get().to_vec()));
         }
         self.push(route, at, bytes);
     }
 
     /// Inserts a message as if its sender had sent it.
     pub fn inject(&mut self, route: Route, message: Vec<u8>) {
-        self.push(route, 0, Bytes::Own(message));
+        self.push(route, 0, StoredBytes::Own(message));
     }
 
-    fn push(&mut self, route: Route, at: u64, bytes: Bytes) {
+    fn push(&mut self, route: Route, at: u64, bytes: StoredBytes) {
         let messages = self.in_flight.entry(route).or_default();
         let at = messages.back().map_or(0, |last| last.at).max(at);
         messages.push_back(InFlight { at, bytes });
@@ -113,7 +113,7 @@ impl MessageStore {
                     false => wrong = Some(format!("{} bytes came on {route:?} for {}", bytes.len(), receive.len)),
                 }
                 table.done(receive.request);
-                if let Bytes::Borrowed(send) = message.bytes {
+                if let StoredBytes::Borrowed(send) = message.bytes {
                     table.done(send.request);
                 }
             }
@@ -128,8 +128,8 @@ impl MessageStore {
         info.sources(from).find_map(|from| {
             let messages = self.in_flight.get_mut(&(from, info.rank, tag))?;
             let bytes = match messages.pop_front_if(|message| message.at <= now)?.bytes {
-                Bytes::Own(bytes) => bytes,
-                borrowed @ Bytes::Borrowed(Borrowed { request, .. }) => {
+                StoredBytes::Own(bytes) => bytes,
+                borrowed @ StoredBytes::Borrowed(Borrowed { request, .. }) => {
                     self.table.done(request);
                     borrowed.get().to_vec()
                 }
@@ -149,8 +149,9 @@ impl MessageStore {
                     !receives.is_empty()
                 });
                 in_flight.values_mut().for_each(|messages| {
-                    messages
-                        .retain(|message| !matches!(message.bytes, Bytes::Borrowed(send) if send.request == request));
+                    messages.retain(
+                        |message| !matches!(message.bytes, StoredBytes::Borrowed(send) if send.request == request),
+                    );
                 });
             }
             table.forget(request);
@@ -160,8 +161,8 @@ impl MessageStore {
     /// Sends that are not done.
     pub fn pending_sends(&self) -> Vec<Borrowed> {
         let sends = self.in_flight.values().flatten().map(|message| match message.bytes {
-            Bytes::Borrowed(send) => Some(send),
-            Bytes::Own(_) => None,
+            StoredBytes::Borrowed(send) => Some(send),
+            StoredBytes::Own(_) => None,
         });
         sends.flatten().collect()
     }

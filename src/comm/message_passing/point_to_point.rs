@@ -68,14 +68,14 @@ pub(super) fn send(world: &World, group: &Group, to: usize, tag: u64, Message(te
 }
 
 /// The header of a message.
-struct Header {
+struct PayloadHeader {
     number: u64,
     tag: u64,
     dtype: DType,
     dims: Vec<usize>,
 }
 
-impl Header {
+impl PayloadHeader {
     fn read(reader: &mut Reader<'_>) -> Option<Self> {
         let (number, tag) = (reader.number()?, reader.number()?);
         Some(Self { number, tag, dtype: reader.dtype().flatten()?, dims: reader.list(Reader::index)? })
@@ -101,7 +101,7 @@ impl Inbox {
             };
             let garbled = || garbled(world, from);
             let mut reader = Reader(&bytes);
-            let header = Header::read(&mut reader).ok_or_else(garbled)?;
+            let header = PayloadHeader::read(&mut reader).ok_or_else(garbled)?;
             if header.number > self.came {
                 // Messages in the mailbox precede it, if this rank has attached to the shared memory already.
                 self.ahead = Some(bytes);
@@ -125,7 +125,7 @@ impl Inbox {
     fn take_from_mailbox(&mut self, world: &World, group: &Group, from: usize) -> Result<bool, Error> {
         let Some(shared_memory) = group.shared_memory.get() else { return Ok(false) };
         let Some((header, data)) = shared_memory.next_message((from, group.rank)) else { return Ok(false) };
-        let header = Header::read(&mut Reader(&header)).ok_or_else(|| garbled(world, from))?;
+        let header = PayloadHeader::read(&mut Reader(&header)).ok_or_else(|| garbled(world, from))?;
         if header.number > self.came {
             return Ok(false);
         }
@@ -144,7 +144,7 @@ impl Inbox {
         world: &World,
         group: &Group,
         from: usize,
-        Header { number, tag, dtype, dims }: Header,
+        PayloadHeader { number, tag, dtype, dims }: PayloadHeader,
         enclosed: usize,
         copy: impl FnOnce(*mut u8, usize) -> bool,
     ) -> Result<(), Error> {

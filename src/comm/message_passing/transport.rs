@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::agreement::Agreement;
 use super::call_descriptor::CallDescriptor;
-use super::collectives::{self, Collective};
+use super::collectives::{self, CollectiveRun};
 use super::control_path::ControlPath;
 use super::group::Group;
 use super::point_to_point;
@@ -209,7 +209,7 @@ impl Transport for MessagePassingTransport {
         })?;
         let calls: Vec<Call> = committed.descriptors.iter().map(|descriptor| descriptor.call).collect();
         let scratch = RefCell::new(std::mem::take(&mut committed.state.scratch));
-        let collective = Collective { world: self.world(), group: &self.group, call, calls: &calls, scratch };
+        let collective = CollectiveRun { world: self.world(), group: &self.group, call, calls: &calls, scratch };
         let shared_memory =
             committed.shared_memory().filter(|(shared_memory, _)| collectives::all_fit(shared_memory, &calls));
         let outcome = match (transfer, shared_memory) {

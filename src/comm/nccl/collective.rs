@@ -8,7 +8,7 @@ use cudarc::nccl::result::{self as nccl, NcclError, NcclStatus};
 use cudarc::nccl::sys::{self, ncclDataType_t as DataType, ncclRedOp_t as RedOp};
 
 use super::nccl_comm::NcclComm;
-use super::transport::Place;
+use super::transport::Addresses;
 use crate::comm::{Operation, ReduceOp, part};
 use crate::{Error, comm};
 
@@ -53,14 +53,14 @@ impl Task<'_> {
         let name = operation.name();
         match *operation {
             Operation::AllReduce(op) => {
-                let op = Reduction::new(self.raw, op, self.dtype, kind)?;
+                let op = NcclReduction::new(self.raw, op, self.dtype, kind)?;
                 let count = self.elements(0..self.rows[self.rank]).len();
                 // SAFETY: both buffers hold `count` elements and live until the stream has passed.
                 let called = unsafe { nccl::all_reduce(input, output, count, kind, op.op, self.raw.comm, self.stream) };
                 self.raw.finish(name, called)
             }
             Operation::Reduce { op, root } => {
-                let op = Reduction::new(self.raw, op, self.dtype, kind)?;
+                let op = NcclReduction::new(self.raw, op, self.dtype, kind)?;
                 let count = self.elements(0..self.rows[self.rank]).len();
                 // SAFETY: as above.
                 let called =
@@ -103,9 +103,9 @@ impl Task<'_> {
     }
 
     /// Enqueues an all-reduce of each of several buffers as one launch. `counts` are their elements.
-    pub fn all_reduce_many(&self, op: ReduceOp, places: &[Place], counts: &[usize]) -> Result<(), Error> {
+    pub fn all_reduce_many(&self, op: ReduceOp, places: &[Addresses], counts: &[usize]) -> Result<(), Error> {
         let kind = data_type(self.dtype).ok_or(Error::UnsupportedDType { operation: "NCCL", dtype: self.dtype })?;
-        let op = Reduction::new(self.raw, op, self.dtype, kind)?;
+        let op = NcclReduction::new(self.raw, op, self.dtype, kind)?;
         self.grouped("all_reduce", || {
             places.iter().zip(counts).filter(|(_, count)| **count > 0).try_for_each(|((from, to), count)| {
                 // SAFETY: both buffers hold `count` elements and live until the stream has passed.
@@ -121,7 +121,7 @@ impl Task<'_> {
         input: *const c_void,
         output: *mut c_void,
     ) -> Result<(), Error> {
-        let op = Reduction::new(self.raw, op, self.dtype, kind)?;
+        let op = NcclReduction::new(self.raw, op, self.dtype, kind)?;
         let rows = self.rows[self.rank];
         if rows.is_multiple_of(self.size()) {
             let count = self.elements(0..rows / self.size()).len();
@@ -223,12 +223,12 @@ impl Task<'_> {
 }
 
 /// A reduction as NCCL knows it. One with factors is made for the call.
-struct Reduction<'a> {
+struct NcclReduction<'a> {
     op: RedOp,
     made_by: Option<&'a NcclComm>,
 }
 
-impl<'a> Reduction<'a> {
+impl<'a> NcclReduction<'a> {
     fn new(raw: &'a NcclComm, op: ReduceOp, dtype: DType, kind: DataType) -> Result<Self, Error> {
         comm::reduce::check(op, dtype)?;
         let plain = |op| Ok(Self { op, made_by: None });
@@ -260,7 +260,7 @@ impl<'a> Reduction<'a> {
     }
 }
 
-impl Drop for Reduction<'_> {
+impl Drop for NcclReduction<'_> {
     fn drop(&mut self) {
         if let Some(raw) = self.made_by {
             // SAFETY: made by this communicator. NCCL keeps it until the calls that use it are over.

@@ -10,16 +10,16 @@ use crate::Error;
 
 /// A point in a stream. Streams go on waiting for it, however early the event is destroyed or marks another.
 #[derive(Debug)]
-pub(super) struct Event {
+pub(super) struct CudaEvent {
     event: cuda::CUevent,
     gpu: Gpu,
 }
 
 // SAFETY: CUDA takes events from any thread.
-unsafe impl Send for Event {}
-unsafe impl Sync for Event {}
+unsafe impl Send for CudaEvent {}
+unsafe impl Sync for CudaEvent {}
 
-impl Event {
+impl CudaEvent {
     /// Marks where `stream` is now. The device must be current on this thread.
     pub fn record(gpu: &Gpu, stream: cuda::CUstream) -> Result<Self, Error> {
         let failed = |error| refused("an event could not be recorded", error);
@@ -53,7 +53,7 @@ impl Event {
     }
 }
 
-impl Drop for Event {
+impl Drop for CudaEvent {
     fn drop(&mut self) {
         let mut spare = self.gpu.spare();
         if spare.len() < Gpu::SPARE {

@@ -50,11 +50,11 @@ use super::collective::data_type;
 use super::gpu::Gpu;
 use super::nccl_comm::{ID_BYTES, NcclComm};
 use super::stream::{NcclStream, Preparing, prepare};
-use super::watchdog::{Link, Watchdog};
+use super::watchdog::{CommHandle, Watchdog};
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::lock::lock;
-use crate::comm::message_header::{DTYPES, Header};
+use crate::comm::message_header::{DTYPES, MessageHeader};
 use crate::comm::sent_messages::SentMessages;
 use crate::comm::{Call, Extent, Operation, Transport};
 
@@ -70,7 +70,7 @@ const _: () = {
 /// The communicator and stream of one direction between two ranks. The sender is rank 0 of it.
 #[derive(Debug)]
 pub(super) struct Channel {
-    pub link: Arc<Link>,
+    pub link: Arc<CommHandle>,
     pub stream: NcclStream,
 }
 
@@ -82,7 +82,7 @@ impl Channel {
 }
 
 /// A message that waits for its receiver: where it is, what, and its tag.
-pub(super) struct Sent {
+pub(super) struct WaitingMessage {
     preparing: Preparing,
     tensor: DeviceTensor,
     pub tag: u64,
@@ -91,7 +91,7 @@ pub(super) struct Sent {
 /// The messages that a rank has sent to one other, and the channel over which they travel.
 #[derive(Debug)]
 pub(super) struct SendQueue {
-    pub messages: Arc<SentMessages<Sent>>,
+    pub messages: Arc<SentMessages<WaitingMessage>>,
     channel: Mutex<Option<Arc<Channel>>>,
 }
 
@@ -107,13 +107,13 @@ impl SendQueue {
         let (dtype, dims) = (tensor.dtype, tensor.meta.shape().to_vec());
         // An empty tensor needs no transfer.
         let full = dims.iter().product::<usize>() > 0;
-        let message = full.then_some(Sent { preparing, tensor, tag });
-        let header = self.messages.put(message, |number| Header { number, dtype, dims }.write())?;
+        let message = full.then_some(WaitingMessage { preparing, tensor, tag });
+        let header = self.messages.put(message, |number| MessageHeader { number, dtype, dims }.write())?;
         group.send(self.messages.to(), tag, header)
     }
 
     /// Receives a message that the rank has sent to itself.
-    pub fn take(&self, header: &Header, device: &CubeDevice) -> DeviceTensor {
+    pub fn take(&self, header: &MessageHeader, device: &CubeDevice) -> DeviceTensor {
         let taken = self.messages.take(header.number).map(|sent| sent.tensor);
         taken.unwrap_or_else(|| empty_on(device, header.dims.clone(), header.dtype))
     }
@@ -123,8 +123,8 @@ impl SendQueue {
         self.messages.deliver(|message, id| self.transfer(message, id, watchdog))
     }
 
-    fn transfer(&self, message: Sent, id: &[u8], watchdog: &Arc<Watchdog>) -> Result<(), Error> {
-        let (to, Sent { preparing, tensor, tag }) = (self.messages.to(), message);
+    fn transfer(&self, message: WaitingMessage, id: &[u8], watchdog: &Arc<Watchdog>) -> Result<(), Error> {
+        let (to, WaitingMessage { preparing, tensor, tag }) = (self.messages.to(), message);
         let garbled = || Error::invalid("send over NCCL", format!("the answer of rank {to} is garbled"));
         let known = lock(&self.channel).clone();
         let channel = match known {

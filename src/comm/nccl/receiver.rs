@@ -6,7 +6,7 @@ use burn_cubecl::CubeDevice;
 use cudarc::nccl::result as nccl;
 
 use super::collective::data_type;
-use super::event::Event;
+use super::event::CudaEvent;
 use super::messages::{Channel, SendQueue};
 use super::nccl_comm::unique_id;
 use super::stream::{follow_here, prepare};
@@ -14,7 +14,7 @@ use super::watchdog::Watchdog;
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::lock::lock;
-use crate::comm::message_header::Header;
+use crate::comm::message_header::MessageHeader;
 use crate::comm::posted_receives::{Asked, Key, PostedReceives};
 use crate::comm::sent_messages::{ask, ask_nothing_more};
 use crate::comm::{Arrival, Call, Extent, Message, Operation, Transport};
@@ -34,7 +34,7 @@ pub(super) struct Receiver {
 }
 
 /// A message, and the event from which on it is complete if NCCL transfers it.
-type Come = (Arrival, Option<Arc<Event>>);
+type Come = (Arrival, Option<Arc<CudaEvent>>);
 
 impl std::fmt::Debug for Receiver {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -114,11 +114,11 @@ impl Receiver {
 
     /// The message, or the one that a header announces.
     fn after(&self, (from, tag): Key, message: Message) -> Result<Come, Error> {
-        if !Header::is_in(&message) {
+        if !MessageHeader::is_in(&message) {
             return Ok((message.into(), None));
         }
         let garbled = || Error::invalid("recv over NCCL", format!("the header of a message of rank {from} is garbled"));
-        let header = Header::read(&message).ok_or_else(garbled)?;
+        let header = MessageHeader::read(&message).ok_or_else(garbled)?;
         let (tensor, done) = match from == self.host.rank() {
             true => (self.own.take(&header, &self.device), None),
             false => self.fetch(header, (from, tag))?,
@@ -127,7 +127,7 @@ impl Receiver {
     }
 
     /// Receives what a header announces.
-    fn fetch(&self, header: Header, (from, tag): Key) -> Result<(DeviceTensor, Option<Arc<Event>>), Error> {
+    fn fetch(&self, header: MessageHeader, (from, tag): Key) -> Result<(DeviceTensor, Option<Arc<CudaEvent>>), Error> {
         let unsupported = || Error::UnsupportedDType { operation: "recv over NCCL", dtype: header.dtype };
         let kind = data_type(header.dtype).ok_or_else(unsupported)?;
         let output = empty_on(&self.device, header.dims, header.dtype);

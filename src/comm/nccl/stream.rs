@@ -34,13 +34,13 @@ use cubecl_server::stream::WriteScoped;
 use cudarc::driver::{result as driver, sys as cuda};
 use cudarc::nccl::sys::cudaStream_t;
 
-use super::event::Event;
+use super::event::CudaEvent;
 use super::gpu::{Gpu, Server, refused};
 use crate::Error;
 use crate::comm::pending::{in_background, on_wait};
 
 /// A pinned buffer: its memory is neither moved nor given to others.
-type HeldBuffer = ManagedResource<<<Server as ServerStorage>::Storage as ComputeStorage>::Resource>;
+type PinnedBuffer = ManagedResource<<<Server as ServerStorage>::Storage as ComputeStorage>::Resource>;
 
 /// A CUDA stream for NCCL, of high priority: other work waits for it.
 #[derive(Debug)]
@@ -55,29 +55,29 @@ unsafe impl Sync for NcclStream {}
 
 /// Buffers whose addresses are being found.
 pub(super) struct Preparing {
-    found: Receiver<Result<(Vec<HeldBuffer>, Event), Error>>,
+    found: Receiver<Result<(Vec<PinnedBuffer>, CudaEvent), Error>>,
     server: DeviceHandle<Server>,
     stream: StreamId,
 }
 
 /// Buffers whose addresses are known, and the point in burn's stream from which on they may be used.
 pub(super) struct Prepared {
-    held: Vec<HeldBuffer>,
-    pub ready: Arc<Event>,
+    held: Vec<PinnedBuffer>,
+    pub ready: Arc<CudaEvent>,
     server: DeviceHandle<Server>,
     stream: StreamId,
 }
 
 /// Makes what burn enqueues on this thread wait for an event, and what the thread enqueues that takes the result of the
 /// background job under way here.
-pub(super) fn follow_here(gpu: &Gpu, tensor: &CubeTensor, event: Arc<Event>) {
+pub(super) fn follow_here(gpu: &Gpu, tensor: &CubeTensor, event: Arc<CudaEvent>) {
     let server = gpu.server(tensor).clone();
     follow(&server, event.clone());
     on_wait(move || follow(&server, event));
 }
 
 /// Makes what burn enqueues on this thread from now on wait for an event.
-fn follow(server: &DeviceHandle<Server>, event: Arc<Event>) {
+fn follow(server: &DeviceHandle<Server>, event: Arc<CudaEvent>) {
     let stream = StreamId::current();
     server.submit(move |server: &mut Server| {
         if let Err(error) = compute_stream(server, stream).and_then(|stream| event.make_wait(stream)) {
@@ -98,7 +98,7 @@ pub(super) fn wait_for_origin(gpu: &Gpu, tensor: &CubeTensor) {
     let (server, gpu) = (gpu.server(tensor).clone(), gpu.clone());
     server.submit(move |server: &mut Server| {
         let mut wait =
-            || Event::record(&gpu, compute_stream(server, origin)?)?.make_wait(compute_stream(server, here)?);
+            || CudaEvent::record(&gpu, compute_stream(server, origin)?)?.make_wait(compute_stream(server, here)?);
         if let Err(error) = wait() {
             // The device is lost: every later call says so.
             log::error!("{error}");
@@ -116,7 +116,7 @@ pub(super) fn record_for_waiter(gpu: &Gpu, tensor: &CubeTensor) {
     let (sender, done) = sync_channel(1);
     server.submit(move |server: &mut Server| {
         // Whoever takes the result may have given up.
-        let _ = sender.send(compute_stream(server, here).and_then(|stream| Event::record(&gpu, stream)));
+        let _ = sender.send(compute_stream(server, here).and_then(|stream| CudaEvent::record(&gpu, stream)));
     });
     server.flush_queue();
     on_wait(move || match done.recv().map_err(|error| lost(&error)).flatten() {
@@ -150,9 +150,9 @@ pub(super) fn prepare<'a>(gpu: &Gpu, tensors: impl Iterator<Item = &'a CubeTenso
             // CubeCL may have seen to it, but looks only at when a buffer was made, not at what was written to it
             // since.
             for origin in &origins {
-                Event::record(&gpu, compute_stream(server, *origin)?)?.make_wait(compute)?;
+                CudaEvent::record(&gpu, compute_stream(server, *origin)?)?.make_wait(compute)?;
             }
-            Ok((held, Event::record(&gpu, compute)?))
+            Ok((held, CudaEvent::record(&gpu, compute)?))
         };
         // Whoever asked may have given up: the world has failed. Nothing has been done with the buffers then.
         let _ = sender.send(find());
@@ -179,7 +179,7 @@ impl Prepared {
     }
 
     /// Makes what burn enqueues from now on wait for `done`, then releases the buffers.
-    pub fn release(self, done: Arc<Event>) {
+    pub fn release(self, done: Arc<CudaEvent>) {
         let Self { held, server, stream, .. } = self;
         let (taken, by) = (done.clone(), server.clone());
         on_wait(move || follow(&by, taken));
@@ -210,11 +210,11 @@ impl NcclStream {
         &self,
         prepared: &Prepared,
         call: impl FnOnce(cudaStream_t) -> Result<(), Error>,
-    ) -> Result<(Arc<Event>, Result<(), Error>), Error> {
+    ) -> Result<(Arc<CudaEvent>, Result<(), Error>), Error> {
         self.gpu.enter()?;
         prepared.ready.make_wait(self.stream)?;
         let called = call(self.stream as cudaStream_t);
-        Ok((Arc::new(Event::record(&self.gpu, self.stream)?), called))
+        Ok((Arc::new(CudaEvent::record(&self.gpu, self.stream)?), called))
     }
 }
 

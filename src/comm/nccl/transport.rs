@@ -14,11 +14,11 @@ use super::nccl_comm::NcclComm;
 use super::receiver::Receiver;
 use super::shape_exchange::{Shapes, reduce};
 use super::stream::{NcclStream, Preparing, prepare};
-use super::watchdog::{HeldBuffer, Link, Watchdog};
+use super::watchdog::{CommHandle, HeldBuffer, Watchdog};
 use crate::Error;
 use crate::comm::coalesced::pieces_on_device;
 use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_on, flat, rows_received};
-use crate::comm::message_header::Header;
+use crate::comm::message_header::MessageHeader;
 use crate::comm::transport::check_rank;
 use crate::comm::{Arrival, Call, CallLog, Message, Operation, ReduceOp, Transfer, Transport};
 
@@ -26,7 +26,7 @@ use crate::comm::{Arrival, Call, CallLog, Message, Operation, ReduceOp, Transfer
 #[derive(Debug)]
 pub(super) struct NcclTransport {
     host: Arc<dyn Transport>,
-    link: Arc<Link>,
+    link: Arc<CommHandle>,
     stream: Arc<NcclStream>,
     watchdog: Arc<Watchdog>,
     /// The CUDA device of this rank, in burn's and in CubeCL's type.
@@ -78,7 +78,7 @@ impl NcclTransport {
         &self,
         operation: &Call,
         (preparing, dtype): (Preparing, DType),
-        call: impl FnOnce(&Task<'_>, &[Place]) -> Result<(), Error>,
+        call: impl FnOnce(&Task<'_>, &[Addresses]) -> Result<(), Error>,
         shapes: &Shapes,
         shared: Vec<HeldBuffer>,
     ) -> Result<(), Error> {
@@ -86,7 +86,7 @@ impl NcclTransport {
         let mut raw = self.link.lock();
         let (done, called) = self.stream.enqueue(&prepared, |stream| {
             let (froms, tos) = (prepared.places(), prepared.places().skip(prepared.places().len() / 2));
-            let places: Vec<Place> = froms.zip(tos).map(|(from, to)| (from.cast_const(), to)).collect();
+            let places: Vec<Addresses> = froms.zip(tos).map(|(from, to)| (from.cast_const(), to)).collect();
             let (rank, rows, width) = (self.host.rank(), &shapes.rows[..], shapes.width());
             call(&Task { raw: &raw, rank, dtype, rows, width, stream }, &places)
         })?;
@@ -101,7 +101,7 @@ impl NcclTransport {
 }
 
 /// The addresses that are read and written.
-pub(super) type Place = (*const std::ffi::c_void, *mut std::ffi::c_void);
+pub(super) type Addresses = (*const std::ffi::c_void, *mut std::ffi::c_void);
 
 impl DeviceTransport for NcclTransport {
     fn supports(&self, device: &Device, dtype: DType) -> bool {
@@ -136,7 +136,7 @@ impl DeviceTransport for NcclTransport {
         };
         let width = if conversion == Conversion::None { shapes.width() } else { dims.iter().skip(1).product() };
         let bytes = bytes_moved(&operation, &shapes.rows, rank, width, dtype);
-        let enqueue = |task: &Task<'_>, places: &[Place]| {
+        let enqueue = |task: &Task<'_>, places: &[Addresses]| {
             places.iter().try_for_each(|(from, to)| task.run(&operation, *from, *to))
         };
         self.enqueue(call, (found, tensor.dtype), enqueue, &shapes, shared)?;
@@ -168,7 +168,7 @@ impl DeviceTransport for NcclTransport {
         let bytes = bytes_moved(&call.operation, &shapes.rows, self.host.rank(), 1, meant[0].1);
         let dtype =
             tensors.iter().zip(&counts).find(|(_, count)| **count > 0).map_or(meant[0].1, |(tensor, _)| tensor.dtype);
-        let reduce = |task: &Task<'_>, places: &[Place]| task.all_reduce_many(op, places, &counts);
+        let reduce = |task: &Task<'_>, places: &[Addresses]| task.all_reduce_many(op, places, &counts);
         self.enqueue(&call, (found, dtype), reduce, &shapes, shared)?;
         let results = outputs.into_iter().zip(conversions).zip(meant);
         let come = |((output, conversion), meant): ((_, Conversion), _)| conversion.after(output, meant, gpu);
@@ -242,7 +242,7 @@ impl Transport for NcclTransport {
     }
 
     fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
-        if Header::is_in(&message) {
+        if MessageHeader::is_in(&message) {
             let problem = "a message of this form means something else here: give the tensor another shape";
             return Err(Error::invalid("send over NCCL", problem));
         }

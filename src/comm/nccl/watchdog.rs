@@ -19,9 +19,9 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use super::event::Event;
+use super::event::CudaEvent;
 use super::gpu::Gpu;
-use super::messages::{SendQueue, Sent};
+use super::messages::{SendQueue, WaitingMessage};
 use super::nccl_comm::NcclComm;
 use super::stream::Prepared;
 use crate::Error;
@@ -38,19 +38,19 @@ const LATER: Duration = Duration::from_millis(1);
 
 /// One rank's end of a NCCL communicator, watched by the watchdog.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(super) struct CommHandle {
     raw: Mutex<NcclComm>,
     watchdog: Arc<Watchdog>,
 }
 
-impl Link {
+impl CommHandle {
     /// Locks NCCL, which takes one call at a time.
     pub fn lock(&self) -> MutexGuard<'_, NcclComm> {
         lock(&self.raw)
     }
 }
 
-impl Drop for Link {
+impl Drop for CommHandle {
     fn drop(&mut self) {
         // Not with its own group: peers must see at once that this rank has left that.
         let raw = self.lock().take(&self.watchdog.host);
@@ -66,9 +66,9 @@ pub(super) type HeldBuffer = (DeviceTensor, Option<Prepared>);
 /// An operation that was enqueued on the device.
 struct Enqueued {
     call: Call,
-    ready: Arc<Event>,
-    done: Arc<Event>,
-    link: Weak<Link>,
+    ready: Arc<CudaEvent>,
+    done: Arc<CudaEvent>,
+    link: Weak<CommHandle>,
     /// Buffers that nobody may write to until then.
     held: Vec<HeldBuffer>,
     /// Since when the device could have been running it.
@@ -85,12 +85,12 @@ struct Closing {
 
 #[derive(Default)]
 struct Watched {
-    links: Vec<Weak<Link>>,
+    links: Vec<Weak<CommHandle>>,
     send_queues: Vec<Weak<SendQueue>>,
     enqueued: VecDeque<Enqueued>,
     closing: Vec<Closing>,
     /// Messages whose sender has dropped its communicator, and the queue that sends them.
-    orphaned: Vec<(Arc<SendQueue>, OrphanedMessages<Sent>)>,
+    orphaned: Vec<(Arc<SendQueue>, OrphanedMessages<WaitingMessage>)>,
     running: bool,
     /// Whether something changed since the thread looked last.
     news: bool,
@@ -121,8 +121,8 @@ impl Watchdog {
     }
 
     /// Watches a communicator.
-    pub fn link(self: &Arc<Self>, raw: NcclComm) -> Arc<Link> {
-        let link = Arc::new(Link { raw: Mutex::new(raw), watchdog: self.clone() });
+    pub fn link(self: &Arc<Self>, raw: NcclComm) -> Arc<CommHandle> {
+        let link = Arc::new(CommHandle { raw: Mutex::new(raw), watchdog: self.clone() });
         self.tell(|watched| watched.links.push(Arc::downgrade(&link)));
         link
     }
@@ -151,8 +151,8 @@ impl Watchdog {
     pub fn watch(
         self: &Arc<Self>,
         call: Call,
-        link: &Arc<Link>,
-        (ready, done): (Arc<Event>, Arc<Event>),
+        link: &Arc<CommHandle>,
+        (ready, done): (Arc<CudaEvent>, Arc<CudaEvent>),
         held: Vec<HeldBuffer>,
     ) {
         let link = Arc::downgrade(link);
@@ -262,7 +262,7 @@ impl Watchdog {
     }
 
     /// Fails the world with what NCCL reports of communicators that nobody is calling just now.
-    fn check_async_errors(&self, links: &[Arc<Link>]) {
+    fn check_async_errors(&self, links: &[Arc<CommHandle>]) {
         for link in links {
             let Ok(raw) = link.raw.try_lock() else { continue };
             if !raw.is_over()

@@ -6,7 +6,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::net::{Shutdown, TcpStream};
 
-use super::frame::{FrameKind, Header, Limits};
+use super::frame::{FrameHeader, FrameKind, Limits};
 use super::network::Stream;
 use super::transfers::{Body, DataReceive, DataSend, Destination, Frame, Reading, RecvBuffer, SendBuffer, Unexpected};
 use crate::comm::host_buffer::zeroed;
@@ -114,7 +114,7 @@ impl<S: Stream> Connection<S> {
         }
         if len <= self.limits.eager && self.credit_used + len <= credit {
             self.credit_used += len;
-            let header = Header { kind: FrameKind::Eager, len, tag, id: 0 }.write();
+            let header = FrameHeader { kind: FrameKind::Eager, len, tag, id: 0 }.write();
             self.send_queue.push_back(Frame {
                 header,
                 body: Body::Borrowed(data, len),
@@ -124,7 +124,7 @@ impl<S: Stream> Connection<S> {
             let id = self.next_id;
             self.next_id += 1;
             self.awaiting_cts.insert(id, source);
-            self.send_header(Header { kind: FrameKind::Rts, len, tag, id });
+            self.send_header(FrameHeader { kind: FrameKind::Rts, len, tag, id });
         }
         self.write(table);
     }
@@ -228,7 +228,7 @@ impl<S: Stream> Connection<S> {
         if self.taken >= self.limits.credit / 4 {
             let len = std::mem::take(&mut self.taken);
             self.credit_held -= len;
-            self.send_header(Header { kind: FrameKind::Credit, len, tag: 0, id: 0 });
+            self.send_header(FrameHeader { kind: FrameKind::Credit, len, tag: 0, id: 0 });
         }
     }
 
@@ -241,10 +241,10 @@ impl<S: Stream> Connection<S> {
         if self.data_receives.insert(id, DataReceive { tag, len, got: 0, into }).is_some() {
             return self.protocol_error(format!("offer {id} came twice"));
         }
-        self.send_header(Header { kind: FrameKind::Cts, len: 0, tag: 0, id });
+        self.send_header(FrameHeader { kind: FrameKind::Cts, len: 0, tag: 0, id });
     }
 
-    fn send_header(&mut self, header: Header) {
+    fn send_header(&mut self, header: FrameHeader) {
         if self.stream.is_some() && !self.write_closed {
             self.send_queue.push_back(Frame { header: header.write(), body: Body::Own(Vec::new()), request: None });
         }

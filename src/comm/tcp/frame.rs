@@ -50,14 +50,14 @@ pub(super) enum FrameKind {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Header {
+pub(super) struct FrameHeader {
     pub kind: FrameKind,
     pub len: usize,
     pub tag: u64,
     pub id: u64,
 }
 
-impl Header {
+impl FrameHeader {
     pub fn write(self) -> [u8; HEADER_BYTES] {
         let mut bytes = [0; HEADER_BYTES];
         let words = [self.kind as u64 | (self.len as u64) << 8, self.tag, self.id];
@@ -92,9 +92,9 @@ mod tests {
     #[test]
     fn headers_are_read_as_written() {
         for kind in [FrameKind::Eager, FrameKind::Rts, FrameKind::Cts, FrameKind::Data, FrameKind::Credit] {
-            let header = Header { kind, len: (1 << 40) + 3, tag: u64::MAX, id: 7 };
-            assert_eq!(Header::read(&header.write()), Some(header));
+            let header = FrameHeader { kind, len: (1 << 40) + 3, tag: u64::MAX, id: 7 };
+            assert_eq!(FrameHeader::read(&header.write()), Some(header));
         }
-        assert_eq!(Header::read(&[5; HEADER_BYTES]), None);
+        assert_eq!(FrameHeader::read(&[5; HEADER_BYTES]), None);
     }
 }

@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 
-use super::frame::{FrameKind, HEADER_BYTES, Header, Limits};
+use super::frame::{FrameHeader, FrameKind, HEADER_BYTES, Limits};
 pub use super::rendezvous::fuzzing::handshake;
 use super::transfers::{RecvBuffer, SendBuffer};
 use crate::comm::message_passing::RequestTable;
@@ -132,7 +132,7 @@ fn play(
             ];
             let kind = kind[usize::from(dice.byte()?) % kind.len()];
             let (len, id) = (dice.len()?, dice.any()?);
-            let _ = other.write_all(&Header { kind, len, tag, id }.write());
+            let _ = other.write_all(&FrameHeader { kind, len, tag, id }.write());
             if matches!(kind, FrameKind::Eager | FrameKind::Data) {
                 // As many bytes as the header says, as a rule.
                 let follow = if dice.byte()? < 230 { len } else { usize::from(dice.byte()?) };

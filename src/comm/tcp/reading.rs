@@ -3,7 +3,7 @@
 use std::io;
 
 use super::connection::{Connection, pop};
-use super::frame::{FrameKind, HEADER_BYTES, Header};
+use super::frame::{FrameHeader, FrameKind, HEADER_BYTES};
 use super::network::Stream;
 use super::transfers::{DataReceive, DataSend, Destination, Reading, Unexpected};
 use crate::comm::message_passing::RequestTable;
@@ -46,7 +46,7 @@ impl<S: Stream> Connection<S> {
                 let mut header = [0; HEADER_BYTES];
                 header.copy_from_slice(&self.staging[self.staged.start..][..HEADER_BYTES]);
                 self.staged.start += HEADER_BYTES;
-                match Header::read(&header) {
+                match FrameHeader::read(&header) {
                     Some(header) => self.begin(header, table),
                     None => {
                         self.protocol_error("what came is no message: does the other side run this program?".into())
@@ -149,8 +149,8 @@ impl<S: Stream> Connection<S> {
     }
 
     /// Handles a header.
-    fn begin(&mut self, header: Header, table: &mut RequestTable) {
-        let Header { kind, len, tag, id } = header;
+    fn begin(&mut self, header: FrameHeader, table: &mut RequestTable) {
+        let FrameHeader { kind, len, tag, id } = header;
         match kind {
             FrameKind::Eager if len == 0 || len > self.limits.eager || self.credit_held + len > self.limits.credit => {
                 let (credit_held, credit) = (self.credit_held, self.limits.credit);

@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use super::connection::Connection;
-use super::frame::{EAGER_CREDIT, FrameKind, HEADER_BYTES, Header, Limits, MAX_DATA, MAX_EAGER};
+use super::frame::{EAGER_CREDIT, FrameHeader, FrameKind, HEADER_BYTES, Limits, MAX_DATA, MAX_EAGER};
 use super::transfers::{RecvBuffer, SendBuffer};
 use crate::comm::message_passing::RequestTable;
 
@@ -26,7 +26,7 @@ fn until(what: &str, mut there: impl FnMut() -> bool) {
 }
 
 fn header(kind: FrameKind, len: usize, tag: u64, id: u64) -> Vec<u8> {
-    Header { kind, len, tag, id }.write().to_vec()
+    FrameHeader { kind, len, tag, id }.write().to_vec()
 }
 
 /// The error of a connection on bytes that violate the protocol.

@@ -3,7 +3,7 @@
 use std::io::{self, IoSlice};
 
 use super::connection::Connection;
-use super::frame::{FrameKind, HEADER_BYTES, Header};
+use super::frame::{FrameHeader, FrameKind, HEADER_BYTES};
 use super::network::Stream;
 use super::transfers::{Body, Frame};
 use crate::comm::message_passing::RequestTable;
@@ -50,7 +50,7 @@ impl<S: Stream> Connection<S> {
         let data = unsafe { data_send.source.data.add(data_send.sent) };
         data_send.sent += len;
         let last = data_send.sent == data_send.source.len;
-        let header = Header { kind: FrameKind::Data, len, tag: 0, id: data_send.id }.write();
+        let header = FrameHeader { kind: FrameKind::Data, len, tag: 0, id: data_send.id }.write();
         self.send_queue.push_back(Frame {
             header,
             body: Body::Borrowed(data, len),

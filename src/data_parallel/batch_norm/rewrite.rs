@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 
 use burn_ir::{BatchNormOpIr, CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 
-use crate::error::Error;
+use crate::Error;
 use crate::graph::operation::{self, difference, product};
 use crate::graph::step::{Rename, Uses};
 use crate::graph::{BatchNormBinding, StepGraph, graph_error};

@@ -4,7 +4,7 @@ use burn::tensor::{DType, FloatDType, Tensor};
 use burn_ir::CustomOpIr;
 
 use super::rewrite::{SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN};
-use crate::error::Error;
+use crate::Error;
 use crate::graph::{CustomOps, graph_error};
 use crate::tensor::PlainTensor;
 

@@ -23,21 +23,21 @@ use burn::tensor::Tensor;
 
 use super::Gatherer;
 use crate::Error;
-use crate::data_parallel::hook::{Arrival, anchor};
+use crate::data_parallel::hook::{GradientArrival, anchor};
 use crate::params::with_autodiff;
 use crate::sharding::Keep;
 use crate::tensor::{PlainTensor, with_backend};
 
 /// What is gathered: a parameter by its id.
 #[derive(Clone)]
-pub(super) struct Source {
+pub(super) struct GatheredParam {
     pub gatherer: Arc<Gatherer>,
     pub id: ParamId,
 }
 
-impl fmt::Debug for Source {
+impl fmt::Debug for GatheredParam {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Source({})", self.id)
+        write!(f, "GatheredParam({})", self.id)
     }
 }
 
@@ -48,8 +48,8 @@ impl fmt::Debug for Source {
 /// Those of [`Gatherer::full_param`].
 pub(super) fn gather<const D: usize>(
     shard: Tensor<D>,
-    source: &Source,
-    arrival: Option<(Arrival, usize)>,
+    source: &GatheredParam,
+    arrival: Option<(GradientArrival, usize)>,
 ) -> Result<Tensor<D>, Error> {
     let plain = PlainTensor::from(shard.clone());
     let whole = source.gatherer.full_param(source.id, plain.clone())?;
@@ -75,7 +75,7 @@ fn record<const D: usize, B: Backend, C: CheckpointStrategy>(
     tracked: Tensor<D>,
     whole: PlainTensor,
     mut again: GatherAgain,
-    arrival: Option<(Arrival, usize)>,
+    arrival: Option<(GradientArrival, usize)>,
 ) -> Result<Tensor<D>, Error>
 where
     DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B, C>>,
@@ -111,7 +111,7 @@ where
 /// Gathers once more, in backward, of the rows that there were in forward.
 #[derive(Debug, Clone)]
 struct GatherAgain {
-    source: Source,
+    source: GatheredParam,
     shard: PlainTensor,
     /// The node that the operation is tracked by.
     tracked: Option<NodeId>,
@@ -159,9 +159,9 @@ impl<B: Backend> Backward<B, 2> for Gathered
 where
     DispatchTensor: DispatchKindConversion<B>,
 {
-    type State = Option<Arrival>;
+    type State = Option<GradientArrival>;
 
-    fn backward(self, ops: Ops<Option<Arrival>, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
+    fn backward(self, ops: Ops<Option<GradientArrival>, 2>, grads: &mut Gradients, _: &mut Checkpointer) {
         let gradient = grads.consume::<B>(&ops.node);
         if let Some(arrival) = ops.state {
             arrival.deliver(PlainTensor::from_float::<B>(gradient));

@@ -10,8 +10,8 @@ use burn::tensor::{Device, Tensor};
 
 use super::Gatherer;
 use super::merge::merge;
-use super::operation::{Source, gather};
-use crate::data_parallel::hook::{Arrival, HookGroup};
+use super::operation::{GatheredParam, gather};
+use crate::data_parallel::hook::{GradientArrival, HookGroup};
 use crate::data_parallel::reducer::Reducer;
 use crate::error::throw;
 use crate::params::SHARD;
@@ -23,20 +23,20 @@ use crate::sharding::{Keep, RankedParam};
 pub(super) struct RowShard {
     pub shard: RankedParam,
     pub adapter: Option<LoraAdapter>,
-    pub link: Link,
+    pub link: GathererHandle,
 }
 
 /// What gathers the parameter and hears of its gradient.
 #[derive(Clone)]
-pub(super) struct Link {
+pub(super) struct GathererHandle {
     pub gatherer: Arc<Gatherer>,
     pub reducer: Weak<Reducer>,
     pub hooks: HookGroup,
 }
 
-impl std::fmt::Debug for Link {
+impl std::fmt::Debug for GathererHandle {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Link")
+        f.write_str("GathererHandle")
     }
 }
 
@@ -71,7 +71,7 @@ impl Reparameterization for RowShard {
         let Some(shard) = self.shard.get::<D>() else { return base };
         let (id, value) = (shard.id, shard.val());
         let arrival = value.is_require_grad().then(|| self.link.arrival(id)).flatten();
-        let source = Source { gatherer: self.link.gatherer.clone(), id };
+        let source = GatheredParam { gatherer: self.link.gatherer.clone(), id };
         let whole = gather(value, &source, arrival).unwrap_or_else(|error| throw(error));
         match &self.adapter {
             Some(adapter) if self.link.gatherer.keep() == Keep::Pass => merge(whole, adapter),
@@ -81,12 +81,12 @@ impl Reparameterization for RowShard {
     }
 }
 
-impl Link {
+impl GathererHandle {
     /// Who hears of the gradient of a use of a parameter, and the order in which it is to be computed.
-    fn arrival(&self, id: burn::module::ParamId) -> Option<(Arrival, usize)> {
+    fn arrival(&self, id: burn::module::ParamId) -> Option<(GradientArrival, usize)> {
         let reducer = self.reducer.upgrade()?;
         let index = reducer.index_of(id)?;
-        Some(Arrival::of_use(&reducer, self.hooks, index))
+        Some(GradientArrival::of_use(&reducer, self.hooks, index))
     }
 }
 

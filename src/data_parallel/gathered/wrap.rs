@@ -10,7 +10,7 @@ use burn::tensor::{DType, Device, Tensor};
 use super::adapters::{Adapters, take_adapters};
 use super::assemble::shards_of;
 use super::gatherer::{Gathered, Gatherer};
-use super::row_shard::{Link, RowShard};
+use super::row_shard::{GathererHandle, RowShard};
 use super::stand_in::stand_in;
 use crate::Error;
 use crate::comm::{Communicator, WANTED_PARAMETERS};
@@ -56,14 +56,14 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
         return Err(Error::invalid("data_parallel", "a single replica has nobody to divide parameters with"));
     };
     let (module, adapters) = take_adapters(module);
-    let found = Inventory::of(&module, comms.ranks(), &adapters);
+    let found = DividedParams::of(&module, comms.ranks(), &adapters);
     let groups = groups(&found.members);
     let wants = match different {
         true => Some(comms.parameters().split_named(WANTED_PARAMETERS, 0, comms.rank() as i64)?),
         false => None,
     };
     let gatherer = Arc::new(Gatherer::new(comms.clone(), wants, keep, found.params, groups));
-    let link = Link { gatherer: gatherer.clone(), reducer: Arc::downgrade(&reducer), hooks };
+    let link = GathererHandle { gatherer: gatherer.clone(), reducer: Arc::downgrade(&reducer), hooks };
     let mut outcome = Ok(());
     let sharder = Sharder { comms: &comms, group, link, adapters, made: HashMap::new(), outcome: &mut outcome };
     let module = module.apply_reparameterization(sharder);
@@ -86,7 +86,7 @@ fn keeps_views<M: Module>(module: &M) -> bool {
 }
 
 /// The parameters that have rows to be divided, in the order of the module.
-struct Inventory<'a> {
+struct DividedParams<'a> {
     ranks: usize,
     adapters: &'a Adapters,
     real: HashSet<ParamId>,
@@ -96,7 +96,7 @@ struct Inventory<'a> {
     members: Vec<Member>,
 }
 
-impl<'a> Inventory<'a> {
+impl<'a> DividedParams<'a> {
     fn of<M: Module>(module: &M, ranks: usize, adapters: &'a Adapters) -> Self {
         let real = real_params(module);
         let (path, seen) = (Vec::new(), HashSet::new());
@@ -106,7 +106,7 @@ impl<'a> Inventory<'a> {
     }
 }
 
-impl ModuleVisitor for Inventory<'_> {
+impl ModuleVisitor for DividedParams<'_> {
     fn enter_module(&mut self, name: &str, _: &str) {
         self.path.push(name.to_owned());
     }
@@ -188,7 +188,7 @@ impl Reparameterization for Marked {
 struct Sharder<'a> {
     comms: &'a ShardComms,
     group: &'a Communicator,
-    link: Link,
+    link: GathererHandle,
     adapters: Adapters,
     /// The rows that were made already, so that a parameter held in two places stays one.
     made: HashMap<ParamId, RankedParam>,

@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use burn::tensor::FloatDType;
 
+use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
-use crate::error::Error;
 use crate::sharding::Pack;
 use crate::tensor::{PlainTensor, Pool};
 

@@ -15,8 +15,8 @@ use burn::module::{Module, ParamId};
 use burn::tensor::Device;
 
 use super::{HASH, RowShards, hashed};
+use crate::Error;
 use crate::comm::Pending;
-use crate::error::Error;
 use crate::graph::{graph_error, read_params};
 use crate::params::one_device;
 use crate::partition::{Exchange, Exchanges};

@@ -3,8 +3,8 @@
 use burn_ir::CustomOpIr;
 
 use super::RowShards;
+use crate::Error;
 use crate::comm::Pending;
-use crate::error::Error;
 use crate::graph::{CustomOps, graph_error};
 use crate::partition::{Exchange, START_GATHER, START_SCATTER, WAIT_GATHER, WAIT_SCATTER, exchanged, tokens};
 use crate::tensor::PlainTensor;

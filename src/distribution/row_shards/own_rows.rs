@@ -6,7 +6,7 @@ use std::sync::Arc;
 use burn::module::{ModuleVisitor, Param, ParamId};
 use burn::tensor::{FloatDType, Tensor};
 
-use crate::error::Error;
+use crate::Error;
 use crate::sharding::{RankedParam, Rows, ShardParam, ShardParams};
 
 /// A parameter that is divided.

@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
 use std::path::Path;
 
+use super::held::HeldPart;
 use super::pieces::{Piece, SentBlock};
 use super::plan::{HeldParam, PlannedTensor, SavePlan};
 use super::problem::{attempt, wrong};
@@ -21,7 +22,6 @@ use super::traffic::Traffic;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::hf::relation::{Block, swapped};
-use crate::tensor::PlainTensor;
 use crate::tensor_file::{Loop, PieceWriter, Side, copy_strided, fault, row_major};
 
 /// The messages of a save; its group has no others.
@@ -30,35 +30,9 @@ const TAG: u64 = 0;
 /// So many rounds may be sent and not yet written: what is known of them takes memory too.
 const AHEAD: usize = 64;
 
-/// What this rank holds of a parameter.
-pub(super) struct Part {
-    pub(super) value: PlainTensor,
-    pub(super) ranges: Vec<Range<usize>>,
-    pub(super) adapter: Option<Adapter>,
-}
-
-/// A product that is added to a weight: `scale * a @ b`. Of `a` and `b` there are those rows and columns, from the
-/// first that is given on, that the part of the weight has.
-pub(super) struct Adapter {
-    pub(super) a: (PlainTensor, usize),
-    pub(super) b: (PlainTensor, usize),
-    pub(super) scale: f64,
-}
-
-impl Adapter {
-    /// What the weight is in these rows and columns, of which `base` is the value without the adapter.
-    fn added(&self, base: PlainTensor, rows: Range<usize>, columns: Range<usize>) -> Result<PlainTensor, Error> {
-        let part = |(value, first): &(PlainTensor, usize), dim, range: Range<usize>| {
-            value.clone().narrow(dim, range.start - first..range.end - first).float::<2>()
-        };
-        let delta = part(&self.a, 0, rows)?.matmul(part(&self.b, 1, columns)?).mul_scalar(self.scale);
-        Ok(PlainTensor::from(base.float::<2>()?.cast(delta.dtype()) + delta))
-    }
-}
-
 /// What this rank did.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Done {
+pub(super) struct Exchanged {
     pub(super) written: u64,
     pub(super) sent: u64,
     /// The most that this rank held at once beside its parts.
@@ -70,12 +44,12 @@ pub(super) struct Done {
 pub(super) fn exchange(
     plan: &SavePlan,
     params: &[HeldParam],
-    own: &BTreeMap<usize, Part>,
+    own: &BTreeMap<usize, HeldPart>,
     dir: &Path,
     (piece_bytes, group): (usize, &Communicator),
-) -> Result<(Done, Result<(), Error>), Error> {
+) -> Result<(Exchanged, Result<(), Error>), Error> {
     let mut files = Files { plan, dir, open: BTreeMap::new(), outcome: Ok(()) };
-    let (mut done, mut buffers) = (Done::default(), Buffers::default());
+    let (mut done, mut buffers) = (Exchanged::default(), Buffers::default());
     let mut rounds = Rounds::new(plan, params, piece_bytes, group.size());
     let (mut sent, mut next) = (VecDeque::new(), rounds.next());
     let mut on_the_way = Traffic::none(group.size());
@@ -115,7 +89,7 @@ pub(super) fn exchange(
 fn send(
     plan: &SavePlan,
     round: &[Turn],
-    own: &BTreeMap<usize, Part>,
+    own: &BTreeMap<usize, HeldPart>,
     (buffers, outcome, group): (&mut Buffers, &mut Result<(), Error>, &Communicator),
 ) -> Result<u64, Error> {
     let mut sent = 0;
@@ -165,7 +139,7 @@ impl Buffers {
 fn pack(
     tensor: &PlannedTensor,
     mine: &[&SentBlock],
-    own: &BTreeMap<usize, Part>,
+    own: &BTreeMap<usize, HeldPart>,
     message: &mut [u8],
 ) -> Result<(), Error> {
     let mut start = 0;
@@ -181,7 +155,7 @@ fn pack(
 fn put_together(
     tensor: &PlannedTensor,
     Turn { piece, given, .. }: &Turn,
-    own: &BTreeMap<usize, Part>,
+    own: &BTreeMap<usize, HeldPart>,
     (buffers, outcome, group): (&mut Buffers, &mut Result<(), Error>, &Communicator),
 ) -> Result<(), Error> {
     let strides = row_major(&piece.lens());
@@ -231,7 +205,7 @@ fn put_together(
 fn copy_part(
     tensor: &PlannedTensor,
     given: &SentBlock,
-    own: &BTreeMap<usize, Part>,
+    own: &BTreeMap<usize, HeldPart>,
     to: &mut [u8],
     start: usize,
     strides: &[isize],

@@ -10,7 +10,7 @@ use std::ops::Range;
 use burn::tensor::{DType, Device};
 
 use super::config::SaveConfig;
-use super::exchange::{Adapter, Part};
+use super::held::{HeldAdapter, HeldPart};
 use super::own::OwnParam;
 use super::plan::HeldParam;
 use super::problem::{attempt, together, wrong};
@@ -103,7 +103,7 @@ pub(super) fn merge(
             }
         };
         let (rows, rank) = (first.ranges[0].start, first.ranges[1].len());
-        let adapter = Adapter { a: (a, rows), b: (b, second.ranges[1].start), scale: alpha / rank as f64 };
+        let adapter = HeldAdapter { a: (a, rows), b: (b, second.ranges[1].start), scale: alpha / rank as f64 };
         if let Some(part) = &mut own[of].part {
             part.adapter = Some(adapter);
         }
@@ -197,7 +197,7 @@ impl Need {
 /// outer error is that of the group; with the inner one, of this rank, all messages have been taken as well.
 fn take(
     need: &Need,
-    part: Option<&Part>,
+    part: Option<&HeldPart>,
     dtype: DType,
     (device, group, held): (&Device, &Communicator, &mut usize),
 ) -> Result<Result<PlainTensor, Error>, Error> {
@@ -205,7 +205,7 @@ fn take(
         && *from == group.rank()
     {
         // What is there as a whole is not copied.
-        return Ok(within(part, ranges));
+        return Ok(attempt(|| within(part, ranges)));
     }
     let lens = lens(&need.ranges);
     let strides = row_major(&lens);
@@ -230,7 +230,7 @@ fn take(
 }
 
 /// What this rank holds in these ranges of the whole, as bytes in their order.
-fn cut(part: Option<&Part>, ranges: &[Range<usize>]) -> Result<Vec<u8>, Error> {
+fn cut(part: Option<&HeldPart>, ranges: &[Range<usize>]) -> Result<Vec<u8>, Error> {
     let value = within(part, ranges)?.into_flex()?;
     let (dtype, layout, lens) = (value.dtype(), value.layout(), lens(ranges));
     let mut bytes = vec![0; lens.iter().product::<usize>() * dtype.size()];
@@ -239,8 +239,8 @@ fn cut(part: Option<&Part>, ranges: &[Range<usize>]) -> Result<Vec<u8>, Error> {
     Ok(bytes)
 }
 
-fn within(part: Option<&Part>, ranges: &[Range<usize>]) -> Result<PlainTensor, Error> {
-    let Some(Part { value, ranges: held, .. }) = part else {
+fn within(part: Option<&HeldPart>, ranges: &[Range<usize>]) -> Result<PlainTensor, Error> {
+    let Some(HeldPart { value, ranges: held, .. }) = part else {
         return Err(wrong("a factor of an adapter is missing on the rank that is to give it".into()));
     };
     let dims = ranges.iter().zip(held).enumerate();

@@ -3,6 +3,7 @@
 mod commit;
 mod config;
 mod exchange;
+mod held;
 mod merge;
 mod own;
 mod pieces;
@@ -14,9 +15,10 @@ mod traffic;
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use burn::tensor::DType;
 use commit::{carry_over, config_for};
 pub use config::SaveConfig;
-use exchange::{Done, exchange};
+use exchange::{Exchanged, exchange};
 use merge::{Brought, merge};
 use own::{all_params, own_params};
 use plan::{PlannedTensor, SavePlan};
@@ -27,7 +29,7 @@ use super::index::{Metadata, Written};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::params::agree;
-use crate::tensor_file::{Draft, PieceWriter, fault, name_of, write_file};
+use crate::tensor_file::{Draft, PieceWriter, fault, write_file};
 use crate::train::ParallelModule;
 
 /// What was saved, and what that took.
@@ -123,7 +125,7 @@ pub(super) fn save_as<P: ParallelModule>(
     fault::point("planned");
 
     let first = group.rank() == 0;
-    let begun = if first { begin(&draft, &plan) } else { Ok(()) };
+    let begun = if first { attempt(|| begin(&draft, &plan)) } else { Ok(()) };
     together(begun, &group)?;
     fault::point("draft made");
     let number = |place: usize| params.binary_search_by_key(&place, |param| param.place).ok();
@@ -141,7 +143,7 @@ pub(super) fn save_as<P: ParallelModule>(
     finished.map(|()| saved(&plan, done, brought))
 }
 
-fn saved(plan: &SavePlan, done: Done, brought: Brought) -> Saved {
+fn saved(plan: &SavePlan, done: Exchanged, brought: Brought) -> Saved {
     Saved {
         files: plan.files.iter().map(|(name, _)| name.clone()).collect(),
         tensors: plan.tensors.len(),
@@ -174,11 +176,11 @@ fn end(draft: &Draft, plan: &SavePlan, stem: &str, config: &SaveConfig) -> Resul
         write_file(&dir.join(format!("{stem}.safetensors.index.json")), json(&index)?.as_bytes())?;
     }
     if let Some(from) = &config.files_of {
-        let dtype = config.dtype.and_then(name_of).and_then(|name| match name {
-            "F32" => Some("float32"),
-            "F16" => Some("float16"),
-            "BF16" => Some("bfloat16"),
-            "F64" => Some("float64"),
+        let dtype = plan.float_dtype().and_then(|dtype| match dtype {
+            DType::F32 => Some("float32"),
+            DType::F16 => Some("float16"),
+            DType::BF16 => Some("bfloat16"),
+            DType::F64 => Some("float64"),
             _ => None,
         });
         let untied = plan.tensors.iter().any(|tensor| tensor.name == "lm_head.weight");

@@ -9,7 +9,7 @@ use burn::tensor::{Bool, Int, Tensor};
 use serde::{Deserialize, Serialize};
 
 use super::config::SaveConfig;
-use super::exchange::Part;
+use super::held::HeldPart;
 use super::merge::{demand_places, is_factor};
 use super::plan::HeldParam;
 use super::problem::wrong;
@@ -27,7 +27,7 @@ pub(super) struct OwnParam {
     pub(super) path: String,
     /// The dims of the whole, if this rank holds something of it.
     pub(super) dims: Vec<usize>,
-    pub(super) part: Option<Part>,
+    pub(super) part: Option<HeldPart>,
 }
 
 /// All parameters that are to be saved, in the order of the model. Lazy ones that this rank holds are made.
@@ -76,7 +76,9 @@ impl Visitor {
         let (dims, part) = match held {
             None => (Vec::new(), None),
             Some(ParamSlice { dims, ranges, .. }) => match PlainTensor::of(value(), &format!("parameter `{path}`")) {
-                Ok(value) if name_of(value.dtype()).is_some() => (dims, Some(Part { value, ranges, adapter: None })),
+                Ok(value) if name_of(value.dtype()).is_some() => {
+                    (dims, Some(HeldPart { value, ranges, adapter: None }))
+                }
                 Ok(value) => {
                     self.outcome = Err(Error::UnsupportedDType { operation: "hf::save", dtype: value.dtype() });
                     return;
@@ -121,7 +123,7 @@ impl ModuleVisitor for Visitor {
 
 /// What a rank tells of a part that it holds.
 #[derive(Serialize, Deserialize)]
-struct Told {
+struct ToldParam {
     place: usize,
     path: String,
     dims: Vec<usize>,
@@ -140,7 +142,7 @@ pub(super) fn all_params(own: &[OwnParam], group: &Communicator) -> Result<Vec<H
         let dtype = name_of(part.value.dtype()).unwrap_or_default();
         let OwnParam { place, path, dims, .. } = param;
         let ranges = part.ranges.clone();
-        told.push(Told { place: *place, path: path.clone(), dims: dims.clone(), dtype: dtype.into(), ranges });
+        told.push(ToldParam { place: *place, path: path.clone(), dims: dims.clone(), dtype: dtype.into(), ranges });
     }
     let text = serde_json::to_vec(&told).map_err(|why| wrong(why.to_string()))?;
     let lens = group.all_gather(vec![text.len() as u64])?;
@@ -148,9 +150,9 @@ pub(super) fn all_params(own: &[OwnParam], group: &Communicator) -> Result<Vec<H
     let mut params: BTreeMap<usize, HeldParam> = BTreeMap::new();
     for (rank, len) in lens.into_iter().enumerate() {
         let rest = all.split_off((len as usize).min(all.len()));
-        let told: Vec<Told> = serde_json::from_slice(&all).map_err(|why| wrong(why.to_string()))?;
+        let told: Vec<ToldParam> = serde_json::from_slice(&all).map_err(|why| wrong(why.to_string()))?;
         all = rest;
-        for Told { place, path, dims, dtype, ranges } in told {
+        for ToldParam { place, path, dims, dtype, ranges } in told {
             let dtype = dtype_of(&dtype).ok_or_else(|| wrong(format!("rank {rank} speaks of a dtype {dtype}")))?;
             let param = params.entry(place).or_insert_with(|| HeldParam {
                 place,

@@ -59,6 +59,13 @@ pub(super) struct SavePlan {
 }
 
 impl SavePlan {
+    /// The dtype of all floats, if they have one.
+    pub(super) fn float_dtype(&self) -> Option<DType> {
+        let mut dtypes = self.tensors.iter().map(|tensor| tensor.dtype).filter(DType::is_float);
+        let first = dtypes.next()?;
+        dtypes.all(|dtype| dtype == first).then_some(first)
+    }
+
     /// `stem` is the name of the files before their number.
     ///
     /// # Errors

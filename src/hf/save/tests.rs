@@ -6,7 +6,8 @@ use std::time::Duration;
 use burn::tensor::{DType, Device, Tensor};
 
 use super::config::SaveConfig;
-use super::exchange::{Part, exchange};
+use super::exchange::exchange;
+use super::held::HeldPart;
 use super::merge::merge;
 use super::own::OwnParam;
 use super::plan::{HeldParam, SavePlan};
@@ -96,8 +97,8 @@ fn what_cannot_be_written() {
     assert_eq!(plan(&params, &SaveConfig::new(kept)).unwrap().tensors.len(), 1);
 }
 
-fn zeros(dims: [usize; 2], ranges: Vec<std::ops::Range<usize>>) -> Part {
-    Part { value: PlainTensor::from(Tensor::<2>::zeros(dims, &Device::flex())), ranges, adapter: None }
+fn zeros(dims: [usize; 2], ranges: Vec<std::ops::Range<usize>>) -> HeldPart {
+    HeldPart { value: PlainTensor::from(Tensor::<2>::zeros(dims, &Device::flex())), ranges, adapter: None }
 }
 
 /// A rank lacks what it is to give, and to write: it goes on with zeros, and at the end all have its error, long before

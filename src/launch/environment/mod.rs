@@ -2,6 +2,7 @@
 
 mod invalid;
 mod master;
+mod run_names;
 #[cfg(test)]
 mod tests;
 
@@ -9,6 +10,9 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use self::invalid::invalid;
+#[cfg(unix)]
+pub(super) use self::run_names::RUN;
+pub use self::run_names::RunNames;
 use crate::Error;
 
 /// Says to a rank how often [`launch::processes`](super::processes) has started the ranks before.
@@ -79,8 +83,10 @@ pub struct ProcessInfo {
     pub under_mpi: bool,
     /// How often the ranks were started before, after some were lost: `BURN_PARALLEL_RESTART` of
     /// [`launch::processes`](super::processes), `TORCHELASTIC_RESTART_COUNT` of torchrun, `SLURM_RESTART_COUNT` of a
-    /// job that was requeued. 0 if there is none.
+    /// job that was requeued; of several the largest. 0 if there is none.
     pub restarts: usize,
+    /// By what the launchers tell the run from others.
+    pub run: RunNames,
 }
 
 impl fmt::Display for ProcessInfo {
@@ -177,11 +183,12 @@ impl ProcessInfo {
         // What MPIs look for themselves, `srun --mpi=pmix` included.
         let under_mpi =
             ["OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK"].iter().any(|name| variables.contains_key(*name));
-        let restarts = match launcher {
-            Launcher::Torchrun => number(RESTART)?.or(number("TORCHELASTIC_RESTART_COUNT")?),
-            _ => None,
-        };
-        let restarts = restarts.or(number("SLURM_RESTART_COUNT")?).unwrap_or(0);
-        Ok(Self { launcher, rank, size, local_rank, local_size, master, under_mpi, restarts })
+        let processes = number(RESTART)?.filter(|_| launcher == Launcher::Torchrun);
+        let torchrun = number("TORCHELASTIC_RESTART_COUNT")?.filter(|_| launcher == Launcher::Torchrun);
+        let slurm = number("SLURM_RESTART_COUNT")?;
+        let restarts = processes.or(torchrun).max(slurm).unwrap_or(0);
+        let again = |restarts: Option<usize>| restarts.is_some_and(|restarts| restarts > 0);
+        let run = RunNames::of(launcher, variables, (again(torchrun), again(slurm)));
+        Ok(Self { launcher, rank, size, local_rank, local_size, master, under_mpi, restarts, run })
     }
 }

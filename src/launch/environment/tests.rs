@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::{Launcher, ProcessInfo};
+use super::{Launcher, ProcessInfo, RunNames};
 use crate::Error;
 
 fn read(variables: &[(&str, &str)]) -> Result<ProcessInfo, Error> {
@@ -29,7 +29,9 @@ fn each_launcher_is_understood() {
     let place = |launcher, rank, size, local_rank, local_size, master: Option<(&str, u16)>| {
         let master = master.map(|(address, port)| (address.to_owned(), port));
         let under_mpi = matches!(launcher, Launcher::OpenMpi | Launcher::Mpich);
-        Ok(ProcessInfo { launcher, rank, size, local_rank, local_size, master, under_mpi, restarts: 0 })
+        let run = read(&[&TORCHRUN[..], &SLURM[4..]].concat()).unwrap().run;
+        let run = if launcher == Launcher::Slurm { run } else { RunNames::default() };
+        Ok(ProcessInfo { launcher, rank, size, local_rank, local_size, master, under_mpi, restarts: 0, run })
     };
     assert_eq!(read(&TORCHRUN), place(Launcher::Torchrun, 5, 8, 1, None, None));
     let master = [("MASTER_ADDR", "10.0.0.1"), ("MASTER_PORT", "29500"), ("LOCAL_WORLD_SIZE", "4")];
@@ -117,6 +119,39 @@ fn how_often_the_ranks_were_started_before() {
     assert_eq!(with(&[]), Ok(0));
     assert_eq!(with(&[("TORCHELASTIC_RESTART_COUNT", "2"), ("SLURM_RESTART_COUNT", "1")]), Ok(2));
     assert_eq!(with(&[("SLURM_RESTART_COUNT", "1")]), Ok(1));
+    // torchrun starts anew in a job that was requeued.
+    assert_eq!(with(&[("TORCHELASTIC_RESTART_COUNT", "0"), ("SLURM_RESTART_COUNT", "1")]), Ok(1));
     assert_eq!(with(&[("BURN_PARALLEL_RESTART", "3")]), Ok(3));
     assert!(with(&[("BURN_PARALLEL_RESTART", "x")]).is_err());
+}
+
+/// What a run has saved is its own when it is started again, and not that of another with the same job or the same flags.
+#[test]
+fn a_run_is_known_by_its_names() {
+    let run = |variables: &[(&str, &str)]| read(&[&TORCHRUN[..], variables].concat()).unwrap().run;
+    let goes_on = |from: &[(&str, &str)], now: &[(&str, &str)]| run(now).include(&run(from).names());
+    let own = |name| [("BURN_PARALLEL_RUN", name), ("BURN_PARALLEL_RESTART", "1")];
+    assert!(run(&[]).is_empty() && !goes_on(&[], &[]));
+    assert!(goes_on(&own("a"), &own("a")) && !goes_on(&own("a"), &own("b")) && !goes_on(&[], &own("b")));
+
+    let torchrun = |dir, id, count| {
+        [("TORCHELASTIC_ERROR_FILE", dir), ("TORCHELASTIC_RUN_ID", id), ("TORCHELASTIC_RESTART_COUNT", count)]
+    };
+    let (first, again) =
+        ("/tmp/torchelastic_a/none_b/attempt_0/3/error.json", "/tmp/torchelastic_a/none_b/attempt_1/0/error.json");
+    let other = "/tmp/torchelastic_c/none_d/attempt_1/0/error.json";
+    assert!(goes_on(&torchrun(first, "none", "0"), &torchrun(again, "none", "1")));
+    // Nodes that come later are not counted as a restart.
+    assert!(goes_on(&torchrun(first, "none", "0"), &torchrun(first, "none", "0")));
+    assert!(!goes_on(&torchrun(first, "none", "0"), &torchrun(other, "none", "1")));
+    // Rank 0 is on another node, or somebody has run the same command again.
+    assert!(goes_on(&torchrun(first, "job", "0"), &torchrun(other, "job", "1")));
+    assert!(!goes_on(&torchrun(first, "job", "0"), &torchrun(other, "job", "0")));
+
+    let slurm = |count| [SLURM[4], ("SLURM_RESTART_COUNT", count)];
+    assert!(goes_on(&SLURM[4..], &slurm("1")) && !goes_on(&SLURM[4..], &SLURM[4..]));
+    assert!(!goes_on(&[("SLURM_JOB_ID", "7")], &slurm("1")));
+    // A job that starts the ranks by itself, and is requeued.
+    let both = |name, count| [&own(name)[..], &slurm(count)].concat();
+    assert!(goes_on(&both("a", "0"), &both("b", "1")) && !goes_on(&both("a", "0"), &both("b", "0")));
 }

@@ -13,7 +13,7 @@ use crate::partition::collectives::{CollectiveKind, CollectiveOp, dim};
 use crate::partition::products::{FusedProduct, ProductKind};
 
 /// A product as it stands in a graph.
-pub(super) struct Product {
+pub(super) struct GraphProduct {
     pub(super) place: usize,
     pub(super) left: TensorIr,
     pub(super) right: TensorIr,
@@ -22,7 +22,7 @@ pub(super) struct Product {
     pub(super) out: TensorIr,
 }
 
-impl Product {
+impl GraphProduct {
     fn of(place: usize, op: &OperationIr) -> Option<Self> {
         let (left, right, transposed, out) = plain_product(op)?;
         let (rank, dims) = (left.shape.num_dims(), right.shape.as_slice());
@@ -40,13 +40,13 @@ impl Product {
 }
 
 /// What becomes one operation.
-pub(super) struct Found {
+pub(super) struct FusableProducts {
     /// Where it runs: before what stands here now.
     pub(super) at: usize,
     pub(super) kind: ProductKind,
     pub(super) axis: String,
     pub(super) dim: Option<usize>,
-    pub(super) products: Vec<Product>,
+    pub(super) products: Vec<GraphProduct>,
     /// What is reduced or gathered, and what it becomes.
     pub(super) from: TensorIr,
     pub(super) to: TensorIr,
@@ -59,7 +59,7 @@ pub(super) struct Found {
     pub(super) gone: Vec<usize>,
 }
 
-impl Found {
+impl FusableProducts {
     pub(super) fn report(&self) -> FusedProduct {
         let Self { axis, kind, to, products, forward, .. } = self;
         let (axis, dims) = (axis.clone(), to.shape.to_vec());
@@ -86,7 +86,7 @@ impl<'a> Find<'a> {
     }
 
     /// By the places where they are to run, so that a view that several read moves up to the first.
-    pub(super) fn all(&self) -> Vec<Found> {
+    pub(super) fn all(&self) -> Vec<FusableProducts> {
         let mut found = Vec::new();
         let mut taken: HashSet<usize> = HashSet::new();
         for (place, op) in self.graph.operations.iter().enumerate() {
@@ -134,7 +134,7 @@ impl<'a> Find<'a> {
         dim: Option<usize>,
         input: &TensorIr,
         output: &TensorIr,
-    ) -> Option<Found> {
+    ) -> Option<FusableProducts> {
         if ends(self.graph, &self.uses, &self.gradients, axis, output.id) {
             return None;
         }
@@ -149,7 +149,8 @@ impl<'a> Find<'a> {
         }
         self.terms(within.0, within.1, dim, &mut products, &mut gone)?;
         let (first, rank) = (products.first()?, input.shape.num_dims());
-        let leading = |product: &Product| product.left.shape.as_slice()[..product.left.shape.num_dims() - 1].to_vec();
+        let leading =
+            |product: &GraphProduct| product.left.shape.as_slice()[..product.left.shape.num_dims() - 1].to_vec();
         if let Some(dim) = dim
             && !(dim + 1 < rank && products.iter().all(|product| leading(product) == leading(first)))
         {
@@ -160,7 +161,8 @@ impl<'a> Find<'a> {
         let kind = if dim.is_some() { ProductKind::ReduceScatter } else { ProductKind::AllReduce };
         let (from, to, axis) = (input.clone(), output.clone(), axis.into());
         let (keeps_whole, forward, hoisted) = (false, false, Vec::new());
-        let found = Found { at: ready, kind, axis, dim, products, from, to, keeps_whole, forward, hoisted, gone };
+        let found =
+            FusableProducts { at: ready, kind, axis, dim, products, from, to, keeps_whole, forward, hoisted, gone };
         self.placed(found, place)
     }
 
@@ -170,13 +172,13 @@ impl<'a> Find<'a> {
         tensor: &TensorIr,
         reader: usize,
         dim: Option<usize>,
-        products: &mut Vec<Product>,
+        products: &mut Vec<GraphProduct>,
         gone: &mut Vec<usize>,
     ) -> Option<()> {
         let maker = self.sole_maker(tensor.id, reader)?;
         gone.push(maker);
         let op = self.op(maker);
-        if let Some(product) = Product::of(maker, op) {
+        if let Some(product) = GraphProduct::of(maker, op) {
             products.push(product);
             return Some(());
         }
@@ -200,15 +202,15 @@ impl<'a> Find<'a> {
         dim: usize,
         input: &TensorIr,
         output: &TensorIr,
-    ) -> Option<Found> {
+    ) -> Option<FusableProducts> {
         if dim + 1 >= output.shape.num_dims() {
             return None;
         }
         let readers = self.uses.readers(output.id);
-        let products: Vec<Product> = readers
+        let products: Vec<GraphProduct> = readers
             .iter()
             .filter(|reader| self.is_forward(**reader) == self.is_forward(place))
-            .filter_map(|reader| Product::of(*reader, self.op(*reader)))
+            .filter_map(|reader| GraphProduct::of(*reader, self.op(*reader)))
             .filter(|product| product.left.id == output.id && self.views(&product.right, place).is_some())
             .collect();
         if products.is_empty() {
@@ -218,7 +220,8 @@ impl<'a> Find<'a> {
         let gone = products.iter().map(|product| product.place).chain([place]).collect();
         let (from, to, axis, dim) = (input.clone(), output.clone(), axis.into(), Some(dim));
         let (kind, forward, hoisted) = (ProductKind::AllGather, false, Vec::new());
-        let found = Found { at: place, kind, axis, dim, products, from, to, keeps_whole, forward, hoisted, gone };
+        let found =
+            FusableProducts { at: place, kind, axis, dim, products, from, to, keeps_whole, forward, hoisted, gone };
         self.placed(found, place)
     }
 
@@ -234,7 +237,7 @@ impl<'a> Find<'a> {
 
     /// As early as its inputs allow, in the pass of its collective. Right factors are weights, as a rule, or views of
     /// such, which move up with it.
-    fn placed(&self, found: Found, collective: usize) -> Option<Found> {
+    fn placed(&self, found: FusableProducts, collective: usize) -> Option<FusableProducts> {
         let forward = self.is_forward(collective);
         let early = found.at.max(if forward { 0 } else { self.graph.forward_len });
         let rights = || found.products.iter().map(|product| &product.right);
@@ -248,6 +251,6 @@ impl<'a> Find<'a> {
             hoisted.extend(self.views(right, at)?);
         }
         let hoisted = hoisted.into_iter().collect();
-        Some(Found { at, forward, hoisted, ..found })
+        Some(FusableProducts { at, forward, hoisted, ..found })
     }
 }

@@ -10,7 +10,7 @@ use burn_ir::{CustomOpIr, OperationIr, TensorId, TensorIr};
 use super::products::FusedProduct;
 use crate::graph::StepGraph;
 use crate::graph::operation::build;
-use find::{Find, Found};
+use find::{Find, FusableProducts};
 
 /// Makes one operation of each product, or sum of products, that nothing but an all-reduce or a reduce-scatter reads,
 /// and of each all-gather with the products that read it. Returns what was made, in order.
@@ -27,7 +27,7 @@ pub fn fuse_products(graph: &mut StepGraph) -> Vec<FusedProduct> {
         next += 1;
         TensorId::new(next - 1)
     };
-    let mut rewrite = Rewrite::default();
+    let mut rewrite = GraphEdits::default();
     for found in found {
         fused.push(found.report());
         rewrite.add(found, &mut fresh);
@@ -49,14 +49,14 @@ pub fn fuse_products(graph: &mut StepGraph) -> Vec<FusedProduct> {
 
 /// What is put where, and what is taken out.
 #[derive(Default)]
-struct Rewrite {
+struct GraphEdits {
     before: HashMap<usize, Vec<OperationIr>>,
     gone: HashSet<usize>,
     hoisted: HashSet<usize>,
 }
 
-impl Rewrite {
-    fn add(&mut self, found: Found, fresh: &mut dyn FnMut() -> TensorId) {
+impl GraphEdits {
+    fn add(&mut self, found: FusableProducts, fresh: &mut dyn FnMut() -> TensorId) {
         self.gone.extend(&found.gone);
         let before = self.before.entry(found.at).or_default();
         for (place, view) in found.hoisted {

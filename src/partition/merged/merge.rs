@@ -4,14 +4,14 @@ use burn_ir::{ShapeOpIr, TensorIr};
 
 /// A dim that is several.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Merge {
+pub(super) struct MergedDim {
     /// Where it is.
     pub(super) at: usize,
     /// The sizes of those that it was made of, each more than 1, the outer first.
     pub(super) factors: Vec<usize>,
 }
 
-impl Merge {
+impl MergedDim {
     pub(super) fn size(&self) -> usize {
         self.factors.iter().product()
     }
@@ -73,14 +73,14 @@ mod tests {
 
     use super::*;
 
-    fn made(from: &[usize], to: &[usize]) -> Vec<Merge> {
+    fn made(from: &[usize], to: &[usize]) -> Vec<MergedDim> {
         let tensor = |id, dims: &[usize]| TensorIr::uninit(TensorId::new(id), Shape::from(dims.to_vec()), DType::F32);
-        Merge::made_by(&ShapeOpIr { input: tensor(0, from), out: tensor(1, to) })
+        MergedDim::made_by(&ShapeOpIr { input: tensor(0, from), out: tensor(1, to) })
     }
 
     #[test]
     fn merges_of_reshapes() {
-        let merge = |at, factors: &[usize]| Merge { at, factors: factors.to_vec() };
+        let merge = |at, factors: &[usize]| MergedDim { at, factors: factors.to_vec() };
         assert_eq!(made(&[2, 3, 4, 6], &[6, 4, 3, 2]), [merge(0, &[2, 3])]);
         assert_eq!(made(&[2, 3, 4, 6], &[2, 12, 6]), [merge(1, &[3, 4])]);
         assert_eq!(made(&[2, 3, 4, 6], &[6, 24]), [merge(0, &[2, 3]), merge(1, &[4, 6])]);

@@ -13,7 +13,7 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
-use self::merge::Merge;
+use self::merge::MergedDim;
 use self::relate::{Related, related};
 use self::rewrite::Rewrite;
 use crate::graph::step::Uses;
@@ -26,7 +26,7 @@ pub(super) fn unmerged(graph: &StepGraph) -> Option<StepGraph> {
     let mut apart = HashMap::new();
     for op in &graph.operations {
         let Some(reshape) = operation::reshape(op).filter(|op| !apart.contains_key(&op.out.id)) else { continue };
-        let found = Merge::made_by(reshape).into_iter().find_map(|merge| find.connected(&reshape.out, merge));
+        let found = MergedDim::made_by(reshape).into_iter().find_map(|merge| find.connected(&reshape.out, merge));
         apart.extend(found.unwrap_or_default());
     }
     (!apart.is_empty()).then(|| Rewrite::new(graph, &apart).run())
@@ -41,7 +41,7 @@ struct Find<'a> {
 impl Find<'_> {
     /// All tensors that have a merged dim in common, each with its place, if all that reads them can do without and the
     /// dim is taken apart in the end.
-    fn connected(&self, first: &TensorIr, merge: Merge) -> Option<HashMap<TensorId, Merge>> {
+    fn connected(&self, first: &TensorIr, merge: MergedDim) -> Option<HashMap<TensorId, MergedDim>> {
         let mut found = HashMap::from([(first.id, merge)]);
         let mut open = vec![first.id];
         let mut ends = false;

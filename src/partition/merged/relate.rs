@@ -2,7 +2,7 @@
 
 use burn_ir::{OperationIr, ShapeOpIr, TensorId, TensorIr};
 
-use super::merge::Merge;
+use super::merge::MergedDim;
 use crate::graph::operation::{
     self, AlongDim, AlongDimKind, Form, Reduction, ReductionDims, ReductionKind, is_elementwise,
 };
@@ -13,13 +13,13 @@ use crate::partition::rules::whole;
 #[derive(Debug, Default)]
 pub(super) struct Related {
     /// The other tensors that have it.
-    pub tensors: Vec<(TensorId, Merge)>,
+    pub tensors: Vec<(TensorId, MergedDim)>,
     /// Whether it is taken apart here.
     pub ends: bool,
 }
 
 /// What an operation that reads or makes the tensor `id` says of its merged dim; `None` if it needs the merge.
-pub(super) fn related(op: &OperationIr, id: TensorId, merge: &Merge) -> Option<Related> {
+pub(super) fn related(op: &OperationIr, id: TensorId, merge: &MergedDim) -> Option<Related> {
     let is_input = op.inputs().any(|input| input.id == id);
     if is_elementwise(op) {
         return aligned(op, merge);
@@ -48,7 +48,7 @@ pub(super) fn related(op: &OperationIr, id: TensorId, merge: &Merge) -> Option<R
 }
 
 /// Of what moves elements.
-fn moved(form: Form<'_>, op: &OperationIr, is_input: bool, merge: &Merge) -> Option<Related> {
+fn moved(form: Form<'_>, op: &OperationIr, is_input: bool, merge: &MergedDim) -> Option<Related> {
     let at = merge.at;
     let one = |other: &TensorIr, at| Related { tensors: vec![(other.id, merge.moved_to(at))], ends: false };
     match form {
@@ -84,13 +84,13 @@ fn moved(form: Form<'_>, op: &OperationIr, is_input: bool, merge: &Merge) -> Opt
 }
 
 /// All tensors of an operation, which have it at the same place.
-fn together(op: &OperationIr, merge: &Merge) -> Related {
+fn together(op: &OperationIr, merge: &MergedDim) -> Related {
     let tensors = op.inputs().chain(op.outputs()).map(|tensor| (tensor.id, merge.clone()));
     Related { tensors: tensors.collect(), ends: false }
 }
 
 /// Those tensors of an operation that broadcasts which have more than one place along the dim.
-fn aligned(op: &OperationIr, merge: &Merge) -> Option<Related> {
+fn aligned(op: &OperationIr, merge: &MergedDim) -> Option<Related> {
     let rank = op.outputs().next()?.shape.num_dims();
     let all: Vec<&TensorIr> = op.inputs().chain(op.outputs()).collect();
     let fits =
@@ -100,7 +100,7 @@ fn aligned(op: &OperationIr, merge: &Merge) -> Option<Related> {
     all.iter().all(fits).then_some(Related { tensors, ends: false })
 }
 
-fn reshape(op: &ShapeOpIr, is_input: bool, merge: &Merge) -> Option<Related> {
+fn reshape(op: &ShapeOpIr, is_input: bool, merge: &MergedDim) -> Option<Related> {
     let (this, other) = if is_input { (&op.input, &op.out) } else { (&op.out, &op.input) };
     let before: usize = this.shape.as_slice()[..merge.at].iter().product();
     let dims = other.shape.as_slice();

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use burn::tensor::Slice;
 use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
 
-use super::merge::Merge;
+use super::merge::MergedDim;
 use super::relate::related;
 use crate::graph::operation::{Form, Reduction, ReductionDims, ReductionKind, build, ranges_mut, renumber_dims};
 use crate::graph::random::draw_apart;
@@ -13,7 +13,7 @@ use crate::graph::{StepGraph, operation};
 
 pub(super) struct Rewrite<'a> {
     source: &'a StepGraph,
-    merges: &'a HashMap<TensorId, Merge>,
+    merges: &'a HashMap<TensorId, MergedDim>,
     local: StepGraph,
     /// Tensors that are apart.
     apart: HashMap<TensorId, TensorIr>,
@@ -22,7 +22,7 @@ pub(super) struct Rewrite<'a> {
 }
 
 impl<'a> Rewrite<'a> {
-    pub(super) fn new(source: &'a StepGraph, merges: &'a HashMap<TensorId, Merge>) -> Self {
+    pub(super) fn new(source: &'a StepGraph, merges: &'a HashMap<TensorId, MergedDim>) -> Self {
         let local = StepGraph { operations: Vec::new(), forward_len: 0, ..source.clone() };
         Self { source, merges, local, apart: HashMap::new(), thin: HashMap::new() }
     }
@@ -48,7 +48,7 @@ impl<'a> Rewrite<'a> {
         op.inputs().any(|input| self.merges.contains_key(&input.id)) || op.outputs().any(made)
     }
 
-    fn step(&mut self, op: OperationIr, merge: &Merge) {
+    fn step(&mut self, op: OperationIr, merge: &MergedDim) {
         let inputs: Vec<TensorIr> = op.inputs().cloned().collect();
         let outputs: Vec<TensorIr> = op.outputs().cloned().collect();
         let rank = outputs.first().map_or(0, |out| out.shape.num_dims());
@@ -107,7 +107,7 @@ impl<'a> Rewrite<'a> {
         if let Some(thin) = self.thin.get(&(tensor.id, at, places)) {
             return thin.clone();
         }
-        let ones = Merge { at, factors: vec![1; places] };
+        let ones = MergedDim { at, factors: vec![1; places] };
         let out = TensorIr { id: self.local.fresh_id(), ..ones.apart(tensor) };
         self.reshape(tensor.clone(), out.clone());
         self.thin.insert((tensor.id, at, places), out.clone());
@@ -119,7 +119,7 @@ impl<'a> Rewrite<'a> {
     }
 
     /// A sum over the merged dim, and over others, as sums over the dims that it was made of.
-    fn sum(&mut self, op: &OperationIr, axes: &[usize], merge: &Merge) {
+    fn sum(&mut self, op: &OperationIr, axes: &[usize], merge: &MergedDim) {
         let (Some(input), Some(out)) = (op.inputs().next().cloned(), op.outputs().next().cloned()) else { return };
         let parts = axes.iter().flat_map(|axis| match *axis == merge.at {
             true => merge.at..=merge.at + merge.more(),
@@ -137,7 +137,7 @@ impl<'a> Rewrite<'a> {
 }
 
 /// Numbers the dims of an operation anew whose tensors are apart already; `read` is the merge in what it reads.
-fn renumber(op: &mut OperationIr, read: &Merge) {
+fn renumber(op: &mut OperationIr, read: &MergedDim) {
     let permuted = match Form::of(op) {
         Form::SwapDims(swap) if swap.dim1 == read.at || swap.dim2 == read.at => {
             let rank = swap.input.shape.num_dims() - read.more();
@@ -163,7 +163,7 @@ fn renumber(op: &mut OperationIr, read: &Merge) {
 }
 
 /// The axes of a permutation, with those that one was made of in its place.
-fn apart(axes: &[usize], read: &Merge) -> Vec<usize> {
+fn apart(axes: &[usize], read: &MergedDim) -> Vec<usize> {
     let parts = |axis: &usize| match *axis == read.at {
         true => read.at..=read.at + read.more(),
         false => read.shift(*axis)..=read.shift(*axis),

@@ -18,7 +18,7 @@ use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
 use self::content::Content::{self, Lowest, Zero};
 use self::rules::{Follow, Pad, follow};
 use super::rules::take_all;
-use crate::error::Error;
+use crate::Error;
 use crate::graph::operation::{build, only_moves, op_name, reads_at, sum_of_mean, writes_at};
 use crate::graph::step::Uses;
 use crate::graph::{StepGraph, graph_error};

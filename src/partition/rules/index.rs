@@ -129,37 +129,37 @@ pub(super) fn from_part(
 ) -> Vec<OperationIr> {
     match Form::of(&op) {
         Form::Gather(op) => {
-            let mut part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+            let mut part = LocalIndices::of(&op.tensor, dim, &op.indices, rank, fresh);
             let (indices, read) = (part.indices.clone(), part.like(&op.out));
             part.operations.push(build::gather(GatherOpIr { indices, out: read.clone(), ..op.clone() }));
             part.zero_outside(read, op.out.clone(), None)
         }
         Form::Select(op) => {
-            let mut part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+            let mut part = LocalIndices::of(&op.tensor, dim, &op.indices, rank, fresh);
             let (indices, read) = (part.indices.clone(), part.like(&op.out));
             part.operations.push(build::select(SelectOpIr { indices, out: read.clone(), ..op.clone() }));
             part.zero_outside(read, op.out.clone(), Some(dim))
         }
         Form::Scatter(op) => {
-            let part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+            let part = LocalIndices::of(&op.tensor, dim, &op.indices, rank, fresh);
             let (mut operations, indices, value) = part.inside(op.value.clone(), None);
             operations.push(build::scatter(ScatterOpIr { indices, value, ..op.clone() }));
             operations
         }
         Form::SelectAssign(op) => {
-            let part = Part::of(&op.tensor, dim, &op.indices, rank, fresh);
+            let part = LocalIndices::of(&op.tensor, dim, &op.indices, rank, fresh);
             let (mut operations, indices, value) = part.inside(op.value.clone(), Some(dim));
             operations.push(build::select_assign(SelectAssignOpIr { indices, value, ..op.clone() }));
             operations
         }
         Form::Embedding(op) => {
-            let mut part = Part::of(&op.weights, dim, &op.indices, rank, fresh);
+            let mut part = LocalIndices::of(&op.weights, dim, &op.indices, rank, fresh);
             let (indices, read) = (part.indices.clone(), part.like(&op.out));
             part.operations.push(build::embedding(EmbeddingOpIr { indices, out: read.clone(), ..op.clone() }));
             part.zero_outside(read, op.out.clone(), None)
         }
         Form::EmbeddingBackward(op) => {
-            let part = Part::of(&op.weights, dim, &op.indices, rank, fresh);
+            let part = LocalIndices::of(&op.weights, dim, &op.indices, rank, fresh);
             let (mut operations, indices, out_grad) = part.inside(op.out_grad.clone(), None);
             operations.push(build::embedding_backward(EmbeddingBackwardOpIr { indices, out_grad, ..op.clone() }));
             operations
@@ -169,7 +169,7 @@ pub(super) fn from_part(
 }
 
 /// Indices as a rank sees them, and the operations that make them.
-struct Part<'a> {
+struct LocalIndices<'a> {
     operations: Vec<OperationIr>,
     /// Counted from the beginning of the part; 0 for those outside.
     indices: TensorIr,
@@ -178,7 +178,7 @@ struct Part<'a> {
     fresh: &'a mut dyn FnMut() -> TensorId,
 }
 
-impl<'a> Part<'a> {
+impl<'a> LocalIndices<'a> {
     fn of(
         tensor: &TensorIr,
         dim: usize,

@@ -9,7 +9,7 @@ use crate::graph::step::{ParamBinding, Rename};
 
 /// What an operation is to a cut.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Kind {
+pub(super) enum CutRole {
     /// No result depends on it.
     Dead,
     /// Every stage that needs its output can make it: it reads inputs and constants only, and is cheap, or it is a view
@@ -23,12 +23,12 @@ pub(super) enum Kind {
 
 /// Where the value of a tensor comes from, once views and copies are seen through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Origin {
+pub(super) enum ValueSource {
     /// Inputs and constants, which every stage has.
     Anywhere,
     /// The parameter of this index.
     Param(usize),
-    /// The operation of this index, which is [`Kind::Placed`].
+    /// The operation of this index, which is [`CutRole::Placed`].
     Op(usize),
 }
 
@@ -37,10 +37,10 @@ pub(super) enum Origin {
 pub(super) struct Analysis<'a> {
     pub operations: &'a [OperationIr],
     pub forward_len: usize,
-    pub kinds: Vec<Kind>,
+    pub roles: Vec<CutRole>,
     /// Of tensors that operations make: the operation.
     makers: HashMap<TensorId, usize>,
-    origins: HashMap<TensorId, Origin>,
+    origins: HashMap<TensorId, ValueSource>,
     /// Of tensors that are computed again: the tensor of the forward pass.
     twins: HashMap<TensorId, TensorId>,
 }
@@ -55,21 +55,25 @@ impl<'a> Analysis<'a> {
         let mut analysis = Self {
             operations,
             forward_len,
-            kinds: vec![Kind::Dead; operations.len()],
+            roles: vec![CutRole::Dead; operations.len()],
             makers: HashMap::new(),
-            origins: params.iter().enumerate().map(|(index, param)| (param.tensor.id, Origin::Param(index))).collect(),
+            origins: params
+                .iter()
+                .enumerate()
+                .map(|(index, param)| (param.tensor.id, ValueSource::Param(index)))
+                .collect(),
             twins: HashMap::new(),
         };
         let alive = alive(operations, results);
         let mut known = ForwardValues::default();
         for (index, op) in operations.iter().enumerate().filter(|(index, _)| alive[*index]) {
             analysis.makers.extend(op.outputs().map(|out| (out.id, index)));
-            analysis.kinds[index] = analysis.add(index, op, &mut known);
+            analysis.roles[index] = analysis.add(index, op, &mut known);
         }
         analysis
     }
 
-    fn add(&mut self, index: usize, op: &OperationIr, known: &mut ForwardValues) -> Kind {
+    fn add(&mut self, index: usize, op: &OperationIr, known: &mut ForwardValues) -> CutRole {
         if drawn(op).is_none() {
             let text = known.text(op, &self.twins);
             if self.is_forward(index) {
@@ -77,18 +81,18 @@ impl<'a> Analysis<'a> {
             } else if let Some(forward) = known.0.get(&text) {
                 let twins = op.outputs().map(|t| t.id).zip(self.operations[*forward].outputs().map(|t| t.id));
                 self.twins.extend(twins.collect::<Vec<_>>());
-                return Kind::Again;
+                return CutRole::Again;
             }
         }
-        let origins: Vec<Origin> = op.inputs().map(|input| self.origin(input.id)).collect();
-        let anywhere = origins.iter().all(|origin| *origin == Origin::Anywhere) && is_cheap(op);
+        let origins: Vec<ValueSource> = op.inputs().map(|input| self.origin(input.id)).collect();
+        let anywhere = origins.iter().all(|origin| *origin == ValueSource::Anywhere) && is_cheap(op);
         let origin = match origins.first() {
-            _ if anywhere => Origin::Anywhere,
-            Some(param @ Origin::Param(_)) if is_view(op) || cast(op).is_some() => *param,
-            _ => Origin::Op(index),
+            _ if anywhere => ValueSource::Anywhere,
+            Some(param @ ValueSource::Param(_)) if is_view(op) || cast(op).is_some() => *param,
+            _ => ValueSource::Op(index),
         };
         self.origins.extend(op.outputs().map(|out| (out.id, origin)));
-        if origin == Origin::Op(index) { Kind::Placed } else { Kind::Free }
+        if origin == ValueSource::Op(index) { CutRole::Placed } else { CutRole::Free }
     }
 
     pub(super) fn is_forward(&self, op: usize) -> bool {
@@ -97,7 +101,7 @@ impl<'a> Analysis<'a> {
 
     /// The operations that run on one stage.
     pub(super) fn placed(&self) -> impl DoubleEndedIterator<Item = usize> {
-        (0..self.operations.len()).filter(|index| self.kinds[*index] == Kind::Placed)
+        (0..self.operations.len()).filter(|index| self.roles[*index] == CutRole::Placed)
     }
 
     pub(super) fn maker(&self, tensor: TensorId) -> Option<usize> {
@@ -109,13 +113,13 @@ impl<'a> Analysis<'a> {
         self.twins.get(&tensor).copied()
     }
 
-    pub(super) fn origin(&self, tensor: TensorId) -> Origin {
+    pub(super) fn origin(&self, tensor: TensorId) -> ValueSource {
         let tensor = self.twin(tensor).unwrap_or(tensor);
-        self.origins.get(&tensor).copied().unwrap_or(Origin::Anywhere)
+        self.origins.get(&tensor).copied().unwrap_or(ValueSource::Anywhere)
     }
 
     /// Where the inputs of an operation come from.
-    pub(super) fn origins(&self, op: usize) -> impl Iterator<Item = (Origin, &TensorIr)> {
+    pub(super) fn origins(&self, op: usize) -> impl Iterator<Item = (ValueSource, &TensorIr)> {
         self.operations[op].inputs().map(|input| (self.origin(input.id), input))
     }
 }

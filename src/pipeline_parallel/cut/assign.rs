@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::balance::balanced;
 use super::cost::operation_cost;
-use crate::error::Error;
+use crate::Error;
 use crate::graph::StepGraph;
 use crate::plan::{compress_paths, matches};
 

@@ -10,10 +10,10 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::TensorId;
 
-use super::analysis::{Analysis, Origin};
+use super::analysis::{Analysis, ValueSource};
 use super::cost::transfer_cost;
 use super::placement::Bounds;
-use crate::error::Error;
+use crate::Error;
 use crate::graph::StepGraph;
 use crate::graph::operation::{product, sum};
 
@@ -63,14 +63,14 @@ fn line(analysis: &Analysis<'_>, params: usize) -> Vec<Option<usize>> {
     for op in analysis.placed().filter(|op| analysis.is_forward(*op)) {
         let origins = || analysis.origins(op).map(|(origin, _)| origin);
         let first = |line: &[Option<usize>], origin| match origin {
-            Origin::Param(param) if line[param].is_none() => Some(param),
+            ValueSource::Param(param) if line[param].is_none() => Some(param),
             _ => None,
         };
         if !origins().any(|origin| first(&line, origin).is_some()) {
             continue;
         }
         let shifted = origins().find_map(|origin| match (sum(&analysis.operations[op]), origin) {
-            (Some(_), Origin::Op(scale)) => scales.get(&scale).copied(),
+            (Some(_), ValueSource::Op(scale)) => scales.get(&scale).copied(),
             _ => None,
         });
         let place = shifted.unwrap_or(next);
@@ -124,7 +124,7 @@ fn gaps(analysis: &Analysis<'_>, bounds: &Bounds, used: usize) -> Vec<f64> {
     let mut readers: HashMap<TensorId, Vec<usize>> = HashMap::new();
     for op in &forward {
         for (origin, input) in analysis.origins(*op) {
-            if let Origin::Op(_) = origin {
+            if let ValueSource::Op(_) = origin {
                 readers.entry(input.id).or_default().push(*op);
             }
         }

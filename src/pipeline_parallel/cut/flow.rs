@@ -6,13 +6,13 @@ use std::collections::VecDeque;
 pub(super) const NEVER: u64 = u64::MAX / 4;
 
 /// A directed network with a source and a sink.
-pub(super) struct Network {
-    edges: Vec<Edge>,
+pub(super) struct FlowNetwork {
+    edges: Vec<FlowEdge>,
     /// The edges that leave each node; edge `e ^ 1` is `e` backwards.
     leaving: Vec<Vec<usize>>,
 }
 
-struct Edge {
+struct FlowEdge {
     to: usize,
     left: u64,
 }
@@ -20,7 +20,7 @@ struct Edge {
 pub(super) const SOURCE: usize = 0;
 pub(super) const SINK: usize = 1;
 
-impl Network {
+impl FlowNetwork {
     /// Only source and sink.
     pub(super) fn new() -> Self {
         Self { edges: Vec::new(), leaving: vec![Vec::new(), Vec::new()] }
@@ -35,7 +35,7 @@ impl Network {
     pub(super) fn edge(&mut self, from: usize, to: usize, capacity: u64) {
         for (at, to, left) in [(from, to, capacity), (to, from, 0)] {
             self.leaving[at].push(self.edges.len());
-            self.edges.push(Edge { to, left });
+            self.edges.push(FlowEdge { to, left });
         }
     }
 
@@ -107,7 +107,7 @@ mod tests {
         fn no_cut_is_cheaper_and_none_as_cheap_is_smaller(
             edges in proptest::collection::vec((0usize..8, 0usize..8, 0u64..9), 0..24),
         ) {
-            let mut network = Network::new();
+            let mut network = FlowNetwork::new();
             for node in 2..8 {
                 prop_assert_eq!(network.node(), node);
             }

@@ -48,11 +48,11 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 
 use burn_ir::OperationIr;
 
-use self::analysis::{Analysis, Origin};
-use self::placement::{Bounds, Wanted, place};
+use self::analysis::{Analysis, ValueSource};
+use self::placement::{Bounds, StageResult, place};
 use self::split::{Placement, pinned_results, split};
 use self::tied::{gradient_parts, ids};
-use crate::error::Error;
+use crate::Error;
 use crate::graph::operation::bytes;
 use crate::graph::origin::Origins;
 use crate::graph::{StepGraph, graph_error};
@@ -125,7 +125,7 @@ pub(crate) fn cut_like(
     let operations = graph.operations.clone();
     let analysis = Analysis::new(&operations, graph.forward_len, &graph.params, &results);
     let bounds = Bounds::new(&analysis, &graph.params, homes, stages)?;
-    let mut wanted: Vec<Wanted> = gradients.iter().map(|part| part.wanted.clone()).collect();
+    let mut wanted: Vec<StageResult> = gradients.iter().map(|part| part.wanted.clone()).collect();
     wanted.extend(pinned_results(&graph, &bounds.holders));
     let stage = match model.filter(|model| model.placement.len() == operations.len()) {
         Some(model) => model.placement.clone(),
@@ -150,7 +150,7 @@ fn check(graph: &StepGraph, analysis: &Analysis<'_>, bounds: &Bounds, stage: &[u
             return wrong("where its parameter is not");
         }
         for (origin, _) in analysis.origins(op) {
-            let Origin::Op(maker) = origin else { continue };
+            let ValueSource::Op(maker) = origin else { continue };
             match (analysis.is_forward(maker), analysis.is_forward(op)) {
                 (true, true) if stage[maker] > stage[op] => return wrong("before its inputs are there"),
                 (false, _) if stage[maker] < stage[op] => return wrong("after the gradients that it needs"),

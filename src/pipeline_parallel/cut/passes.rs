@@ -7,8 +7,8 @@ use burn::module::ParamId;
 use burn_ir::{OperationIr, TensorId};
 
 use super::StageRun;
+use crate::Error;
 use crate::comm::panic_message;
-use crate::error::Error;
 use crate::graph::bind::{fits, is_on};
 use crate::graph::graph_error;
 use crate::graph::instruction::Instruction;

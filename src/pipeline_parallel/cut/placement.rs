@@ -11,9 +11,9 @@ use std::collections::{BTreeSet, HashMap};
 
 use burn_ir::{TensorId, TensorIr};
 
-use super::analysis::{Analysis, Origin};
-use super::flow::{NEVER, Network, SINK, SOURCE};
-use crate::error::Error;
+use super::analysis::{Analysis, ValueSource};
+use super::flow::{FlowNetwork, NEVER, SINK, SOURCE};
+use crate::Error;
 use crate::graph::graph_error;
 use crate::graph::operation::{bytes, op_name};
 use crate::graph::step::ParamBinding;
@@ -46,7 +46,7 @@ impl Bounds {
         for op in analysis.placed().filter(|op| analysis.is_forward(*op)) {
             let read = params_of(analysis, op);
             let made = analysis.origins(op).filter_map(|(origin, _)| match origin {
-                Origin::Op(maker) => Some(bounds.bound[maker]),
+                ValueSource::Op(maker) => Some(bounds.bound[maker]),
                 _ => None,
             });
             let stage = read.iter().map(|param| homes[*param]).chain(made).max().unwrap_or(0);
@@ -91,7 +91,7 @@ impl Bounds {
         }
         for op in backward {
             let made = analysis.origins(op).filter_map(|(origin, _)| match origin {
-                Origin::Op(maker) if !analysis.is_forward(maker) => Some(self.bound[maker]),
+                ValueSource::Op(maker) if !analysis.is_forward(maker) => Some(self.bound[maker]),
                 _ => None,
             });
             let mut stage = made.min().unwrap_or(stages - 1);
@@ -126,7 +126,7 @@ impl Bounds {
 
 fn params_of(analysis: &Analysis<'_>, op: usize) -> BTreeSet<usize> {
     let params = analysis.origins(op).filter_map(|(origin, _)| match origin {
-        Origin::Param(param) => Some(param),
+        ValueSource::Param(param) => Some(param),
         _ => None,
     });
     params.collect()
@@ -134,13 +134,13 @@ fn params_of(analysis: &Analysis<'_>, op: usize) -> BTreeSet<usize> {
 
 /// A result of the step that a stage must have.
 #[derive(Clone, Debug)]
-pub(super) struct Wanted {
+pub(super) struct StageResult {
     pub tensor: TensorIr,
     pub stage: usize,
 }
 
 /// The stage of every operation that runs on one stage; of the others, 0.
-pub(super) fn place(analysis: &Analysis<'_>, bounds: &Bounds, wanted: &[Wanted], stages: usize) -> Vec<usize> {
+pub(super) fn place(analysis: &Analysis<'_>, bounds: &Bounds, wanted: &[StageResult], stages: usize) -> Vec<usize> {
     let mut placed = vec![0; analysis.operations.len()];
     for boundary in 0..stages.saturating_sub(1) {
         let late = after(analysis, bounds, wanted, boundary);
@@ -150,8 +150,8 @@ pub(super) fn place(analysis: &Analysis<'_>, bounds: &Bounds, wanted: &[Wanted],
 }
 
 /// Whether each operation runs on a later stage than `boundary`.
-fn after(analysis: &Analysis<'_>, bounds: &Bounds, wanted: &[Wanted], boundary: usize) -> Vec<bool> {
-    let mut network = Network::new();
+fn after(analysis: &Analysis<'_>, bounds: &Bounds, wanted: &[StageResult], boundary: usize) -> Vec<bool> {
+    let mut network = FlowNetwork::new();
     let side = |stage: usize| if stage <= boundary { SOURCE } else { SINK };
     let mut nodes = vec![SOURCE; analysis.operations.len()];
     for op in analysis.placed() {
@@ -166,7 +166,7 @@ fn after(analysis: &Analysis<'_>, bounds: &Bounds, wanted: &[Wanted], boundary: 
     let mut readers: HashMap<TensorId, Vec<usize>> = HashMap::new();
     for op in analysis.placed() {
         for (origin, input) in analysis.origins(op) {
-            let Origin::Op(maker) = origin else { continue };
+            let ValueSource::Op(maker) = origin else { continue };
             let input = analysis.twin(input.id).unwrap_or(input.id);
             readers.entry(input).or_default().push(nodes[op]);
             match (analysis.is_forward(maker), analysis.is_forward(op)) {
@@ -176,8 +176,8 @@ fn after(analysis: &Analysis<'_>, bounds: &Bounds, wanted: &[Wanted], boundary: 
             }
         }
     }
-    for Wanted { tensor, stage } in wanted {
-        if let Origin::Op(maker) = analysis.origin(tensor.id) {
+    for StageResult { tensor, stage } in wanted {
+        if let ValueSource::Op(maker) = analysis.origin(tensor.id) {
             readers.entry(analysis.twin(tensor.id).unwrap_or(tensor.id)).or_default().push(side(*stage));
             match analysis.is_forward(maker) {
                 true => link(&mut network, side(*stage), nodes[maker], NEVER),
@@ -203,7 +203,7 @@ fn after(analysis: &Analysis<'_>, bounds: &Bounds, wanted: &[Wanted], boundary: 
     nodes.into_iter().map(|node| !early[node]).collect()
 }
 
-fn link(network: &mut Network, from: usize, to: usize, capacity: u64) {
+fn link(network: &mut FlowNetwork, from: usize, to: usize, capacity: u64) {
     if from != to && from != SINK && to != SOURCE {
         network.edge(from, to, capacity);
     }

@@ -8,7 +8,7 @@ use burn_ir::{TensorId, TensorIr};
 
 use super::program::sections;
 use super::split::{StageGraph, inputs_read};
-use crate::error::Error;
+use crate::Error;
 use crate::graph::CustomOps;
 use crate::graph::bind::{computable, fits};
 use crate::graph::fused::fuses_on;

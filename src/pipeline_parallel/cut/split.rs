@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
-use super::analysis::{Analysis, Kind, Origin};
-use super::placement::Wanted;
+use super::analysis::{Analysis, CutRole, ValueSource};
+use super::placement::StageResult;
 use super::tied::GradientPart;
 use crate::graph::StepGraph;
 use crate::graph::step::Rename;
@@ -110,9 +110,9 @@ impl<'a> Placement<'a> {
     /// The stage that makes a tensor, if only one does.
     fn stage_of(&self, tensor: &TensorIr) -> Option<usize> {
         match self.analysis.origin(tensor.id) {
-            Origin::Op(op) => Some(self.stage[op]),
-            Origin::Param(param) => Some(self.holders[param][0]),
-            Origin::Anywhere => None,
+            ValueSource::Op(op) => Some(self.stage[op]),
+            ValueSource::Param(param) => Some(self.holders[param][0]),
+            ValueSource::Anywhere => None,
         }
     }
 
@@ -206,15 +206,15 @@ impl StageOperations<'_, '_> {
     fn find(&mut self, tensor: &TensorIr) -> (TensorId, Option<usize>) {
         let Placement { analysis, stage, .. } = self.placement;
         let from = |id: TensorId| match analysis.origin(id) {
-            Origin::Op(maker) if stage[maker] != self.stage => Some(stage[maker]),
+            ValueSource::Op(maker) if stage[maker] != self.stage => Some(stage[maker]),
             _ => None,
         };
         let maker = analysis.maker(tensor.id);
-        if maker.is_some_and(|maker| analysis.kinds[maker] == Kind::Again) {
+        if maker.is_some_and(|maker| analysis.roles[maker] == CutRole::Again) {
             let first = analysis.twin(tensor.id).unwrap_or(tensor.id);
             // What another stage has computed comes from there; what this one has, it computes again.
             return match (analysis.origin(first), from(first)) {
-                (Origin::Op(_), None) => (tensor.id, maker),
+                (ValueSource::Op(_), None) => (tensor.id, maker),
                 _ => self.find(&TensorIr { id: first, ..tensor.clone() }),
             };
         }
@@ -227,12 +227,11 @@ impl StageOperations<'_, '_> {
 }
 
 /// The stage results that are wanted where they are, whatever the gradients.
-pub(super) fn pinned_results(graph: &StepGraph, holders: &[Vec<usize>]) -> Vec<Wanted> {
-    let updates = graph
-        .params
-        .iter()
-        .zip(holders)
-        .filter_map(|(param, holders)| param.update.clone().map(|tensor| Wanted { tensor, stage: holders[0] }));
+pub(super) fn pinned_results(graph: &StepGraph, holders: &[Vec<usize>]) -> Vec<StageResult> {
+    let updates =
+        graph.params.iter().zip(holders).filter_map(|(param, holders)| {
+            param.update.clone().map(|tensor| StageResult { tensor, stage: holders[0] })
+        });
     updates.collect()
 }
 

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
-use super::analysis::{Analysis, Origin};
-use super::placement::{Bounds, Wanted};
+use super::analysis::{Analysis, ValueSource};
+use super::placement::{Bounds, StageResult};
 use crate::graph::step::Uses;
 use crate::graph::{StepGraph, operation};
 
@@ -16,7 +16,7 @@ use crate::graph::{StepGraph, operation};
 #[derive(Clone, Debug)]
 pub(super) struct GradientPart {
     pub param: usize,
-    pub wanted: Wanted,
+    pub wanted: StageResult,
 }
 
 /// Where gradients are wanted. Sums over stages are taken apart in `graph`, which gets other additions for them.
@@ -30,13 +30,13 @@ pub(super) fn gradient_parts(graph: &mut StepGraph, analysis: &Analysis<'_>, bou
     for param in 0..graph.params.len() {
         let Some(gradient) = graph.params[param].gradient.clone() else { continue };
         let stage = |tensor: &TensorIr| match analysis.origin(tensor.id) {
-            Origin::Op(op) if !analysis.is_forward(op) => {
+            ValueSource::Op(op) if !analysis.is_forward(op) => {
                 bounds.holder(param, bounds.bound[op]).unwrap_or(bounds.holders[param][0])
             }
             _ => bounds.holders[param][0],
         };
         if bounds.holders[param].len() == 1 {
-            parts.push(GradientPart { param, wanted: Wanted { stage: stage(&gradient), tensor: gradient } });
+            parts.push(GradientPart { param, wanted: StageResult { stage: stage(&gradient), tensor: gradient } });
             continue;
         }
         let mut by_stage: BTreeMap<usize, Vec<TensorIr>> = BTreeMap::new();
@@ -45,7 +45,7 @@ pub(super) fn gradient_parts(graph: &mut StepGraph, analysis: &Analysis<'_>, bou
         }
         for (stage, terms) in by_stage {
             if let Some(tensor) = sum(graph, terms) {
-                parts.push(GradientPart { param, wanted: Wanted { tensor, stage } });
+                parts.push(GradientPart { param, wanted: StageResult { tensor, stage } });
             }
         }
     }
@@ -81,6 +81,6 @@ fn sum(graph: &mut StepGraph, terms: Vec<TensorIr>) -> Option<TensorIr> {
 }
 
 /// The ids of wanted tensors.
-pub(super) fn ids<'a>(wanted: impl IntoIterator<Item = &'a Wanted>) -> HashSet<TensorId> {
+pub(super) fn ids<'a>(wanted: impl IntoIterator<Item = &'a StageResult>) -> HashSet<TensorId> {
     wanted.into_iter().map(|wanted| wanted.tensor.id).collect()
 }

@@ -12,7 +12,7 @@ mod run;
 
 pub use report::PipelineRun;
 
-use self::run::Run;
+use self::run::TimetableRun;
 use super::schedule::{PeakActivations, Routes, Timetable, evaluation};
 use super::{Stage, stage_error};
 use crate::Error;
@@ -177,8 +177,8 @@ impl Pipeline {
         stages: &mut [S],
         micro_batches: &[I],
     ) -> Result<PipelineRun, Error> {
-        let outcome =
-            Run::new(&self.comm, (timetable, &self.routes), self.scale, stages, micro_batches).and_then(Run::finish);
+        let outcome = TimetableRun::new(&self.comm, (timetable, &self.routes), self.scale, stages, micro_batches)
+            .and_then(TimetableRun::finish);
         outcome.map_err(|error| {
             stages.iter_mut().for_each(Stage::discard);
             self.comm.fail_with(error)

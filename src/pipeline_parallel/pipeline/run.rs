@@ -14,7 +14,7 @@ use crate::step::RunReport;
 use crate::tensor::PlainTensor;
 
 /// One run of a timetable on one rank.
-pub(super) struct Run<'a, I, S> {
+pub(super) struct TimetableRun<'a, I, S> {
     comm: &'a Communicator,
     timetable: &'a Timetable,
     scale: f64,
@@ -31,7 +31,7 @@ pub(super) struct Run<'a, I, S> {
     report: RunReport,
 }
 
-impl<'a, I, S: Stage<I>> Run<'a, I, S> {
+impl<'a, I, S: Stage<I>> TimetableRun<'a, I, S> {
     /// # Errors
     /// [`Error::Pipeline`] if the rank has brought other stages, or another number of micro-batches, than the timetable
     /// has.

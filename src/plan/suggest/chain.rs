@@ -11,7 +11,7 @@ const ROWS: f64 = 1024.0;
 const WIDTH: f64 = 4.0;
 
 /// Layers side by side, which take the same activations.
-struct Link {
+struct ParallelLayers {
     layers: Vec<usize>,
     /// The features that each takes and gives.
     takes: usize,
@@ -36,11 +36,11 @@ enum Features {
 
 /// How each layer that has rows and columns is split, by its number.
 pub(super) fn chains(layers: &[Layer], degree: usize) -> Vec<(usize, LinearSplit)> {
-    let mut chains: Vec<Vec<Link>> = Vec::new();
+    let mut chains: Vec<Vec<ParallelLayers>> = Vec::new();
     let mut norm = false;
     for (number, layer) in layers.iter().enumerate() {
         norm |= layer.is_norm();
-        let Some(mut link) = Link::of(number, layer) else { continue };
+        let Some(mut link) = ParallelLayers::of(number, layer) else { continue };
         let mut chain = chains.pop().unwrap_or_default();
         match chain.last_mut() {
             None => chain.push(link),
@@ -63,7 +63,7 @@ pub(super) fn chains(layers: &[Layer], degree: usize) -> Vec<(usize, LinearSplit
     chains.iter().flat_map(|chain| cheapest(chain, degree as f64)).collect()
 }
 
-impl Link {
+impl ParallelLayers {
     fn of(number: usize, layer: &Layer) -> Option<Self> {
         let ([takes, gives], weight) = (layer.ends()?, layer.weight()?);
         let (takes, gives) = (*weight.get(takes)?, *weight.get(gives)?);
@@ -96,7 +96,7 @@ impl Link {
 
 /// Whether a link is taken to feed a layer: they are neighbours, in one struct or, with no norm between, in one block,
 /// and the widths fit.
-fn feeds(layers: &[Layer], before: &Link, layer: &Layer, link: &Link, norm: bool) -> bool {
+fn feeds(layers: &[Layer], before: &ParallelLayers, layer: &Layer, link: &ParallelLayers, norm: bool) -> bool {
     let other = before.last(layers);
     // What a `SwiGlu` gives is what the struct around it sees.
     let from = match other.role().1 {
@@ -116,8 +116,8 @@ fn in_one_block(a: &[(String, String)], b: &[(String, String)]) -> bool {
 }
 
 /// Lets links stay whole that need not be split, and those that cannot be. Like layers of repeated blocks do as one.
-fn allow_whole(chains: &mut [Vec<Link>], layers: &[Layer]) {
-    let kind = |link: &Link| like(&layers[link.layers[0]].path(""));
+fn allow_whole(chains: &mut [Vec<ParallelLayers>], layers: &[Layer]) {
+    let kind = |link: &ParallelLayers| like(&layers[link.layers[0]].path(""));
     let mut bytes: BTreeMap<String, usize> = BTreeMap::new();
     for link in chains.iter().flatten().filter(|link| !link.choices.is_empty()) {
         *bytes.entry(kind(link)).or_default() += link.elements;
@@ -132,7 +132,7 @@ fn allow_whole(chains: &mut [Vec<Link>], layers: &[Layer]) {
 }
 
 /// The cheapest way for a chain, of which each link either gets whole activations or such as are split by features.
-fn cheapest(chain: &[Link], n: f64) -> Vec<(usize, LinearSplit)> {
+fn cheapest(chain: &[ParallelLayers], n: f64) -> Vec<(usize, LinearSplit)> {
     let mut ways: Vec<(Features, f64, Vec<LinearSplit>)> = vec![(Features::Whole, 0.0, Vec::new())];
     for link in chain {
         let mut next: Vec<(Features, f64, Vec<LinearSplit>)> = Vec::new();
@@ -159,7 +159,7 @@ fn cheapest(chain: &[Link], n: f64) -> Vec<(usize, LinearSplit)> {
 }
 
 /// What a link costs that gets its activations so and is split so: forward and backward.
-fn cost(link: &Link, given: Features, cut: LinearSplit, n: f64) -> PlanCost {
+fn cost(link: &ParallelLayers, given: Features, cut: LinearSplit, n: f64) -> PlanCost {
     const ALL_REDUCE: f64 = 2.0;
     const GATHER: f64 = 1.0;
     let side_by_side = link.layers.len() as f64;

@@ -47,7 +47,7 @@ pub struct ParallelAttentionConfig {
 }
 
 /// The heads of one rank.
-struct Share {
+struct HeadShare {
     heads: usize,
     d_k: usize,
     kv_heads: Range<usize>,
@@ -120,7 +120,7 @@ impl ParallelAttentionConfig {
             .with_initializer(self.initializer.clone())
     }
 
-    fn share(&self, group: &Communicator) -> Result<Share, Error> {
+    fn share(&self, group: &Communicator) -> Result<HeadShare, Error> {
         let (d_model, heads, kv_heads, size) = (self.d_model, self.n_heads, self.kv_heads(), group.size());
         let whole = |large: usize, small: usize| small > 0 && large > 0 && large.is_multiple_of(small);
         let problem = if !whole(d_model, heads) {
@@ -140,20 +140,20 @@ impl ParallelAttentionConfig {
                 1 => part(kv_heads, size, group.rank()),
                 _ => part(kv_heads, kv_heads, group.rank() / sharers),
             };
-            return Ok(Share { heads: heads / size, d_k: d_model / heads, kv_heads, sharers });
+            return Ok(HeadShare { heads: heads / size, d_k: d_model / heads, kv_heads, sharers });
         };
         Err(Error::invalid(NAME, problem))
     }
 
     /// This rank's columns of the query layer, and of the key and value layers.
-    fn widths(&self, share: &Share, group: &Communicator) -> [Range<usize>; 2] {
+    fn widths(&self, share: &HeadShare, group: &Communicator) -> [Range<usize>; 2] {
         let first = group.rank() * share.heads;
         [first..first + share.heads, share.kv_heads.clone()].map(|heads| heads.start * share.d_k..heads.end * share.d_k)
     }
 
     fn layer(
         &self,
-        share: Share,
+        share: HeadShare,
         query: Linear,
         key: Linear,
         value: Linear,

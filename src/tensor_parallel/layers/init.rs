@@ -53,13 +53,13 @@ fn mix(z: u64) -> u64 {
 
 /// What an initializer draws each element from.
 #[derive(Debug, Clone, Copy)]
-enum Draw {
+enum DrawnFrom {
     Constant(f64),
     Uniform { low: f64, high: f64 },
     Normal { mean: f64, std: f64 },
 }
 
-impl Draw {
+impl DrawnFrom {
     /// By burn's formulae, with the fans of the whole parameter.
     fn new(operation: &'static str, initializer: &Initializer, fans: Option<[usize; 2]>) -> Result<Self, Error> {
         let even = |bound: f64| Self::Uniform { low: -bound, high: bound };
@@ -161,7 +161,7 @@ impl Blueprint<'_> {
         biases: Range<usize>,
         device: &Device,
     ) -> Result<Linear, Error> {
-        let draw = Draw::new(self.operation, self.initializer, Some([self.d_input, self.d_output]))?;
+        let draw = DrawnFrom::new(self.operation, self.initializer, Some([self.d_input, self.d_output]))?;
         let weight = draw.matrix(branch(self.seed, 0), rows, columns, self.d_output, device);
         let bias = self.bias.then(|| draw.vector(branch(self.seed, 1), biases, device));
         Ok(Linear { weight, bias })
@@ -177,5 +177,5 @@ pub(super) fn table(
     width: usize,
     device: &Device,
 ) -> Result<Param<Tensor<2>>, Error> {
-    Ok(Draw::new(operation, initializer, None)?.matrix(branch(seed, 0), rows, 0..width, width, device))
+    Ok(DrawnFrom::new(operation, initializer, None)?.matrix(branch(seed, 0), rows, 0..width, width, device))
 }

@@ -20,11 +20,11 @@ use crate::tensor::PlainTensor;
 /// Parameters that one rank updates as a whole, with what the others need to get their parts back.
 #[derive(Default)]
 pub(super) struct Joined {
-    lots: Vec<Lot>,
+    packs: Vec<JoinedPack>,
 }
 
 /// Parameters of the same axes, owner and dtypes: what is sent together.
-struct Lot {
+struct JoinedPack {
     /// The rank of the owner along each axis.
     owner: Vec<usize>,
     over: Vec<SplitOver>,
@@ -32,7 +32,7 @@ struct Lot {
     parts: Vec<ShardParam>,
 }
 
-/// What parameters of one lot have in common.
+/// What parameters of one pack have in common.
 #[derive(PartialEq)]
 struct Key {
     groups: Vec<Arc<str>>,
@@ -41,7 +41,7 @@ struct Key {
 }
 
 /// A part of a parameter and of its gradient.
-pub(super) type Part = (ShardParam, PlainTensor);
+pub(super) type PartWithGradient = (ShardParam, PlainTensor);
 
 impl Joined {
     /// Joins parts of parameters among those that are `split`, all of which are the same on all ranks that hold parts
@@ -51,49 +51,49 @@ impl Joined {
     /// # Errors
     /// Those of [`Communicator::gather`](crate::comm::Communicator::gather).
     pub fn join(
-        parts: Vec<Part>,
+        parts: Vec<PartWithGradient>,
         split: &[SplitParam],
         grads: &mut GradientsParams,
     ) -> Result<(ShardParams, Self), Error> {
         let dealt = deal(split);
         // In the order of the parts, which all ranks have in common.
-        let mut lots: Vec<(Key, Vec<SplitOver>, Vec<Part>)> = Vec::new();
+        let mut packs: Vec<(Key, Vec<SplitOver>, Vec<PartWithGradient>)> = Vec::new();
         for (shard, gradient) in parts {
             let Some((over, owner)) = dealt.get(&shard.param.id()) else {
                 return Err(Error::invalid("optimize", format!("`{}` is no part of a parameter", shard.path)));
             };
             let groups = over.axes.iter().map(|(_, group)| group.group().clone()).collect();
             let key = Key { groups, owner: owner.clone(), dtypes: [shard.dtype(), gradient.dtype()] };
-            let place = lots.iter().position(|(known, ..)| *known == key).unwrap_or_else(|| {
-                lots.push((key, Vec::new(), Vec::new()));
-                lots.len() - 1
+            let place = packs.iter().position(|(known, ..)| *known == key).unwrap_or_else(|| {
+                packs.push((key, Vec::new(), Vec::new()));
+                packs.len() - 1
             });
-            lots[place].1.push((*over).clone());
-            lots[place].2.push((shard, gradient));
+            packs[place].1.push((*over).clone());
+            packs[place].2.push((shard, gradient));
         }
-        Self::put_together(lots, grads)
+        Self::put_together(packs, grads)
     }
 
     fn put_together(
-        members: Vec<(Key, Vec<SplitOver>, Vec<Part>)>,
+        members: Vec<(Key, Vec<SplitOver>, Vec<PartWithGradient>)>,
         grads: &mut GradientsParams,
     ) -> Result<(ShardParams, Self), Error> {
-        let (mut owned, mut lots) = (ShardParams::default(), Vec::new());
+        let (mut owned, mut packs) = (ShardParams::default(), Vec::new());
         for (Key { owner, .. }, over, members) in members {
             let (parts, gradients): (Vec<ShardParam>, Vec<PlainTensor>) = members.into_iter().unzip();
-            let lot = Lot { owner, over, parts };
-            let values = lot.put_together(lot.parts.iter().map(|part| part.param.value()).collect())?;
-            let gradients = lot.put_together(gradients)?;
+            let pack = JoinedPack { owner, over, parts };
+            let values = pack.put_together(pack.parts.iter().map(|part| part.param.value()).collect())?;
+            let gradients = pack.put_together(gradients)?;
             if let (Some(values), Some(gradients)) = (values, gradients) {
-                for ((part, value), gradient) in lot.parts.iter().zip(values).zip(gradients) {
+                for ((part, value), gradient) in pack.parts.iter().zip(values).zip(gradients) {
                     let param = part.param.clone().with_value(value)?;
                     param.put_gradient(gradient, grads)?;
                     owned.0.push(ShardParam { param, ..part.clone() });
                 }
             }
-            lots.push(lot);
+            packs.push(pack);
         }
-        Ok((owned, Self { lots }))
+        Ok((owned, Self { packs }))
     }
 
     /// This rank's parts of what the owners have updated; `owned` is what this rank has. Collective.
@@ -104,10 +104,10 @@ impl Joined {
         let mut updated: HashMap<ParamId, PlainTensor> =
             owned.into_iter().map(|shard| (shard.param.id(), shard.param.value())).collect();
         let mut divided = Vec::new();
-        for lot in self.lots {
-            let wholes = lot.parts.iter().filter_map(|part| updated.remove(&part.param.id())).collect();
-            let values = lot.take_apart(wholes)?;
-            for (part, value) in lot.parts.into_iter().zip(values) {
+        for pack in self.packs {
+            let wholes = pack.parts.iter().filter_map(|part| updated.remove(&part.param.id())).collect();
+            let values = pack.take_apart(wholes)?;
+            for (part, value) in pack.parts.into_iter().zip(values) {
                 divided.push(ShardParam { param: part.param.with_value(value)?, ..part });
             }
         }
@@ -148,7 +148,7 @@ pub(super) fn owned(split: &[SplitParam]) -> HashSet<ParamId> {
     deal(split).into_iter().filter(|(_, dealt)| is_here(dealt)).map(|(id, _)| id).collect()
 }
 
-impl Lot {
+impl JoinedPack {
     fn axes(&self) -> usize {
         self.owner.len()
     }

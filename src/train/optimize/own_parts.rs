@@ -6,7 +6,7 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
-use super::joined::Part;
+use super::joined::PartWithGradient;
 use crate::Error;
 use crate::graph::SplitParam;
 use crate::sharding::{RankedParam, Rows, ShardParam};
@@ -20,22 +20,22 @@ pub(super) fn own_parts<M: Module>(
     ids: &HashSet<ParamId>,
     split: &[SplitParam],
     grads: &mut GradientsParams,
-) -> Result<Vec<Part>, Error> {
+) -> Result<Vec<PartWithGradient>, Error> {
     let paths: HashMap<ParamId, &SplitParam> =
         split.iter().filter(|param| ids.contains(&param.id)).map(|param| (param.id, param)).collect();
-    let mut found = Parts { paths, grads, seen: HashSet::new(), parts: Ok(Vec::new()) };
+    let mut found = TakeParts { paths, grads, seen: HashSet::new(), parts: Ok(Vec::new()) };
     module.visit(&mut found);
     found.parts
 }
 
-struct Parts<'a> {
+struct TakeParts<'a> {
     paths: HashMap<ParamId, &'a SplitParam>,
     grads: &'a mut GradientsParams,
     seen: HashSet<ParamId>,
-    parts: Result<Vec<Part>, Error>,
+    parts: Result<Vec<PartWithGradient>, Error>,
 }
 
-impl ModuleVisitor for Parts<'_> {
+impl ModuleVisitor for TakeParts<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(split) = self.paths.get(&param.id) else { return };
         let Ok(parts) = &mut self.parts else { return };

@@ -28,7 +28,7 @@ const TOLERANCE: f32 = 1e-3;
 
 /// Which part of the small parameters.
 #[derive(Clone, Copy)]
-enum Part {
+enum Probed {
     Whole,
     Half(usize),
 }
@@ -59,7 +59,7 @@ fn whole_along<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[SplitPara
         let run = AssertUnwindSafe(|| train(optim, local, &by_id, part));
         catch_unwind(run).map_err(|panic| Updated::of_parts(split).error(optim, &panic_message(&*panic)))
     };
-    let (whole, halves) = (attempt(Part::Whole)?, [attempt(Part::Half(0))?, attempt(Part::Half(1))?]);
+    let (whole, halves) = (attempt(Probed::Whole)?, [attempt(Probed::Half(0))?, attempt(Probed::Half(1))?]);
     let looks_at_the_whole = |param: &&SplitParam| {
         let Some(whole) = whole.get(&param.id) else { return false };
         let largest = whole.iter().map(|(_, before, after)| (after - before).abs()).fold(0.0, f32::max);
@@ -79,7 +79,7 @@ fn train<M: Module>(
     optim: &ModuleOptimizer,
     local: &M,
     split: &HashMap<ParamId, &SplitParam>,
-    part: Part,
+    part: Probed,
 ) -> HashMap<ParamId, Vec<(usize, f32, f32)>> {
     // The same groups without moments.
     let mut optim = optim.clone().load_record(OptimizerRecord::default());
@@ -103,10 +103,10 @@ fn train<M: Module>(
 
 /// A small parameter of rank `D`: for each element its half and a number for it, which is the same in a part as in the
 /// whole.
-fn elements<const D: usize>(param: &SplitParam, part: Part) -> ([usize; D], Vec<(usize, f64)>) {
+fn elements<const D: usize>(param: &SplitParam, part: Probed) -> ([usize; D], Vec<(usize, f64)>) {
     let dim = param.split.first().copied().unwrap_or(0).min(D.saturating_sub(1));
     let mut dims = [SIZE; D];
-    if let Part::Half(_) = part
+    if let Probed::Half(_) = part
         && D > 0
     {
         dims[dim] = SIZE / 2;
@@ -118,7 +118,7 @@ fn elements<const D: usize>(param: &SplitParam, part: Part) -> ([usize; D], Vec<
             let mut index = rest % size;
             rest /= size;
             if at == dim {
-                if let Part::Half(which) = part {
+                if let Probed::Half(which) = part {
                     index += which * SIZE / 2;
                 }
                 half = index / (SIZE / 2);
@@ -139,7 +139,7 @@ fn tensor<const D: usize>(dims: [usize; D], values: impl Iterator<Item = f64>) -
 /// Puts small parameters in the place of those that are split.
 struct Shrink<'a> {
     split: &'a HashMap<ParamId, &'a SplitParam>,
-    part: Part,
+    part: Probed,
 }
 
 impl ModuleMapper for Shrink<'_> {
@@ -154,7 +154,7 @@ impl ModuleMapper for Shrink<'_> {
 
 struct Gradients<'a> {
     split: &'a HashMap<ParamId, &'a SplitParam>,
-    part: Part,
+    part: Probed,
     scales: [f64; 2],
     gradients: GradientsParams,
 }
@@ -170,7 +170,7 @@ impl ModuleVisitor for Gradients<'_> {
 
 struct Values<'a> {
     split: &'a HashMap<ParamId, &'a SplitParam>,
-    part: Part,
+    part: Probed,
     values: HashMap<ParamId, Vec<(usize, f32)>>,
 }
 

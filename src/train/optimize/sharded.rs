@@ -6,11 +6,11 @@ use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
-use super::joined::{Joined, Part};
+use super::joined::{Joined, PartWithGradient};
 use super::panicked::Updated;
 use super::recognise::{Met, address};
 use super::update::update;
-use super::whole::{Dealt, Work};
+use super::whole::{Dealt, OwnUpdate};
 use super::{moments, parts};
 use crate::Error;
 use crate::graph::{CheckedOptimizers, SplitParam};
@@ -81,7 +81,11 @@ impl ShardedStep<'_> {
 
 /// Takes out of the work of this rank what is to be updated as a whole, but is a part of a parameter that other axes
 /// split as well; with the rest of the work.
-fn take_parts(work: &mut Work, whole: &HashSet<ParamId>, split: &[SplitParam]) -> (Vec<Part>, Vec<ShardParam>) {
+fn take_parts(
+    work: &mut OwnUpdate,
+    whole: &HashSet<ParamId>,
+    split: &[SplitParam],
+) -> (Vec<PartWithGradient>, Vec<ShardParam>) {
     let split: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
     let (mut parts, mut rest) = (Vec::new(), Vec::new());
     for shard in std::mem::take(&mut work.params).0 {

@@ -11,7 +11,7 @@ use crate::sharding::{Pack, ShardComms, ShardParam, ShardParams};
 use crate::tensor::PlainTensor;
 
 /// What this rank updates: its rows of some parameters, and the whole of others.
-pub(super) struct Work {
+pub(super) struct OwnUpdate {
     pub params: ShardParams,
     pub grads: GradientsParams,
 }
@@ -20,11 +20,11 @@ pub(super) struct Work {
 pub(super) struct Dealt {
     /// The ids of all parameters, in their order.
     order: Vec<ParamId>,
-    lots: Vec<Lot>,
+    packs: Vec<OwnedPack>,
 }
 
 /// Parameters of one dtype that one rank updates as a whole.
-struct Lot {
+struct OwnedPack {
     owner: usize,
     pack: Pack,
     /// On every rank its shards.
@@ -41,9 +41,9 @@ impl Dealt {
         gradients: Vec<PlainTensor>,
         whole: &HashSet<ParamId>,
         comms: &ShardComms,
-    ) -> Result<(Work, Self), Error> {
+    ) -> Result<(OwnUpdate, Self), Error> {
         let order = shards.0.iter().map(|shard| shard.param.id()).collect();
-        let mut work = Work { params: ShardParams::default(), grads: GradientsParams::new() };
+        let mut work = OwnUpdate { params: ShardParams::default(), grads: GradientsParams::new() };
         let mut to_deal = Vec::new();
         for (shard, gradient) in shards.0.into_iter().zip(gradients) {
             if whole.contains(&shard.param.id()) {
@@ -53,7 +53,7 @@ impl Dealt {
             shard.param.put_gradient(gradient, &mut work.grads)?;
             work.params.0.push(shard);
         }
-        let mut lots = Vec::new();
+        let mut packs = Vec::new();
         for ((owner, _), members) in by_owner(to_deal) {
             let (shards, gradients): (Vec<ShardParam>, Vec<PlainTensor>) = members.into_iter().unzip();
             let pack = Pack::new(shards.iter().map(|shard| shard.rows.clone()).collect());
@@ -65,9 +65,9 @@ impl Dealt {
                 param.put_gradient(gradient, &mut work.grads)?;
                 work.params.0.push(ShardParam { param, ..shard.clone() });
             }
-            lots.push(Lot { owner, pack, shards });
+            packs.push(OwnedPack { owner, pack, shards });
         }
-        Ok((work, Self { order, lots }))
+        Ok((work, Self { order, packs }))
     }
 
     /// This rank's rows of everything that was updated on any rank, in the order in which the parameters came.
@@ -78,7 +78,7 @@ impl Dealt {
     pub fn collect(self, stepped: ShardParams, comms: &ShardComms) -> Result<ShardParams, Error> {
         let mut updated: HashMap<ParamId, ShardParam> =
             stepped.0.into_iter().map(|shard| (shard.param.id(), shard)).collect();
-        for Lot { owner, pack, shards } in self.lots {
+        for OwnedPack { owner, pack, shards } in self.packs {
             let wholes = match owner == comms.rank() {
                 true => shards
                     .iter()
@@ -98,12 +98,12 @@ impl Dealt {
     }
 }
 
-type Member = (ShardParam, PlainTensor);
+type WholeParam = (ShardParam, PlainTensor);
 
 /// Who updates which parameters: by rank and place of the dtype, in an order that is the same on all ranks.
-fn by_owner(members: Vec<Member>) -> BTreeMap<(usize, usize), Vec<Member>> {
+fn by_owner(members: Vec<WholeParam>) -> BTreeMap<(usize, usize), Vec<WholeParam>> {
     let mut dtypes: Vec<[DType; 2]> = Vec::new();
-    let mut dealt: BTreeMap<(usize, usize), Vec<Member>> = BTreeMap::new();
+    let mut dealt: BTreeMap<(usize, usize), Vec<WholeParam>> = BTreeMap::new();
     for member in members {
         let dtype = [member.0.dtype(), member.1.dtype()];
         let place = dtypes.iter().position(|known| *known == dtype).unwrap_or_else(|| {

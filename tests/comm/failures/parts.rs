@@ -1,13 +1,13 @@
 //! Failures in a part of the world.
 
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp};
 use burn_parallel::launch::Rank;
 
-use super::harness::{LONG, PURPOSE, SHORT, failure, says, tells_the_log};
+use super::harness::{LONG, PURPOSE, SHORT, failure, says, tells_the_log, until_it_fails};
 
 /// Splits the world into even and odd ranks, and lets rank 0 `fail` while all others wait: rank 2 in its own group,
 /// rank 1 in the parent, rank 3 in the sibling group.
@@ -40,12 +40,19 @@ fn a_failure_in_a_part_of_the_world_reaches_the_whole() {
         });
         says(&error, &["rank 0 of group `world/0` aborted the run: enough"]);
         let error = failure_in_a_part(size, SHORT, |rank, part| {
-            while rank.failure().is_none() {
-                thread::sleep(Duration::from_millis(10));
-            }
+            until_it_fails(rank);
             part.barrier()
         });
         assert!(matches!(&error, Error::Timeout { .. }), "{error:?}");
+    }
+}
+
+/// Waits until the three others of a world wait in groups of their own, as its log tells.
+fn until_they_wait(rank: &Rank) {
+    let (began, waiting) = (Instant::now(), || rank.log().to_string().matches("(waiting").count());
+    while waiting() < 3 {
+        assert!(began.elapsed() < LONG / 2, "{}", rank.log());
+        thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -55,7 +62,7 @@ fn the_log_tells_of_those_who_wait_in_other_groups() {
         let part = rank.split(rank.rank() as u64 % 2, 0)?;
         match rank.rank() {
             0 => {
-                thread::sleep(Duration::from_millis(200));
+                until_they_wait(rank);
                 Err(Error::user("no"))
             }
             2 => part.all_reduce(vec![1u64; 77], ReduceOp::Sum).map(drop),

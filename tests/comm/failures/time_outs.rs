@@ -8,7 +8,7 @@ use burn_parallel::comm::{ReduceOp, local};
 use burn_parallel::mesh::Mesh;
 use burn_parallel::{Error, launch};
 
-use super::harness::{SHORT, SIZES, failure, hide_panics_on_purpose, says, tells_the_log, within};
+use super::harness::{SHORT, SIZES, failure, hide_panics_on_purpose, says, tells_the_log, until_it_fails, within};
 
 #[test]
 fn a_rank_that_never_comes() {
@@ -16,7 +16,7 @@ fn a_rank_that_never_comes() {
         let culprit = size - 1;
         let error = failure(size, SHORT, None, move |rank| {
             if rank.rank() == culprit {
-                thread::sleep(SHORT + Duration::from_millis(300));
+                until_it_fails(rank);
             }
             rank.all_reduce(vec![1.0f32; 5], ReduceOp::Sum).map(drop)
         });
@@ -31,7 +31,7 @@ fn a_rank_that_never_comes() {
 fn several_ranks_that_never_come() {
     let error = failure(4, SHORT, None, |rank| {
         if rank.rank() % 2 == 1 {
-            thread::sleep(SHORT + Duration::from_millis(300));
+            until_it_fails(rank);
         }
         rank.barrier()
     });

@@ -9,7 +9,7 @@ use burn_parallel::{Error, layout};
 
 use super::failures::{drop_of, failure, mismatch};
 use super::{LONG, WorldFactory};
-use crate::common::failing::{SHORT, says};
+use crate::common::failing::{SHORT, says, until_it_fails};
 
 /// A check that two ranks or more run, each on its own device.
 type Check = fn(&dyn WorldFactory, &Device);
@@ -98,7 +98,7 @@ fn too_late(factory: &dyn WorldFactory, device: &Device) {
         let warm = ones([5, 5], device).into_data();
         let error = failure(factory, SHORT, None, &|comm| {
             if comm.rank() == culprit {
-                sleep(SHORT + Duration::from_millis(900));
+                until_it_fails(&comm);
             }
             drop_of(comm.all_reduce(ones([5, 5], device), ReduceOp::Sum))
         });

@@ -9,10 +9,12 @@ use burn_parallel::Error;
 use burn_parallel::comm::{Communicator, ReduceOp};
 
 use super::WorldFactory;
-use crate::common::failing::{self, LONG, PURPOSE, SHORT, is_mismatch, prelude, says, stays_failed, wait_of};
+use crate::common::failing::{
+    self, LONG, PURPOSE, SHORT, is_mismatch, prelude, says, stays_failed, until_it_fails, wait_of,
+};
 
-/// How long after the failure, or after the time-out, the last rank may return.
-const LIMIT: Duration = Duration::from_secs(8);
+/// How long after the failure, or after the time-out, the last rank may return: long before [`LONG`] is over.
+const LIMIT: Duration = Duration::from_secs(20);
 
 pub(super) type Script<'a> = &'a dyn Fn(Communicator) -> Result<(), Error>;
 
@@ -188,7 +190,7 @@ fn time_outs(factory: &dyn WorldFactory) {
     for culprit in [0, size - 1] {
         let error = failure(factory, SHORT, None, &|comm| {
             if comm.rank() == culprit {
-                thread::sleep(SHORT + Duration::from_millis(900));
+                until_it_fails(&comm);
             }
             drop_of(comm.all_reduce(vec![1.0f32; 5], ReduceOp::Sum))
         });
@@ -262,11 +264,15 @@ fn parts(factory: &dyn WorldFactory) {
         let part = split(&comm)?;
         match comm.rank() {
             0 => {
+                (1..size).try_for_each(|other| comm.recv::<Vec<u8>>(other, 9).map(drop))?;
                 thread::sleep(Duration::from_millis(300));
                 part.abort("enough");
                 Ok(())
             }
-            _ => elsewhere(&comm, &part),
+            _ => {
+                comm.send(vec![1u8], 0, 9)?;
+                elsewhere(&comm, &part)
+            }
         }
     });
     if !matches!(error, Error::User(_)) {

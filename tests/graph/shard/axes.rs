@@ -5,7 +5,7 @@ use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
 use super::vocabulary::{TOKENS, megatron_with_vocabulary};
-use crate::common::models::WideLm;
+use crate::common::models::Lm;
 
 #[test]
 fn batch_by_tensor_axes() {
@@ -61,7 +61,7 @@ fn fingerprints_tell_the_axes_apart() {
 #[test]
 fn an_axis_is_partitioned_once() {
     use burn_parallel::partition::{PartitionOptions, partition};
-    let case: &Case<WideLm, _> = &TOKENS;
+    let case: &Case<Lm, _> = &TOKENS;
     let (graph, _) = case.split(&[Axis::batch(2)], &[0]);
     let layouts = vec![Layout::Replicated; graph.params.len()];
     let again = partition(&graph, &layouts, &[Layout::Replicated; 2], &PartitionOptions::new("dp", 2, 0));

@@ -1,6 +1,6 @@
 //! Steps in other float types than `f32`.
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{DType, activation};
@@ -8,6 +8,7 @@ use burn_parallel::partition::{bucket_reductions, fuse_products, overlap};
 use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
+use crate::common::fill::cast;
 use crate::common::models::{Numbers, device};
 
 #[derive(Module, Debug)]
@@ -18,15 +19,6 @@ struct Block {
     norm: LayerNorm,
 }
 
-struct Cast(DType);
-
-impl ModuleMapper for Cast {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let (id, value, mapper) = param.consume();
-        Param::from_mapped_value(id, value.cast(self.0).detach().require_grad(), mapper)
-    }
-}
-
 fn block(dtype: DType, device: &Device) -> Block {
     let block = Block {
         first: LinearConfig::new(12, 24).init(device),
@@ -34,7 +26,7 @@ fn block(dtype: DType, device: &Device) -> Block {
         second: LinearConfig::new(24, 12).init(device),
         norm: LayerNormConfig::new(12).init(device),
     };
-    block.map(&mut Cast(dtype))
+    cast(block, dtype)
 }
 
 fn batch(dtype: DType, seed: u64) -> (Tensor<3>, Tensor<3>) {

@@ -8,10 +8,10 @@ use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
 use super::vocabulary::{Tokens, VOCABULARY, tokens};
-use crate::common::models::WideLm;
+use crate::common::models::Lm;
 
-const LAYER: Case<WideLm, Tokens> =
-    Case { make: |d| WideLm::new(VOCABULARY, 0.1, true, 1, d), batch: tokens, loss: WideLm::loss };
+const LAYER: Case<Lm, Tokens> =
+    Case { make: |d| Lm::wide(VOCABULARY, 0.1, true, 1, d), batch: tokens, loss: |m, (x, y)| m.loss(x, y) };
 
 fn check(name: &str, graph: &StepGraph) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/graph/shard/golden").join(name);
@@ -58,8 +58,11 @@ fn the_same_step_gives_the_same_graph() {
 fn the_work_is_linear_in_the_layers() {
     use burn_parallel::partition::CollectiveKind::AllReduce;
     fn of<const LAYERS: usize>(axis: Axis) -> (usize, [usize; 2], usize) {
-        let case: Case<WideLm, Tokens> =
-            Case { make: |d| WideLm::new(VOCABULARY, 0.1, true, LAYERS, d), batch: tokens, loss: WideLm::loss };
+        let case: Case<Lm, Tokens> = Case {
+            make: |d| Lm::wide(VOCABULARY, 0.1, true, LAYERS, d),
+            batch: tokens,
+            loss: |m, (x, y)| m.loss(x, y),
+        };
         let (graph, reports) = case.split(&[axis], &[0]);
         (graph.operations.len(), reports[0].count(AllReduce), reports[0].collectives.len())
     }

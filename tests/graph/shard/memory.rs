@@ -10,7 +10,7 @@ use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
 use super::vocabulary::{Tokens, VOCABULARY};
-use crate::common::models::{Numbers, WideLm, device};
+use crate::common::models::{Lm, Numbers, device};
 
 /// A block of which everything large is split: the hidden layer is 512 times as wide as its ends.
 #[derive(Module, Debug)]
@@ -53,13 +53,13 @@ fn activations_of_split_layers() {
 #[test]
 fn activations_along_the_sequence() {
     // A large batch, so that weights and their gradients count for little.
-    const LONG: Case<WideLm, Tokens> = Case {
-        make: |d| WideLm::new(VOCABULARY, 0.0, true, 2, d),
+    const LONG: Case<Lm, Tokens> = Case {
+        make: |d| Lm::wide(VOCABULARY, 0.0, true, 2, d),
         batch: |seed| {
             let mut numbers = Numbers(seed);
             (numbers.classes([32, 12], 24, &device()), numbers.classes([32, 12], 24, &device()))
         },
-        loss: WideLm::loss,
+        loss: |m, (x, y)| m.loss(x, y),
     };
     let axis = |degree| Axis::new("tp", degree, super::vocabulary::megatron_with_vocabulary());
     // One by one: heads are so narrow here that a sequence in parts sends the weights of attention, which then are in

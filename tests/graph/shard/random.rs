@@ -9,15 +9,15 @@ use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
 use super::vocabulary::{Tokens, VOCABULARY, megatron_with_vocabulary, tokens};
-use crate::common::models::{WideLm, device};
+use crate::common::models::{Lm, device};
 
-const DROPOUT: Case<WideLm, Tokens> =
-    Case { make: |d| WideLm::new(VOCABULARY, 0.3, true, 2, d), batch: tokens, loss: WideLm::loss };
+const DROPOUT: Case<Lm, Tokens> =
+    Case { make: |d| Lm::wide(VOCABULARY, 0.3, true, 2, d), batch: tokens, loss: |m, (x, y)| m.loss(x, y) };
 
 #[test]
 fn dropout_at_any_split_drops_the_same() {
     let references = DROPOUT.alone(3);
-    let without = Case { make: |d| WideLm::new(VOCABULARY, 0.0, true, 2, d), ..DROPOUT }.alone(1);
+    let without = Case { make: |d| Lm::wide(VOCABULARY, 0.0, true, 2, d), ..DROPOUT }.alone(1);
     assert!((references[0].loss - without[0].loss).abs() > 1e-3, "nothing was dropped");
     for degree in [1, 2, 3, 4] {
         DROPOUT.compare(&[Axis::new("tp", degree, Plan::megatron())], &references).unwrap();
@@ -32,7 +32,7 @@ fn dropout_at_any_split_drops_the_same() {
 }
 
 fn drawn(source: &RandomSource, steps: usize) -> Vec<[Vec<f64>; 5]> {
-    let model = WideLm::new(VOCABULARY, 0.0, true, 1, &device());
+    let model = Lm::wide(VOCABULARY, 0.0, true, 1, &device());
     let mut graph = capture_step(&model, tokens(0), |model, batch| {
         let device = device();
         let of = |distribution| Tensor::<2>::random([100, 400], distribution, &batch.0.device());
@@ -44,7 +44,7 @@ fn drawn(source: &RandomSource, steps: usize) -> Vec<[Vec<f64>; 5]> {
             Tensor::<2, Int>::random([100, 400], Distribution::Uniform(-3.0, 7.0), &batch.0.device()),
         );
         drop(device);
-        (model.loss(batch), outputs)
+        (model.loss(batch.0, batch.1), outputs)
     })
     .unwrap();
     assert_eq!(counter_based_rng(&mut graph), 5);

@@ -7,12 +7,11 @@ use burn_parallel::partition::CollectiveKind::{self, AllGather, AllReduce, AllRe
 use burn_parallel::prelude::*;
 
 use super::harness::{Axis, Case};
-use crate::common::models::{Numbers, WideLm, device};
+pub use crate::common::models::Tokens;
+use crate::common::models::{Lm, Numbers, device};
 
 pub const VOCABULARY: usize = 24;
 pub const SEQUENCE: usize = 12;
-
-pub type Tokens = (Tensor<2, Int>, Tensor<2, Int>);
 
 pub fn tokens(seed: u64) -> Tokens {
     let mut numbers = Numbers(seed + 50);
@@ -20,10 +19,10 @@ pub fn tokens(seed: u64) -> Tokens {
     (draw(), draw())
 }
 
-pub const TOKENS: Case<WideLm, Tokens> =
-    Case { make: |d| WideLm::new(VOCABULARY, 0.0, true, 2, d), batch: tokens, loss: WideLm::loss };
-pub const POST: Case<WideLm, Tokens> =
-    Case { make: |d| WideLm::new(VOCABULARY, 0.0, false, 2, d), batch: tokens, loss: WideLm::loss };
+pub const TOKENS: Case<Lm, Tokens> =
+    Case { make: |d| Lm::wide(VOCABULARY, 0.0, true, 2, d), batch: tokens, loss: |m, (x, y)| m.loss(x, y) };
+pub const POST: Case<Lm, Tokens> =
+    Case { make: |d| Lm::wide(VOCABULARY, 0.0, false, 2, d), batch: tokens, loss: |m, (x, y)| m.loss(x, y) };
 
 /// Megatron-LM's plan with the vocabulary split too.
 pub fn megatron_with_vocabulary() -> Plan {

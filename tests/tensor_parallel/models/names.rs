@@ -7,7 +7,9 @@ use burn_parallel::prelude::*;
 
 use super::{bert, device, gpt2, tokens};
 use crate::common::llama::{self, LLAMA, LlamaConfig, QWEN2};
+use crate::common::models::seeded;
 use crate::common::rotary::Rotary;
+use crate::compare::splits_like_one;
 
 fn problem(plan: Plan, model: &impl Module) -> String {
     match plan.table(model, 2) {
@@ -52,27 +54,8 @@ fn names_trains_like_one_device() {
 }
 
 fn trains_like_one_device<M: Module + Sync>(model: M, loss: fn(&M, Tensor<2, Int>) -> Tensor<1>) {
-    let model = crate::common::models::seeded(model);
-    let (expected, gradients) = crate::common::models::eager(&model, |model| loss(model, tokens(9, 36, 1)));
-    let expected = (expected, crate::common::reference::gradient_values(&model, &gradients));
-    for degree in [2, 3, 6] {
-        launch::threads(degree)
-            .run(|rank| {
-                let plan = Plan::hugging_face();
-                let mut split = model.clone().fork(&device()).tensor_parallel(&rank, &plan)?;
-                let step = split.step(tokens(9, 36, 1), loss)?;
-                let loss = step.loss.item() as f32;
-                assert!((loss - expected.0).abs() < 1e-5 * expected.0, "{loss} {}", expected.0);
-                // What is whole on every rank has the gradient that one device finds.
-                let found = crate::common::reference::gradient_values(&split, &step.grads);
-                let same = found.iter().filter(|(path, found)| expected.1[*path].dims == found.dims);
-                let worst = same.flat_map(|(path, found)| expected.1[path].values.iter().zip(&found.values));
-                let worst = worst.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-                assert!(worst < 1e-4, "{worst}");
-                Ok(())
-            })
-            .unwrap();
-    }
+    let batch = |step: usize| tokens(9, 36, step as u64);
+    splits_like_one(&seeded(model), batch, loss, &Plan::hugging_face(), &[2, 3, 6]);
 }
 
 #[test]

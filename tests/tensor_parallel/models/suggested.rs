@@ -7,7 +7,9 @@ use burn_parallel::prelude::*;
 
 use super::{bert, burn_layers, device, gpt2, tokens};
 use crate::common::llama::{self, LLAMA, LlamaConfig, QWEN2};
+use crate::common::models::seeded;
 use crate::common::rotary::Rotary;
+use crate::compare::splits_like_one;
 
 /// Columns with their biases, and rows.
 fn split(columns: &[&str], rows: &[&str]) -> Plan {
@@ -132,14 +134,9 @@ fn what_a_degree_does_not_divide_is_padded() {
 #[test]
 fn a_suggested_plan_that_pads_trains_like_one_device() {
     let config = LlamaConfig { vocab: 37, layers: 1, ..llama::small(LLAMA) };
-    let model = crate::common::models::seeded(config.init(&device()));
-    let expected = crate::common::models::eager(&model, |model| llama::loss(model, tokens(9, 37, 1))).0;
+    let model = seeded(config.init(&device()));
     for degree in [2, 3, 5] {
         let plan = Plan::suggest(&model, degree);
-        let losses = launch::threads(degree).run(|rank| {
-            let mut model = model.clone().fork(&device()).tensor_parallel(&rank, &plan)?;
-            Ok(model.step(tokens(9, 37, 1), llama::loss)?.loss.item() as f32)
-        });
-        assert!(losses.unwrap().iter().all(|loss| (loss - expected).abs() < 1e-4 * expected), "{degree}");
+        splits_like_one(&model, |step| tokens(9, 37, step as u64), llama::loss, &plan, &[degree]);
     }
 }

@@ -11,6 +11,7 @@ use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Engine;
 
+use super::close;
 use super::meshes::{Meshed, on_mesh};
 use crate::common::finetune::directory;
 use crate::common::llama::{Batch, Llama, LlamaConfig};
@@ -108,11 +109,6 @@ impl Check<'_> {
         close(&what, self.golden.logits_sum, sum.into(), 1e-4);
         Ok(())
     }
-}
-
-#[track_caller]
-fn close(what: &str, expected: f64, found: f64, tolerance: f64) {
-    assert!((found - expected).abs() <= tolerance * expected, "{what}: {found}, not {expected}");
 }
 
 /// There are two heads of keys and values, and 4 layers.

@@ -1,14 +1,14 @@
 //! A small language model with all that a norm can get wrong: a vocabulary and a width that no number of ranks divides,
 //! tied weights, frozen ones, and parameters that stay whole.
 
-use burn::module::{Module, ModuleMapper, Param};
+use burn::module::Module;
 use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{DType, activation};
 use burn_parallel::prelude::*;
 
-use crate::common::models::Numbers;
-use crate::common::reference::filled;
+use crate::common::fill::{Numbers, cast, filled};
+pub use crate::common::models::Tokens as Batch;
 
 pub const WORDS: usize = 13;
 const WIDTH: usize = 8;
@@ -57,7 +57,7 @@ impl Kind {
         if self.frozen {
             model.layers[0] = model.layers[0].clone().no_grad();
         }
-        model.map(&mut Cast(self.dtype))
+        cast(model, self.dtype)
     }
 
     pub fn plan(self) -> Plan {
@@ -73,18 +73,6 @@ impl Kind {
 pub fn cut(stages: usize) -> Cut {
     Cut::before((1..stages).map(|stage| format!("layers.{}.*", stage * LAYERS / stages)).collect::<Vec<_>>())
 }
-
-struct Cast(DType);
-
-impl ModuleMapper for Cast {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let (id, value, mapper) = param.consume();
-        let trained = value.is_require_grad();
-        Param::from_mapped_value(id, value.cast(self.0).detach().set_require_grad(trained), mapper)
-    }
-}
-
-pub type Batch = (Tensor<2, Int>, Tensor<2, Int>);
 
 /// The batch of a step, of which a replica takes some rows.
 pub fn batch(step: usize, device: &Device) -> Batch {

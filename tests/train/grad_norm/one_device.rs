@@ -8,6 +8,7 @@ use burn_parallel::comm::part;
 use burn_parallel::prelude::*;
 use burn_parallel::train::{Clip, Norm};
 
+use super::close;
 use super::lm::{Kind, Lm, ROWS, batch, cut, loss};
 use super::meshes::{Meshed, on_mesh};
 use crate::common::reference::{Wholes, all_same, own, values};
@@ -99,11 +100,6 @@ impl Meshed<Lm> for Compare<'_> {
         all_same(&self.what, &self.expected.after, &values(&model.assemble()?), self.tolerance as f32);
         Ok(())
     }
-}
-
-#[track_caller]
-fn close(what: &str, expected: f64, found: f64, tolerance: f64) {
-    assert!((found - expected).abs() <= tolerance * expected, "{what}: {found}, not {expected}");
 }
 
 /// Sizes of `dp`, `pp` and `tp`.

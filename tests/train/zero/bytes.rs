@@ -8,7 +8,7 @@ use burn_parallel::prelude::*;
 use burn_parallel::sharding::Rows;
 
 use super::{config, wrap};
-use crate::common::zoo;
+use crate::common::cases;
 
 /// The bytes of an optimizer's state.
 pub fn state_bytes(optim: &ModuleOptimizer) -> usize {
@@ -18,11 +18,12 @@ pub fn state_bytes(optim: &ModuleOptimizer) -> usize {
 }
 
 /// The bytes of a rank's rows of all parameters, zeros included.
-fn row_bytes<M: Module>(model: &M, ranks: usize) -> usize {
-    struct Sum(usize, usize);
+pub fn row_bytes<M: Module>(model: &M, ranks: usize) -> u64 {
+    struct Sum(usize, u64);
     impl ModuleVisitor for Sum {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1 += Rows::new(&param.lazy_shape(), self.0).unwrap().shard_dims().iter().product::<usize>() * 4;
+            let shard = Rows::new(&param.lazy_shape(), self.0).unwrap().shard_dims();
+            self.1 += 4 * shard.iter().product::<usize>() as u64;
         }
     }
     let mut sum = Sum(ranks, 0);
@@ -33,7 +34,7 @@ fn row_bytes<M: Module>(model: &M, ranks: usize) -> usize {
 /// AdamW has two moments of each element. What is moved is what an all-reduce of the padded parameters moves.
 #[test]
 fn state_is_divided_and_no_more_is_moved_than_by_an_all_reduce() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let whole = 4 * case.model.num_params();
     for size in [2, 4, 8] {
         for (level, micro_batches) in [(Sharding::Optimizer, 1), (Sharding::Optimizer, 2), (Sharding::Gradients, 2)] {
@@ -48,16 +49,16 @@ fn state_is_divided_and_no_more_is_moved_than_by_an_all_reduce() {
                         let done = model.step_micro_batches(batches, |model, batch| (case.loss)(model, batch))?;
                         model = model.optimize(&mut optim, 1e-2, done)?;
                         let moved = model.counters() - before;
-                        let pass = ((rank.size() - 1) * rows) as u64;
+                        let pass = (rank.size() as u64 - 1) * rows;
                         let reductions = if level == Sharding::Gradients { micro_batches as u64 } else { 1 };
                         assert_eq!(moved.gradients.of("reduce_scatter").bytes, reductions * pass, "{level}");
                         assert_eq!(moved.gradients.total().bytes, reductions * pass, "{level}");
                         assert_eq!(moved.parameters.of("all_gather").bytes, pass, "{level}");
                         assert_eq!(moved.parameters.total().bytes, pass, "{level}");
                     }
-                    assert_eq!(state_bytes(&optim), 2 * rows);
+                    assert_eq!(state_bytes(&optim), 2 * rows as usize);
                     // Few rows of a small model: zeros are up to 8 rows of 33 in the widest layer.
-                    assert!(rows * rank.size() <= whole + 4 * 8 * (33 + 17 + 4 + 3), "{rows} of {whole}");
+                    assert!(rows as usize * rank.size() <= whole + 4 * 8 * (33 + 17 + 4 + 3), "{rows} of {whole}");
                     Ok(())
                 })
                 .unwrap();

@@ -8,33 +8,24 @@ use burn::tensor::{Device, Tensor};
 use burn_parallel::Error;
 use burn_parallel::hf::{self, Mapping, SaveConfig};
 use burn_parallel::prelude::*;
-use burn_parallel::sharding::Rows;
 
+use super::bytes::{row_bytes, state_bytes};
 use super::{config, optimizer, train, wrap};
-use crate::common::zoo::{self, Case, assert_close, parameters};
+use crate::common::cases::{self, Batch, Case};
+use crate::common::dense::Dense;
+use crate::common::fill::filled_from;
+use crate::common::reference::{all_same, paths, values};
+use crate::common::store::Store;
 
 fn gathered(keep: Keep) -> DataParallelConfig {
     config(Sharding::Parameters).with_keep(keep)
-}
-
-/// The bytes of one shard of each parameter, zeros included, of all of them.
-fn shard_bytes<M: Module>(model: &M, ranks: usize) -> u64 {
-    struct Sum(usize, usize);
-    impl ModuleVisitor for Sum {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1 += Rows::new(&param.lazy_shape(), self.0).unwrap().shard_dims().iter().product::<usize>() * 4;
-        }
-    }
-    let mut sum = Sum(ranks, 0);
-    model.visit(&mut sum);
-    sum.1 as u64
 }
 
 /// What a gather of all parameters moves on a rank, `(n - 1) / n` of their bytes with zeros, is moved as often as
 /// `keep` says, from the first step on; and for each micro-batch once by a reduce-scatter.
 #[test]
 fn gathers_and_reductions_move_what_the_formulas_say() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let micro_batches = 2;
     for size in [2, 3, 4] {
         for (keep, gathers) in [(Keep::Pass, 2 * micro_batches), (Keep::MicroBatch, micro_batches), (Keep::Step, 1)] {
@@ -42,7 +33,7 @@ fn gathers_and_reductions_move_what_the_formulas_say() {
                 .run(|rank| {
                     let mut model = wrap(&rank, &case.model, gathered(keep))?;
                     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
-                    let pass = (rank.size() as u64 - 1) * shard_bytes(&case.model, rank.size());
+                    let pass = (rank.size() as u64 - 1) * row_bytes(&case.model, rank.size());
                     for step in 0..3 {
                         let before = model.counters();
                         let batches = vec![(case.input)(step, 0..2); micro_batches as usize];
@@ -66,13 +57,12 @@ fn gathers_and_reductions_move_what_the_formulas_say() {
 
 #[test]
 fn parameters_may_be_kept() {
-    let case = zoo::transformer();
-    let (_, model) = case.alone(optimizer("adamw"), 1e-2, &[8; 3]);
-    let expected = parameters(&model.valid());
+    let case = cases::transformer();
+    let (_, expected) = case.alone(optimizer("adamw"), 1e-2, &[8; 3]);
     for keep in [Keep::Pass, Keep::MicroBatch, Keep::Step] {
         let runs =
             launch::threads(3).run(|rank| train(&rank, &case, gathered(keep), optimizer("adamw"), &[8; 3], 2)).unwrap();
-        assert_close(&expected, &runs[0].1, 3e-5, &format!("{keep:?}"));
+        all_same(&format!("{keep:?}"), &expected, &runs[0].1, 3e-5);
     }
 }
 
@@ -86,7 +76,7 @@ fn a_rank_holds_its_rows() {
             self.0 += buffer.bytes().len() as u64;
         }
     }
-    let case = zoo::transformer();
+    let case = cases::transformer();
     for size in [2, 4, 8] {
         launch::threads(size)
             .run(|rank| {
@@ -97,14 +87,12 @@ fn a_rank_holds_its_rows() {
                     model = model.optimize(&mut optim, 1e-2, done)?;
                     let mut held = Held(0);
                     model.local().visit(&mut held);
-                    let (mut placeholders, rows) = (Count(0), shard_bytes(&case.model, rank.size()));
+                    let (mut placeholders, rows) = (Count(0), row_bytes(&case.model, rank.size()));
                     case.model.visit(&mut placeholders);
                     assert_eq!(held.0, rows + 4 * placeholders.0, "one element stands for each parameter");
-                    assert_eq!(super::bytes::state_bytes(&optim) as u64, 2 * rows);
+                    assert_eq!(state_bytes(&optim) as u64, 2 * rows);
                     // From outside each parameter is there once.
-                    let paths =
-                        |found: Vec<(String, Vec<f32>)>| found.into_iter().map(|(path, _)| path).collect::<Vec<_>>();
-                    assert_eq!(paths(parameters(&model)), paths(parameters(&case.model)));
+                    assert_eq!(paths(&model), paths(&case.model));
                     assert_eq!(4 * model.num_params() as u64, rows);
                 }
                 Ok(())
@@ -122,7 +110,7 @@ fn a_rank_holds_its_rows() {
 /// The model's own forward, by `Deref` or for evaluation, gives what the whole model gives; between steps too.
 #[test]
 fn evaluation_is_that_of_the_whole_model() {
-    let case = zoo::transformer();
+    let case = cases::transformer();
     launch::threads(3)
         .run(|rank| {
             let mut model = wrap(&rank, &case.model, gathered(Keep::Pass))?;
@@ -149,7 +137,7 @@ fn evaluation_is_that_of_the_whole_model() {
 /// `backward` of a loss that the model's own forward gave, and accumulation before it.
 #[test]
 fn a_loop_of_ones_own() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let run = |size: usize, config: DataParallelConfig| {
         launch::threads(size)
             .run(|rank| {
@@ -159,68 +147,30 @@ fn a_loop_of_ones_own() {
                     model.accumulate(Loss::mean((case.loss)(&model, (case.input)(step, 0..2)), 2))?;
                     let loss = Loss::mean((case.loss)(&model, (case.input)(step, 2..5)), 3);
                     let grads = model.backward(loss)?;
-                    let mut done =
-                        model.step_micro_batches(Vec::<zoo::Batch>::new(), |_, batch| batch.targets.sum())?;
+                    let mut done = model.step_micro_batches(Vec::<Batch>::new(), |_, batch| batch.targets.sum())?;
                     done.grads = grads;
                     model = model.optimize(&mut optim, 1e-2, done)?;
                 }
-                Ok(parameters(&model.assemble()?.valid()))
+                Ok(values(&model.assemble()?))
             })
             .unwrap()
             .remove(0)
     };
     let expected = run(1, DataParallelConfig::new());
-    assert_close(&expected, &run(2, gathered(Keep::Pass)), 3e-5, "2 ranks");
+    all_same("2 ranks", &expected, &run(2, gathered(Keep::Pass)), 3e-5);
 }
 
 /// Values come from a store by slices: no rank asks for more than its rows.
 #[test]
 fn rows_are_loaded_by_slices() {
-    struct Store(Vec<(String, Vec<usize>)>, usize);
-    impl burn_parallel::params::SliceSource for Store {
-        fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
-            Ok(self.0.iter().find(|(known, _)| known == path).map(|(_, dims)| dims.clone()))
-        }
-
-        fn read(&mut self, path: &str, ranges: &[std::ops::Range<usize>]) -> Result<burn::tensor::TensorData, Error> {
-            let dims: Vec<usize> = ranges.iter().map(ExactSizeIterator::len).collect();
-            let count = dims.iter().product::<usize>();
-            self.1 += count;
-            // The number of the row, by which what was read is known.
-            let width = count / dims[0].max(1);
-            let rows = ranges[0].clone().flat_map(|row| vec![(row + path.len()) as f32; width]);
-            Ok(burn::tensor::TensorData::new(rows.collect::<Vec<f32>>(), dims))
-        }
-    }
-    struct Dims(Vec<String>, Vec<(String, Vec<usize>)>);
-    impl ModuleVisitor for Dims {
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.0.push(name.into());
-        }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.0.pop();
-        }
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            self.1.push((self.0.join("."), param.dims().to_vec()));
-        }
-    }
-    let case = zoo::mlp();
-    let mut dims = Dims(Vec::new(), Vec::new());
-    case.model.visit(&mut dims);
+    let case = cases::mlp();
+    let stored = values(&filled_from(99, case.model.clone()));
     let read = launch::threads(4)
         .run(|rank| {
             let model = wrap(&rank, &case.model, gathered(Keep::Pass))?;
-            let mut store = Store(dims.1.clone(), 0);
-            let whole = model.load(&mut store)?.assemble()?;
-            for (path, values) in parameters(&whole.valid()) {
-                let (_, dims) = dims.1.iter().find(|(known, _)| *known == path).unwrap();
-                let width = values.len() / dims[0];
-                assert!(
-                    values.iter().enumerate().all(|(at, value)| *value == (at / width + path.len()) as f32),
-                    "{path}"
-                );
-            }
-            Ok(store.1)
+            let mut store = Store::of(stored.clone());
+            assert_eq!(values(&model.load(&mut store)?.assemble()?), stored);
+            Ok(store.elements_read())
         })
         .unwrap();
     assert_eq!(read.iter().sum::<usize>(), case.model.num_params());
@@ -239,7 +189,7 @@ fn failure<M: Module + Sync>(
 /// Whoever fails, leaves, or goes another way, all ranks end with the error, none waits for ever.
 #[test]
 fn failures_end_all_ranks() {
-    let case = zoo::transformer();
+    let case = cases::transformer();
     let error = failure(&case, |rank, mut model| {
         model.step((case.input)(0, 0..2), |model, batch| {
             assert!(rank.rank() != 1, "there is no such token");
@@ -311,7 +261,7 @@ fn ranks_that_use_other_layers_are_told_so() {
 /// Frozen parameters are divided too, and trained from some step on.
 #[test]
 fn frozen_parameters_are_divided() {
-    let case = zoo::transformer();
+    let case = cases::transformer();
     let frozen = || ParamGroup::from_regex("encoder").unwrap();
     let run = |size: usize, config: DataParallelConfig| {
         launch::threads(size)
@@ -328,14 +278,14 @@ fn frozen_parameters_are_divided() {
                     model = model.optimize(&mut optim, 1e-2, done)?;
                 }
                 let model = model.sync_buffers()?;
-                Ok(parameters(&model.assemble()?.valid()))
+                Ok(values(&model.assemble()?))
             })
             .unwrap()
             .remove(0)
     };
     let expected = run(1, DataParallelConfig::new());
     for keep in [Keep::Pass, Keep::MicroBatch] {
-        assert_close(&expected, &run(3, gathered(keep)), 3e-5, &format!("{keep:?}"));
+        all_same(&format!("{keep:?}"), &expected, &run(3, gathered(keep)), 3e-5);
     }
 }
 
@@ -401,12 +351,12 @@ fn groups_that_are_gathered_ahead_train_like_one_device() {
                 let mut optim = optimizer("adamw");
                 for step in 0..4 {
                     let rows = burn_parallel::comm::part(7, rank.size(), rank.rank());
-                    let x = crate::common::dense::Dense::fractions(&[7, 128], step).rows(0, rows);
+                    let x = Dense::fractions(&[7, 128], step).rows(0, rows);
                     let x = x.tensor(&rank.device().autodiff(), burn::tensor::DType::F32);
                     let done = model.step(x, |model, x: Tensor<2>| model.loss(x))?;
                     model = model.optimize(&mut optim, 1e-2, done)?;
                 }
-                Ok(parameters(&model.assemble()?.valid()))
+                Ok(values(&model.assemble()?))
             })
             .unwrap()
             .remove(0)
@@ -414,7 +364,7 @@ fn groups_that_are_gathered_ahead_train_like_one_device() {
     let expected = run(1, DataParallelConfig::new());
     for size in [2, 3] {
         for keep in [Keep::Pass, Keep::Step] {
-            assert_close(&expected, &run(size, gathered(keep)), 3e-5, &format!("{size} ranks, {keep:?}"));
+            all_same(&format!("{size} ranks, {keep:?}"), &expected, &run(size, gathered(keep)), 3e-5);
         }
     }
 }
@@ -422,7 +372,7 @@ fn groups_that_are_gathered_ahead_train_like_one_device() {
 /// What is saved from rows is what the whole model is.
 #[test]
 fn a_directory_is_saved_from_rows() {
-    let case = zoo::transformer();
+    let case = cases::transformer();
     let dir = std::env::temp_dir().join(format!("burn-parallel-zero-{}", std::process::id()));
     launch::threads(3)
         .run(|rank| {
@@ -431,12 +381,12 @@ fn a_directory_is_saved_from_rows() {
             Ok(())
         })
         .unwrap();
-    let other = zoo::with_values(case.model.clone(), 99);
-    assert_ne!(parameters(&other.valid()), parameters(&case.model.valid()));
+    let other = filled_from(99, case.model.clone());
+    assert_ne!(values(&other), values(&case.model));
     let loaded = launch::threads(1)
         .run(|rank| wrap(&rank, &other, DataParallelConfig::new())?.load(&mut hf::open(&dir)?)?.assemble())
         .unwrap();
-    assert_eq!(parameters(&loaded[0].valid()), parameters(&case.model.valid()));
+    assert_eq!(values(&loaded[0]), values(&case.model));
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
@@ -453,7 +403,7 @@ fn ranks_with_different_numbers_of_rows_gather_the_same() {
     // Dims of the inputs: 5 rows of 3 are a matrix of 15, 32 rows of 2 stay what they are.
     let input = |rank: usize, step: usize| {
         let dims = [[2, 32, 128], [5, 3, 128], [1, 7, 128]][(rank + step) % 3];
-        let x = crate::common::dense::Dense::fractions(&dims, (step * 3 + rank) as u64);
+        let x = Dense::fractions(&dims, (step * 3 + rank) as u64);
         x.tensor::<3>(&Device::flex().autodiff(), burn::tensor::DType::F32)
     };
     let run = |config: DataParallelConfig, frozen: Option<&str>, order: &[usize]| {
@@ -473,7 +423,7 @@ fn ranks_with_different_numbers_of_rows_gather_the_same() {
                     let done = model.step_micro_batches(batches, |model, x| deep(x, model, order))?;
                     model = model.optimize(&mut optim, 1e-2, done)?;
                 }
-                Ok(parameters(&model.assemble()?.valid()))
+                Ok(values(&model.assemble()?))
             })
             .unwrap()
             .remove(0)
@@ -482,7 +432,7 @@ fn ranks_with_different_numbers_of_rows_gather_the_same() {
     for (frozen, order) in [(None, &[0, 1, 2, 3, 4][..]), (Some("layers.[023]"), &[0, 1, 2, 3, 4]), (None, several)] {
         let expected = run(config(Sharding::None), frozen, order);
         let what = format!("frozen: {frozen:?}, {order:?}");
-        assert_close(&expected, &run(gathered(Keep::Pass), frozen, order), 3e-5, &what);
+        all_same(&what, &expected, &run(gathered(Keep::Pass), frozen, order), 3e-5);
     }
 }
 
@@ -530,12 +480,12 @@ fn a_loss_of_nothing_takes_part() {
                 })?;
                 model = model.optimize(&mut optim, 1e-2, done)?;
             }
-            Ok(parameters(&model.assemble()?.valid()))
+            Ok(values(&model.assemble()?))
         });
         ran.unwrap().remove(0)
     };
     let expected = run(1, config(Sharding::None));
     for keep in [Keep::Pass, Keep::MicroBatch] {
-        assert_close(&expected, &run(3, gathered(keep)), 3e-5, &format!("{keep:?}"));
+        all_same(&format!("{keep:?}"), &expected, &run(3, gathered(keep)), 3e-5);
     }
 }

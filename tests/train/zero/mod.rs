@@ -15,10 +15,10 @@ use burn::optim::momentum::MomentumConfig;
 use burn::optim::{AdamWConfig, ModuleOptimizer, MuonConfig, SgdConfig};
 use burn_parallel::Error;
 use burn_parallel::comm::part;
-use burn_parallel::data_parallel::{Eager, Replica};
 use burn_parallel::prelude::*;
 
-use crate::common::zoo::Case;
+use crate::common::cases::{Case, wrap};
+use crate::common::reference::{Wholes, values};
 
 /// The levels that eager replicas have.
 pub const LEVELS: [Sharding; 3] = [Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters];
@@ -42,12 +42,8 @@ pub fn config(sharding: Sharding) -> DataParallelConfig {
     DataParallelConfig::new().with_bucket_bytes(3000).with_sharding(sharding)
 }
 
-pub fn wrap<M: Module>(rank: &Rank, model: &M, config: DataParallelConfig) -> Result<Replica<Eager<M>>, Error> {
-    model.clone().fork(&rank.device().autodiff()).train().data_parallel(rank, config)
-}
-
 /// What a run did: the loss of each step, and the values of all parameters at its end.
-pub type Run = (Vec<f64>, Vec<(String, Vec<f32>)>);
+pub type Run = (Vec<f64>, Wholes);
 
 /// Trains replicas, each on its part of so many rows a step, in so many micro-batches.
 pub fn train<M: Module>(
@@ -76,5 +72,5 @@ pub fn train<M: Module>(
         losses.push(done.loss.item());
         model = model.optimize(&mut optim, 1e-2, done)?;
     }
-    Ok((losses, crate::common::zoo::parameters(&model.assemble()?.valid())))
+    Ok((losses, values(&model.assemble()?)))
 }

@@ -6,7 +6,9 @@ use burn::tensor::{Device, FloatDType, Tensor};
 use burn_parallel::prelude::*;
 
 use super::{LEVELS, config, optimizer, train};
-use crate::common::zoo::{self, Case, assert_close, parameters};
+use crate::common::cases::{self, Batch, Case};
+use crate::common::fill::filled_from;
+use crate::common::reference::all_same;
 
 const STEPS: usize = 4;
 const ROWS: usize = 11;
@@ -14,8 +16,7 @@ const ROWS: usize = 11;
 /// On every number of ranks and every level, with the tolerances of each optimizer.
 fn parity<M: Module + Sync>(case: &Case<M>, optimizers: &[&str], worlds: &[usize], rows: usize, micro_batches: usize) {
     for optim in optimizers {
-        let (losses, model) = case.alone(optimizer(optim), 1e-2, &[rows; STEPS]);
-        let expected = parameters(&model.valid());
+        let (losses, expected) = case.alone(optimizer(optim), 1e-2, &[rows; STEPS]);
         for &size in worlds {
             for level in LEVELS {
                 let what = format!("{size} ranks, {optim}, {level}");
@@ -26,7 +27,7 @@ fn parity<M: Module + Sync>(case: &Case<M>, optimizers: &[&str], worlds: &[usize
                     for (a, b) in losses.iter().zip(seen) {
                         assert!((a - b).abs() <= 2e-5 * a.abs().max(1e-3), "{what}: loss {a} against {b}");
                     }
-                    assert_close(&expected, found, if *optim == "muon" { 2e-4 } else { 3e-5 }, &what);
+                    all_same(&what, &expected, found, if *optim == "muon" { 2e-4 } else { 3e-5 });
                     assert_eq!(found, &ranks[0].1, "{what}: replicas are bit-identical");
                 }
             }
@@ -38,46 +39,46 @@ const ALL: [&str; 3] = ["sgd", "adamw", "muon"];
 
 #[test]
 fn mlp() {
-    parity(&zoo::mlp(), &ALL, &[1, 2, 3, 4, 8], ROWS, 1);
+    parity(&cases::mlp(), &ALL, &[1, 2, 3, 4, 8], ROWS, 1);
 }
 
 #[test]
 fn transformer_encoder() {
-    parity(&zoo::transformer(), &ALL, &[2, 3, 8], ROWS, 1);
+    parity(&cases::transformer(), &ALL, &[2, 3, 8], ROWS, 1);
 }
 
 #[test]
 fn micro_batches() {
-    parity(&zoo::mlp(), &ALL, &[1, 2, 3], ROWS, 3);
+    parity(&cases::mlp(), &ALL, &[1, 2, 3], ROWS, 3);
 }
 
 /// Some ranks have fewer micro-batches than others, and some have none.
 #[test]
 fn ranks_without_data() {
-    parity(&zoo::transformer(), &["adamw"], &[2, 4, 8], 5, 2);
+    parity(&cases::transformer(), &["adamw"], &[2, 4, 8], 5, 2);
 }
 
 #[test]
 fn convolutions() {
-    parity(&zoo::cnn(), &["sgd", "adamw"], &[3, 4], ROWS, 1);
+    parity(&cases::cnn(), &["sgd", "adamw"], &[3, 4], ROWS, 1);
 }
 
 #[test]
 fn tied_weights() {
-    parity(&zoo::tied(), &ALL, &[3, 4], ROWS, 1);
+    parity(&cases::tied(), &ALL, &[3, 4], ROWS, 1);
 }
 
 #[test]
 fn frozen_parameters() {
-    let mut case = zoo::mlp();
-    case.model = case.model.freeze_group(ParamGroup::from_paths(vec!["layers.1.weight", "layers.0.bias"]));
+    let mut case = cases::mlp();
+    case.model = case.model.freeze_group(ParamGroup::from_paths(vec!["between.0.weight", "first.bias"]));
     parity(&case, &["adamw"], &[2, 4], ROWS, 2);
 }
 
 #[test]
 fn lora_adapters() {
-    let mut case = zoo::transformer();
-    case.model = zoo::with_values(case.model.apply_lora(Lora::new(2, 4.0)), 7);
+    let mut case = cases::transformer();
+    case.model = filled_from(7, case.model.apply_lora(Lora::new(2, 4.0)));
     parity(&case, &["adamw"], &[2, 3], ROWS, 1);
 }
 
@@ -89,7 +90,7 @@ struct Mixed {
 }
 
 impl Mixed {
-    fn loss(&self, batch: zoo::Batch) -> Tensor<1> {
+    fn loss(&self, batch: Batch) -> Tensor<1> {
         let x = self.first.forward(batch.features.mean_dim(1).squeeze_dim::<2>(1)).tanh();
         let x = self.half.forward(x.cast(FloatDType::BF16)).cast(FloatDType::F32).tanh();
         (self.last.forward(x) - batch.targets).powi_scalar(2).mean()
@@ -100,7 +101,7 @@ impl Mixed {
 #[test]
 fn mixed_dtypes() {
     let device = Device::flex().autodiff();
-    let layer = |from, to| zoo::with_values(LinearConfig::new(from, to).init(&device), from as u64);
+    let layer = |from, to| filled_from(from as u64, LinearConfig::new(from, to).init(&device));
     let half = layer(9, 7);
     let cast = |tensor: Tensor<2>| tensor.cast(FloatDType::BF16).detach().require_grad();
     let half = Linear {
@@ -108,23 +109,21 @@ fn mixed_dtypes() {
         bias: half.bias.map(|bias| bias.map(|bias| bias.cast(FloatDType::BF16).detach()).set_require_grad(false)),
     };
     let model = Mixed { first: layer(8, 9), half, last: layer(7, 4) };
-    let case = Case { model, loss: Mixed::loss, input: zoo::batch };
-    let (_, model) = case.alone(optimizer("sgd"), 1e-2, &[ROWS; STEPS]);
-    let expected = parameters(&model.valid());
+    let case = Case { model, loss: Mixed::loss, input: cases::batch };
+    let (_, expected) = case.alone(optimizer("sgd"), 1e-2, &[ROWS; STEPS]);
     for level in LEVELS {
         let runs = launch::threads(3)
             .run(|rank| train(&rank, &case, config(level), optimizer("sgd"), &[ROWS; STEPS], 2))
             .unwrap();
-        assert_close(&expected, &runs[0].1, 2e-2, &format!("{level}"));
+        all_same(&format!("{level}"), &expected, &runs[0].1, 2e-2);
     }
 }
 
 /// Rows divided among neighbours, and replicated over the others.
 #[test]
 fn some_of_the_replicas() {
-    let case = zoo::transformer();
-    let (losses, model) = case.alone(optimizer("muon"), 1e-2, &[ROWS; STEPS]);
-    let expected = parameters(&model.valid());
+    let case = cases::transformer();
+    let (losses, expected) = case.alone(optimizer("muon"), 1e-2, &[ROWS; STEPS]);
     for (size, ranks) in [(4, 2), (4, 1), (6, 3), (4, 4)] {
         for level in LEVELS {
             let config = config(level).with_sharding_ranks(ranks);
@@ -136,7 +135,7 @@ fn some_of_the_replicas() {
                 for (a, b) in losses.iter().zip(seen) {
                     assert!((a - b).abs() <= 2e-5 * a.abs().max(1e-3), "{what}: loss {a} against {b}");
                 }
-                assert_close(&expected, found, 2e-4, &what);
+                all_same(&what, &expected, found, 2e-4);
                 assert_eq!(found, &runs[0].1, "{what}: replicas are bit-identical");
             }
         }

@@ -8,12 +8,14 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::NonFinite;
 
 use super::{LEVELS, config, optimizer, train, wrap};
-use crate::common::zoo::{self, assert_close, parameters};
+use crate::common::cases;
+use crate::common::models::{Numbers, device};
+use crate::common::reference::{all_same, own, values};
 
 /// burn's own step would update whole parameters by the gradients of rows.
 #[test]
 fn an_optimizer_that_steps_by_itself_is_told_so() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     for level in LEVELS {
         let error = launch::threads(2)
             .run(|rank| {
@@ -33,7 +35,7 @@ fn an_optimizer_that_steps_by_itself_is_told_so() {
 /// One that looks at all parameters at once would see other rows on each rank.
 #[test]
 fn an_optimizer_that_looks_at_all_parameters_at_once_is_refused() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     for level in LEVELS {
         let error = launch::threads(2)
             .run(|rank| {
@@ -53,7 +55,7 @@ fn an_optimizer_that_looks_at_all_parameters_at_once_is_refused() {
 /// The norm counts every row once, and clipping by it trains like one device.
 #[test]
 fn the_norm_is_that_of_all_rows() {
-    let case = zoo::transformer();
+    let case = cases::transformer();
     let norms = |config: DataParallelConfig, size: usize| {
         launch::threads(size)
             .run(|rank| {
@@ -66,7 +68,7 @@ fn the_norm_is_that_of_all_rows() {
                     norms.push(done.grad_norm.unwrap());
                     model = model.optimize(&mut optim, 1e-2, done)?;
                 }
-                Ok((norms, parameters(&model.assemble()?.valid())))
+                Ok((norms, values(&model.assemble()?)))
             })
             .unwrap()
             .remove(0)
@@ -74,11 +76,11 @@ fn the_norm_is_that_of_all_rows() {
     let (expected, after) = norms(DataParallelConfig::new(), 1);
     for level in LEVELS {
         for (size, among) in [(2, 2), (3, 3), (4, 4), (4, 2)] {
-            let (found, values) = norms(config(level).with_sharding_ranks(among), size);
+            let (found, after_all) = norms(config(level).with_sharding_ranks(among), size);
             for (a, b) in expected.iter().zip(&found) {
                 assert!((a - b).abs() <= 1e-5 * a, "{size} ranks, {level}: {a} {b}");
             }
-            assert_close(&after, &values, 3e-5, &format!("{size} ranks, {level}"));
+            all_same(&format!("{size} ranks, {level}"), &after, &after_all, 3e-5);
         }
     }
 }
@@ -86,13 +88,13 @@ fn the_norm_is_that_of_all_rows() {
 /// A NaN on one rank, in the first micro-batch, skips the step on all, and is named.
 #[test]
 fn a_gradient_that_is_not_finite_is_skipped_on_all_ranks() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     for level in LEVELS {
         launch::threads(3)
             .run(|rank| {
                 let mut model = wrap(&rank, &case.model, config(level))?;
                 let mut optim = optimizer("adamw");
-                let before = parameters(&model.assemble()?.valid());
+                let before = values(&model.assemble()?);
                 for step in 0..2 {
                     let bad = rank.rank() == 2;
                     let batches = [(0, bad), (1, false)].map(|(number, bad)| {
@@ -106,10 +108,10 @@ fn a_gradient_that_is_not_finite_is_skipped_on_all_ranks() {
                     let done = done.clip_grad_norm(&model, Clip::at(1.0).with_non_finite(NonFinite::Skip))?;
                     assert_eq!(done.skipped, step == 0);
                     if let Some(what) = &done.not_finite {
-                        assert_eq!((what.rank, what.path.as_str()), (2, "layers.0.weight"));
+                        assert_eq!((what.rank, what.path.as_str()), (2, "first.weight"));
                     }
                     model = model.optimize(&mut optim, 1e-2, done)?;
-                    let now = parameters(&model.assemble()?.valid());
+                    let now = values(&model.assemble()?);
                     assert_eq!(now == before, step == 0);
                 }
                 assert_eq!(model.counters().skipped, 1);
@@ -121,7 +123,7 @@ fn a_gradient_that_is_not_finite_is_skipped_on_all_ranks() {
 
 #[test]
 fn settings_that_do_not_go_together_are_errors() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let wrapped = |config: DataParallelConfig| {
         launch::threads(4).run(|rank| wrap(&rank, &case.model, config.clone()).map(drop)).unwrap_err().to_string()
     };
@@ -145,7 +147,7 @@ fn settings_that_do_not_go_together_are_errors() {
 /// Settings decide which collectives a rank calls: all are told who has another one, when they wrap.
 #[test]
 fn ranks_with_other_settings_are_told_so() {
-    let case = zoo::mlp();
+    let case = cases::mlp();
     let wrapped = |one: DataParallelConfig, others: DataParallelConfig| {
         let ended = launch::threads(3).run(|rank| {
             let config = if rank.rank() == 1 { &one } else { &others };
@@ -174,23 +176,22 @@ fn ranks_with_other_settings_are_told_so() {
 /// Gradients travel in 16 bits.
 #[test]
 fn gradients_may_be_reduced_in_another_dtype() {
-    let case = zoo::mlp();
-    let (_, model) = case.alone(SgdConfig::new().init(), 1e-2, &[8; 3]);
-    let expected = parameters(&model.valid());
+    let case = cases::mlp();
+    let (_, expected) = case.alone(SgdConfig::new().init(), 1e-2, &[8; 3]);
     for level in LEVELS {
         let config = config(level).with_reduce_dtype(FloatDType::BF16);
         let runs = launch::threads(2)
             .run(|rank| train(&rank, &case, config.clone(), SgdConfig::new().init(), &[8; 3], 1))
             .unwrap();
-        assert_close(&expected, &runs[0].1, 1e-2, &format!("{level}"));
+        all_same(&format!("{level}"), &expected, &runs[0].1, 1e-2);
     }
 }
 
 /// A parameter that is frozen at first, trained later, and frozen again.
 #[test]
 fn what_is_trained_may_change() {
-    let case = zoo::mlp();
-    let frozen = || burn::module::ParamGroup::from_paths(vec!["layers.0.weight"]);
+    let case = cases::mlp();
+    let frozen = || burn::module::ParamGroup::from_paths(vec!["first.weight"]);
     let run = |size: usize, level: Sharding| {
         launch::threads(size)
             .run(|rank| {
@@ -206,14 +207,14 @@ fn what_is_trained_may_change() {
                     let done = model.step((case.input)(step, rows), |model, batch| (case.loss)(model, batch))?;
                     model = model.optimize(&mut optim, 1e-2, done)?;
                 }
-                Ok(parameters(&model.assemble()?.valid()))
+                Ok(values(&model.assemble()?))
             })
             .unwrap()
             .remove(0)
     };
     let expected = run(1, Sharding::None);
     for level in LEVELS {
-        assert_close(&expected, &run(2, level), 3e-5, &format!("{level}"));
+        all_same(&format!("{level}"), &expected, &run(2, level), 3e-5);
     }
 }
 
@@ -221,8 +222,6 @@ fn what_is_trained_may_change() {
 /// no strangers.
 #[test]
 fn parameters_may_take_turns() {
-    use crate::common::models::{Numbers, device};
-    use crate::common::reference::{all_same, own, values};
     use crate::zero_captured::branches::{WIDTH, layers, loss};
     let run = |size: usize, config: DataParallelConfig, optim: &str| {
         let ran = launch::threads(size).run(|rank| {

@@ -112,7 +112,8 @@ fn gradients_may_travel_in_another_dtype() {
 /// A rank that waits for the rows of another counts how long: here for one that is late between two layers.
 #[test]
 fn waiting_is_counted() {
-    const LATE: Duration = Duration::from_millis(40);
+    // So long that the other is there in the meantime, whatever else the machine does.
+    const LATE: Duration = Duration::from_millis(200);
     for engine in [Engine::Eager, Engine::Captured] {
         for keep in [Keep::Pass, Keep::Step] {
             launch::threads(2)
@@ -128,7 +129,7 @@ fn waiting_is_counted() {
                         }
                         forward(&model[1..], x).powi_scalar(2).mean()
                     })?;
-                    let least = if engine == Engine::Eager && !late { LATE / 2 } else { Duration::ZERO };
+                    let least = if engine == Engine::Eager && !late { LATE / 4 } else { Duration::ZERO };
                     let waited = step.counters.waited;
                     assert!(waited > least, "{engine:?}, {keep:?}: {waited:?}");
                     Ok(())

@@ -1,50 +1,36 @@
 //! Replicas with different numbers of rows and micro-batches, also none.
 
 use burn::prelude::*;
-use burn::tensor::activation;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
-use crate::common::models::{Lm, Numbers, device};
+use crate::common::models::{Lm, Tokens, device, token_rows};
 use crate::common::reference::{alone, difference, optimizer, own, values};
 use crate::grad_norm::lm as tied;
 
 const STEPS: usize = 3;
 
-type Batch = (Tensor<2, Int>, Tensor<2, Int>);
-
-fn rows(step: usize, rows: std::ops::Range<usize>) -> Batch {
-    let mut numbers = Numbers(step as u64 * 77 + 9);
-    let (tokens, targets) = (numbers.classes([9, 5], 11, &device()), numbers.classes([9, 5], 11, &device()));
-    (tokens.slice([rows.clone()]), targets.slice([rows]))
-}
-
 /// The summed loss over the targets that are not 0, as where those are padding, and their number.
-fn summed(model: &Lm, (tokens, targets): Batch) -> (Tensor<1>, Tensor<1>) {
-    let [b, s] = tokens.dims();
-    let x = model.position.forward(model.embedding.forward(tokens));
-    let x = model.encoder.forward(burn::nn::transformer::TransformerEncoderInput::new(x));
-    let logits = model.head.forward(model.norm.forward(x)).reshape([b * s, 11]);
-    let targets = targets.reshape([b * s, 1]);
-    let counts = targets.clone().not_equal_elem(0).float();
-    let chosen = activation::log_softmax(logits, 1).gather(1, targets) * counts.clone();
-    (chosen.sum().neg(), counts.sum())
+fn summed(model: &Lm, (tokens, targets): Tokens) -> (Tensor<1>, Tensor<1>) {
+    let [rows, length] = targets.dims();
+    let counts = targets.clone().not_equal_elem(0).float().reshape([rows * length, 1]);
+    ((model.token_losses((tokens, targets)) * counts.clone()).sum(), counts.sum())
 }
 
-fn token_loss(model: &Lm, batch: Batch) -> Loss {
+fn token_loss(model: &Lm, batch: Tokens) -> Loss {
     let (sum, count) = summed(model, batch);
     Loss::sum(sum, count)
 }
 
 /// This replica's micro-batches: of different rows, on some replicas more of them, on one none in some steps.
-fn share(step: usize, replica: usize, replicas: usize) -> Vec<Batch> {
+fn share(step: usize, replica: usize, replicas: usize) -> Vec<Tokens> {
     match (replica, replicas) {
-        (0, 2) => vec![rows(step, 0..2), rows(step, 2..3), rows(step, 3..4)],
-        (1, 2) => vec![rows(step, 4..9)],
+        (0, 2) => vec![token_rows(step, 0..2), token_rows(step, 2..3), token_rows(step, 3..4)],
+        (1, 2) => vec![token_rows(step, 4..9)],
         (0, _) if step == 1 => vec![],
-        (0, _) => vec![rows(step, 0..7)],
-        (1, _) if step == 1 => vec![rows(step, 0..8), rows(step, 8..9)],
-        (1, _) => vec![rows(step, 7..8), rows(step, 8..9)],
+        (0, _) => vec![token_rows(step, 0..7)],
+        (1, _) if step == 1 => vec![token_rows(step, 0..8), token_rows(step, 8..9)],
+        (1, _) => vec![token_rows(step, 7..8), token_rows(step, 8..9)],
         // The last replica never has any.
         _ => vec![],
     }
@@ -53,11 +39,11 @@ fn share(step: usize, replica: usize, replicas: usize) -> Vec<Batch> {
 #[test]
 fn uneven_replicas_train_like_one_device() {
     let model = Lm::new(11, 16, 2, &device());
-    let mean = |model: &Lm, batch: Batch| {
+    let mean = |model: &Lm, batch: Tokens| {
         let (sum, count) = summed(model, batch);
         sum / count.inner().into_scalar::<f32>()
     };
-    let reference = alone(&model, STEPS, |step| rows(step, 0..9), mean);
+    let reference = alone(&model, STEPS, |step| token_rows(step, 0..9), mean);
     for (dp, keep) in [(2, Keep::Pass), (3, Keep::Pass), (3, Keep::MicroBatch), (3, Keep::Step)] {
         launch::threads(dp)
             .run(|world| {
@@ -65,17 +51,17 @@ fn uneven_replicas_train_like_one_device() {
                 let strategy = Strategy::new().with_data(data).with_engine(Engine::Captured);
                 let mut model = own(&model).parallelize(&world, &strategy)?;
                 let mut optim = optimizer();
-                for step in 0..STEPS {
+                for (step, alone) in reference.iter().enumerate() {
                     let result = model.step_micro_batches(share(step, world.rank(), dp), token_loss)?;
-                    let (loss, expected) = (result.loss.item() as f32, reference.losses[step]);
+                    let (loss, expected) = (result.loss.item() as f32, alone.loss);
                     assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
                     model = model.optimize(&mut optim, 0.05, result)?;
-                    let worst = difference(&reference.after[step], &values(&model.assemble()?));
+                    let worst = difference(&alone.after, &values(&model.assemble()?));
                     assert!(worst < 3e-4, "{worst} after step {step} with dp {dp}, {keep:?}");
                 }
                 // Nobody has anything: the parameters stay.
                 let before = values(&model.assemble()?);
-                let nothing = model.step_micro_batches(Vec::<Batch>::new(), token_loss)?;
+                let nothing = model.step_micro_batches(Vec::<Tokens>::new(), token_loss)?;
                 assert!(nothing.loss.item().is_nan() && nothing.weight == 0.0);
                 model = model.optimize(&mut optim, 0.05, nothing)?;
                 assert_eq!(difference(&before, &values(&model.assemble()?)), 0.0);
@@ -90,16 +76,16 @@ fn uneven_replicas_train_like_one_device() {
 #[test]
 fn a_pipeline_without_data_takes_part() {
     let model = Lm::new(11, 16, 2, &device());
-    let mean = |model: &Lm, batch: Batch| {
+    let mean = |model: &Lm, batch: Tokens| {
         let (sum, count) = summed(model, batch);
         sum / count.inner().into_scalar::<f32>()
     };
-    let reference = alone(&model, STEPS, |step| rows(step, 0..9), mean);
+    let reference = alone(&model, STEPS, |step| token_rows(step, 0..9), mean);
     let share = |step: usize, replica: usize| match (step, replica) {
-        (0, 0) => vec![rows(step, 0..4)],
-        (0, _) => vec![rows(step, 4..9)],
-        (1, 0) => vec![rows(step, 0..7), rows(step, 7..9)],
-        (2, 1) => vec![rows(step, 0..9)],
+        (0, 0) => vec![token_rows(step, 0..4)],
+        (0, _) => vec![token_rows(step, 4..9)],
+        (1, 0) => vec![token_rows(step, 0..7), token_rows(step, 7..9)],
+        (2, 1) => vec![token_rows(step, 0..9)],
         _ => vec![],
     };
     for (schedule, keep) in [
@@ -115,12 +101,12 @@ fn a_pipeline_without_data_takes_part() {
                 let mut model = own(&model).parallelize(&world, &strategy)?;
                 let replica = model.mesh().coordinate("dp")?;
                 let mut optim = optimizer();
-                for step in 0..STEPS {
+                for (step, alone) in reference.iter().enumerate() {
                     let result = model.step_micro_batches(share(step, replica), token_loss)?;
-                    let (loss, expected) = (result.loss.item() as f32, reference.losses[step]);
+                    let (loss, expected) = (result.loss.item() as f32, alone.loss);
                     assert!((loss - expected).abs() < 2e-5 * expected, "loss {step}: {loss} {expected}");
                     model = model.optimize(&mut optim, 0.05, result)?;
-                    let worst = difference(&reference.after[step], &values(&model.assemble()?));
+                    let worst = difference(&alone.after, &values(&model.assemble()?));
                     assert!(worst < 3e-4, "{worst} after step {step} with {schedule:?}, {keep:?}");
                 }
                 Ok(())
@@ -137,7 +123,7 @@ fn the_first_step_of_a_pipeline_is_for_all() {
             let data = DataParallelConfig::new().with_sharding(Sharding::Parameters);
             let strategy = Strategy::new().with_data(data).with_pp(2, PipelineConfig::new(2));
             let mut model = own(&model).parallelize(&world, &strategy)?;
-            let batches = if model.mesh().coordinate("dp")? == 0 { vec![rows(0, 0..4)] } else { vec![] };
+            let batches = if model.mesh().coordinate("dp")? == 0 { vec![token_rows(0, 0..4)] } else { vec![] };
             model.step_micro_batches(batches, token_loss).map(|_| ())
         })
         .unwrap_err();
@@ -168,7 +154,7 @@ fn a_tied_weight_of_a_pipeline_without_data_is_summed_up() {
                 let mut model = own(&model).parallelize(&world, &strategy)?;
                 let replica = model.mesh().coordinate("dp")?;
                 let mut optim = optimizer();
-                for step in 0..STEPS {
+                for (step, alone) in reference.iter().enumerate() {
                     let parts = match (step, replica) {
                         (0, 0) => vec![rows(step, 0..4)],
                         (0, _) => vec![rows(step, 4..9)],
@@ -177,7 +163,7 @@ fn a_tied_weight_of_a_pipeline_without_data_is_summed_up() {
                     };
                     let result = model.step_micro_batches(parts, tied::loss)?;
                     model = model.optimize(&mut optim, 0.05, result)?;
-                    let worst = difference(&reference.after[step], &values(&model.assemble()?));
+                    let worst = difference(&alone.after, &values(&model.assemble()?));
                     assert!(worst < 3e-4, "{worst} after step {step}, {keep:?}");
                 }
                 Ok(())

@@ -117,11 +117,11 @@ impl Writer {
 
 /// Names of operations and transports that came from others. So few are kept, and each once, that no peer can fill the
 /// memory with them; this program has fewer of its own.
-pub(super) struct Names(Mutex<BTreeSet<&'static str>>);
+pub(super) struct StaticNames(Mutex<BTreeSet<&'static str>>);
 
-static NAMES: Names = Names::new();
+static NAMES: StaticNames = StaticNames::new();
 
-impl Names {
+impl StaticNames {
     pub(super) const fn new() -> Self {
         Self(Mutex::new(BTreeSet::new()))
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use burn::tensor::DType;
 
-use super::error::{DEEPEST, MOST_NAMES, Names};
+use super::error::{DEEPEST, MOST_NAMES, StaticNames};
 use super::{Reader, Writer};
 use crate::Error;
 use crate::comm::{Call, CallLog, Extent, Operation, ReduceOp, element, split_names};
@@ -168,7 +168,7 @@ fn cut_bytes_are_no_error() {
 
 #[test]
 fn names_of_others_take_no_more_and_more_memory() {
-    let names = Names::new();
+    let names = StaticNames::new();
     for number in 0..2 * MOST_NAMES {
         let name = format!("operation {number}");
         let kept = names.keep(&name);

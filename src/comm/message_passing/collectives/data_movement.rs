@@ -3,14 +3,14 @@
 use std::ops::Range;
 
 use super::receive_counts::ReceiveCounts;
-use super::{Collective, Exchange, PendingTransfers, Segment, destination, segments_of};
+use super::{CollectiveRun, NumberExchange, PendingTransfers, Segment, destination, segments_of};
 use crate::Error;
 use crate::comm::message_passing::group::MessageKind;
 use crate::comm::message_passing::shared_memory::{Rounds, SharedMemory};
 use crate::comm::transport::BufferRef;
 use crate::comm::{Call, Operation, Output, part};
 
-impl Collective<'_> {
+impl CollectiveRun<'_> {
     pub(super) fn broadcast(&self, root: usize, pieces: &[Segment], size: usize) -> Result<u64, Error> {
         let (n, rank) = (self.group.size(), self.group.rank);
         let bytes: usize = pieces.iter().map(|piece| piece.bytes).sum();
@@ -61,7 +61,7 @@ impl Collective<'_> {
         input: BufferRef<'_>,
         output: &mut dyn Output,
         shared_memory: Option<(&SharedMemory, &Rounds)>,
-        exchange: Exchange<'_>,
+        exchange: NumberExchange<'_>,
     ) -> Result<u64, Error> {
         let (n, rank, counts) = (self.group.size(), self.group.rank, ReceiveCounts(self.calls));
         // All ranks come to the same result.

@@ -44,10 +44,10 @@ const LARGE: usize = 16 << 20;
 const LARGE_UNRECLAIMABLE: usize = 64 << 10;
 
 /// Gives a number to all ranks of a group, and returns theirs.
-type Exchange<'a> = &'a mut dyn FnMut(u64) -> Result<Vec<u64>, Error>;
+type NumberExchange<'a> = &'a mut dyn FnMut(u64) -> Result<Vec<u64>, Error>;
 
 /// A committed collective on one rank.
-pub(super) struct Collective<'a> {
+pub(super) struct CollectiveRun<'a> {
     pub world: &'a World,
     pub group: &'a Group,
     pub call: &'a Call,
@@ -124,7 +124,7 @@ impl Drop for PendingTransfers<'_> {
     }
 }
 
-impl<'a> Collective<'a> {
+impl<'a> CollectiveRun<'a> {
     fn others(&self) -> impl Iterator<Item = usize> {
         let (size, rank) = (self.group.size(), self.group.rank);
         // Every rank begins with its neighbour, so that not all talk to rank 0 first.
@@ -265,7 +265,7 @@ impl<'a> Collective<'a> {
         input: BufferRef<'_>,
         output: &mut dyn Output,
         shared_memory: Option<(&SharedMemory, &Rounds)>,
-        exchange: Exchange<'_>,
+        exchange: NumberExchange<'_>,
     ) -> Result<u64, Error> {
         match (self.call.operation, shared_memory) {
             (Operation::ReduceScatter(op), None) => self.reduce_scatter(op, input, output, exchange),
@@ -300,7 +300,7 @@ impl<'a> Collective<'a> {
     /// Makes sure that all ranks have the memory for what they receive, `most` bytes at most, where `lacks` is what
     /// this rank has none for. From some size on all say so before data moves, and the group goes on; below it the
     /// world fails.
-    fn check_memory(&self, lacks: Option<usize>, most: usize, exchange: Exchange<'_>) -> Result<(), Error> {
+    fn check_memory(&self, lacks: Option<usize>, most: usize, exchange: NumberExchange<'_>) -> Result<(), Error> {
         let large = if self.world.endpoint.info().can_reclaim { LARGE } else { LARGE_UNRECLAIMABLE };
         if most < large {
             return lacks.map_or(Ok(()), |bytes| Err(self.fail_out_of_memory(bytes)));

@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use super::{Collective, Exchange, PendingTransfers, Segment, destination, grow, segments_of};
+use super::{CollectiveRun, NumberExchange, PendingTransfers, Segment, destination, grow, segments_of};
 use crate::Error;
 use crate::comm::message_passing::group::MessageKind;
-use crate::comm::reduce::{Source, fold};
+use crate::comm::reduce::{Contribution, fold};
 use crate::comm::transport::BufferRef;
 use crate::comm::{Call, Output, ReduceOp, part};
 
-impl Collective<'_> {
+impl CollectiveRun<'_> {
     /// Reduces this rank's share of all contributions, window by window. `share` gives the elements of each rank,
     /// `result` the address of this rank's results, and `folded` is called for each reduced window.
     fn reduce_windows(
@@ -68,8 +68,8 @@ impl Collective<'_> {
             let range = window_of(mine.clone(), window);
             let (mut passed, start) = (0, range.start);
             for own in segments_of(pieces, range, size) {
-                let sources: Vec<Source> = (0..self.group.size())
-                    .map(|other| Source {
+                let sources: Vec<Contribution> = (0..self.group.size())
+                    .map(|other| Contribution {
                         // SAFETY: the contributions to this window are contiguous.
                         data: if other == rank { own.data } else { unsafe { temporary(window, other).add(passed) } },
                         factor: self.factor(other),
@@ -135,7 +135,7 @@ impl Collective<'_> {
         op: ReduceOp,
         input: BufferRef<'_>,
         output: &mut dyn Output,
-        exchange: Exchange<'_>,
+        exchange: NumberExchange<'_>,
     ) -> Result<u64, Error> {
         let Call { dtype: Some(dtype), extent, .. } = *self.call else { return Ok(0) };
         let (n, rank, size, width) = (self.group.size(), self.group.rank, dtype.size(), extent.width());

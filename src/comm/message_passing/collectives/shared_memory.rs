@@ -7,10 +7,10 @@
 
 use std::ops::Range;
 
-use super::{Collective, Segment, destination, segments, segments_of};
+use super::{CollectiveRun, Segment, destination, segments, segments_of};
 use crate::Error;
 use crate::comm::message_passing::shared_memory::{Rounds, SharedMemory, copy_out};
-use crate::comm::reduce::{Source, fold};
+use crate::comm::reduce::{Contribution, fold};
 use crate::comm::transport::BufferRef;
 use crate::comm::{Call, Operation, Output, ReduceOp, Transfer, part};
 
@@ -146,7 +146,7 @@ fn elements(pieces: &[Segment], element: usize) -> usize {
     pieces.iter().map(|piece| piece.bytes).sum::<usize>() / element
 }
 
-impl Collective<'_> {
+impl CollectiveRun<'_> {
     /// The share of a collective that works in place.
     pub(super) fn in_place_in_shared_memory(
         &self,
@@ -200,8 +200,8 @@ impl Collective<'_> {
             // SAFETY: within the slots.
             let slot = |other: usize| unsafe { shared_memory.slot(other, rounds).add(offset) };
             let contribution = |other: usize| if other == rank { run.data } else { slot(other) };
-            let sources: Vec<Source> = (0..self.group.size())
-                .map(|other| Source { data: contribution(other), factor: self.factor(other) })
+            let sources: Vec<Contribution> = (0..self.group.size())
+                .map(|other| Contribution { data: contribution(other), factor: self.factor(other) })
                 .collect();
             // SAFETY: all are as long as this segment. The output is this rank's own contribution; nobody reads this
             // part of its slot before it is published.
@@ -255,11 +255,11 @@ impl Collective<'_> {
         let Some(target) = destination(&mut allocated, &mut scratch, bytes) else {
             return Err(self.fail_out_of_memory(bytes));
         };
-        let sources: Vec<Source> = (0..size)
+        let sources: Vec<Contribution> = (0..size)
             .map(|other| {
                 let all = if other == rank { input.as_ptr() } else { shared_memory.slot(other, rounds) };
                 // SAFETY: all inputs are of one length, and no longer than a slot.
-                Source { data: unsafe { all.add(start) }, factor: self.factor(other) }
+                Contribution { data: unsafe { all.add(start) }, factor: self.factor(other) }
             })
             .collect();
         // SAFETY: all are as long as this rank's share; the output is new.

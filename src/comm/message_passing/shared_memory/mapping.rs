@@ -49,7 +49,7 @@ impl Address {
 }
 
 /// A mapping, zeroed when it is new. Its first word is the seal.
-pub(super) struct Mapping {
+pub(super) struct SharedMapping {
     data: NonNull<u8>,
     len: usize,
     /// In the process that made it, until all have opened it.
@@ -57,16 +57,16 @@ pub(super) struct Mapping {
 }
 
 // SAFETY: plain memory; whoever uses it keeps order.
-unsafe impl Send for Mapping {}
-unsafe impl Sync for Mapping {}
+unsafe impl Send for SharedMapping {}
+unsafe impl Sync for SharedMapping {}
 
-impl fmt::Debug for Mapping {
+impl fmt::Debug for SharedMapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Mapping").field("len", &self.len).finish_non_exhaustive()
     }
 }
 
-impl Mapping {
+impl SharedMapping {
     /// Bytes of the seal and its padding, before the usable memory.
     pub const SEAL: usize = 128;
 
@@ -140,7 +140,7 @@ impl Mapping {
     }
 }
 
-impl Drop for Mapping {
+impl Drop for SharedMapping {
     fn drop(&mut self) {
         // SAFETY: the mapping is our own, and nobody borrows it any more.
         unsafe { libc::munmap(self.data.as_ptr().cast(), self.len) };
@@ -174,8 +174,8 @@ mod tests {
     #[test]
     fn nobody_can_cut_off_what_others_have_mapped() {
         // Not every machine lets processes share memory.
-        let Some((mapping, address)) = Mapping::create(LEN) else { return };
-        let peer = Mapping::open(&address, LEN).unwrap();
+        let Some((mapping, address)) = SharedMapping::create(LEN) else { return };
+        let peer = SharedMapping::open(&address, LEN).unwrap();
         let file = opened(&address);
         assert!(file.set_len(0).is_err() && file.set_len(2 * LEN as u64).is_err());
         // SAFETY: within the mapping.
@@ -199,10 +199,10 @@ mod tests {
         let Some(machine) = machine() else { return };
         let address = Address { machine, process: std::process::id(), file: file.as_raw_fd() as u32, seal: 5 };
         std::os::unix::fs::FileExt::write_at(&file, &5u64.to_le_bytes(), 0).unwrap();
-        assert!(Mapping::open(&address, LEN).is_none(), "it is as long as it should be, and bears the number");
+        assert!(SharedMapping::open(&address, LEN).is_none(), "it is as long as it should be, and bears the number");
         // SAFETY: the file is ours.
         assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, SEALS) }, 0);
-        assert!(Mapping::open(&address, LEN).is_some());
-        assert!(Mapping::open(&address, LEN / 2).is_none());
+        assert!(SharedMapping::open(&address, LEN).is_some());
+        assert!(SharedMapping::open(&address, LEN / 2).is_none());
     }
 }

@@ -20,9 +20,9 @@ mod sync;
 
 use self::mailbox::{ENTRIES, Mailbox};
 pub(super) use self::mapping::Address;
-use self::mapping::Mapping;
+use self::mapping::SharedMapping;
 pub(super) use self::rounds::Rounds;
-use self::rounds::{Counter, Counters};
+use self::rounds::{Counter, RoundCounters};
 pub(super) use self::streaming_store::copy_out;
 use super::call_descriptor::DESCRIPTOR_BYTES;
 
@@ -43,7 +43,7 @@ const HEADER_BYTES: usize = 256;
 
 #[derive(Debug)]
 pub(super) struct SharedMemory {
-    mapping: Mapping,
+    mapping: SharedMapping,
     offsets: Offsets,
 }
 
@@ -75,7 +75,7 @@ impl Offsets {
     }
 
     fn descriptors(&self) -> usize {
-        Mapping::SEAL + self.counter_count() * size_of::<Counter>()
+        SharedMapping::SEAL + self.counter_count() * size_of::<Counter>()
     }
 
     fn slots(&self) -> usize {
@@ -96,14 +96,14 @@ impl SharedMemory {
     /// New shared memory for the ranks of a group, and its address for the others.
     pub fn new(size: usize) -> Option<(Self, Address)> {
         let offsets = Offsets::new(size)?;
-        let (mapping, address) = Mapping::create(offsets.bytes())?;
+        let (mapping, address) = SharedMapping::create(offsets.bytes())?;
         Some((Self { mapping, offsets }, address))
     }
 
     /// The shared memory at this address, if this process can open it.
     pub fn open(address: &Address, size: usize) -> Option<Self> {
         let offsets = Offsets::new(size)?;
-        let mapping = Mapping::open(address, offsets.bytes())?;
+        let mapping = SharedMapping::open(address, offsets.bytes())?;
         Some(Self { mapping, offsets })
     }
 
@@ -119,7 +119,7 @@ impl SharedMemory {
 
     fn all_counters(&self) -> &[Counter] {
         // SAFETY: within the memory, aligned, and only ever used as counters.
-        unsafe { std::slice::from_raw_parts(self.mapping.at(Mapping::SEAL).cast(), self.offsets.counter_count()) }
+        unsafe { std::slice::from_raw_parts(self.mapping.at(SharedMapping::SEAL).cast(), self.offsets.counter_count()) }
     }
 
     /// A number that the group root gives to all with its commit.
@@ -127,9 +127,9 @@ impl SharedMemory {
         &self.all_counters()[0]
     }
 
-    fn counters(&self) -> Counters<'_> {
+    fn counters(&self) -> RoundCounters<'_> {
         let counters = self.all_counters();
-        Counters { committed: &counters[1], published: &counters[2..2 + self.offsets.size] }
+        RoundCounters { committed: &counters[1], published: &counters[2..2 + self.offsets.size] }
     }
 
     pub fn publish(&self, rounds: &mut Rounds) {

@@ -16,9 +16,9 @@ impl Address {
 }
 
 #[derive(Debug)]
-pub(super) enum Mapping {}
+pub(super) enum SharedMapping {}
 
-impl Mapping {
+impl SharedMapping {
     pub const SEAL: usize = 0;
 
     pub fn create(_: usize) -> Option<(Self, Address)> {

@@ -36,7 +36,7 @@ pub(super) type Counter = CachePadded<AtomicU64>;
 
 /// The counters of a group.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Counters<'a> {
+pub(super) struct RoundCounters<'a> {
     /// The last step that the group root has committed.
     pub committed: &'a Counter,
     /// The last step that each rank has published.
@@ -66,23 +66,23 @@ impl Rounds {
     }
 
     /// Publishes what this rank has written.
-    pub(super) fn publish(&mut self, counters: Counters<'_>) {
+    pub(super) fn publish(&mut self, counters: RoundCounters<'_>) {
         self.step += 1;
         counters.published[self.rank].store(self.step, Ordering::Release);
     }
 
     /// Whether all ranks have published this step.
-    pub(super) fn all_published(&self, counters: Counters<'_>) -> bool {
+    pub(super) fn all_published(&self, counters: RoundCounters<'_>) -> bool {
         counters.published.iter().all(|published| published.load(Ordering::Acquire) >= self.step)
     }
 
     /// The group root commits this step. It has seen that all ranks have called.
-    pub(super) fn commit(&self, counters: Counters<'_>) {
+    pub(super) fn commit(&self, counters: RoundCounters<'_>) {
         counters.committed.store(self.step, Ordering::Release);
     }
 
     /// Whether the collective is committed: all ranks have called.
-    pub(super) fn committed(&self, counters: Counters<'_>) -> bool {
+    pub(super) fn committed(&self, counters: RoundCounters<'_>) -> bool {
         counters.committed.load(Ordering::Acquire) >= self.step
     }
 

@@ -1,4 +1,4 @@
-//! The work of the operations of a step, fused products of a partition included.
+//! How much the operations of a step compute, fused products of a partition included.
 
 use burn_ir::OperationIr;
 

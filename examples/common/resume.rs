@@ -1,0 +1,164 @@
+//! Where a run goes on.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use burn_parallel::launch::{ProcessInfo, RunNames};
+use burn_parallel::prelude::*;
+
+use super::program::refused;
+use super::saving::{RUN, STEPS, SaveFlags, has_checkpoints};
+
+/// How the ranks were started.
+fn process() -> Option<ProcessInfo> {
+    ProcessInfo::from_env().ok()
+}
+
+/// By what launchers know this run.
+pub fn run_names() -> Vec<String> {
+    process().map_or(Vec::new(), |process| process.run.names())
+}
+
+/// What rank 0 says.
+fn of_rank_0(world: &Communicator, says: bool) -> Result<bool, Error> {
+    Ok(world.broadcast(vec![u64::from(says)], 0)?[0] > 0)
+}
+
+/// Whether two paths are of one directory.
+fn same(one: &Path, other: &Path) -> bool {
+    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    real(one) == real(other)
+}
+
+/// Why a run is not saved in a directory.
+pub(super) fn taken(dir: &Path) -> String {
+    format!("--save {0}: there are checkpoints already: give --resume {0} too, or another directory", dir.display())
+}
+
+/// A checkpoint that a run goes on from.
+struct Origin<'a> {
+    dir: &'a Path,
+    checkpoints: Checkpointer,
+    /// None if there is none.
+    step: Option<u64>,
+}
+
+impl SaveFlags {
+    /// Whether what is to be saved comes among checkpoints of another run, which are in `folder` of `--save`. Where a
+    /// launcher may have started this run before, they may be its own: ranks find that out together.
+    pub fn check(&self, folder: fn(&Path) -> PathBuf) -> Result<(), String> {
+        let known = process().is_some_and(|process| process.restarts > 0 || !process.run.is_empty());
+        let resumed = |dir: &Path| self.resume.as_ref().is_some_and(|from| same(from, dir));
+        match &self.save {
+            Some(dir) if !known && !resumed(dir) && has_checkpoints(&folder(dir)) => Err(taken(dir)),
+            _ => Ok(()),
+        }
+    }
+
+    /// What this run has saved itself before its ranks were started again, if it has. Collective.
+    fn own(
+        &self,
+        world: &Communicator,
+        folder: fn(&Path) -> PathBuf,
+        strategy: &Strategy,
+    ) -> Result<Option<Origin<'_>>, Error> {
+        let Some(dir) = &self.save else { return Ok(None) };
+        let apart = self.resume.as_ref().is_none_or(|from| !same(from, dir));
+        // Otherwise it goes on from the last one there in any case.
+        let asks = (apart || self.resume_step.is_some()) && has_checkpoints(&folder(dir));
+        if !of_rank_0(world, asks)? {
+            return Ok(None);
+        }
+        let mut checkpoints = self.open(dir, world, folder, strategy)?;
+        let Some(last) = checkpoints.latest()? else { return Ok(None) };
+        let saved: Vec<String> = match checkpoints.read_value(last, RUN) {
+            // Whose it is cannot be told any more.
+            Err(Error::Checkpoint { .. }) => Vec::new(),
+            saved => saved?.unwrap_or_default(),
+        };
+        let (run, restarts) = process().map_or((RunNames::default(), 0), |process| (process.run, process.restarts));
+        // In a directory that only this run saves in, there was nothing at its first start.
+        let own = run.include(&saved) || apart && restarts > 0;
+        Ok(of_rank_0(world, own)?.then_some(Origin { dir, checkpoints, step: Some(last) }))
+    }
+
+    /// Where to go on: from what this run has saved itself, or else as `--resume` and `--resume-step` say.
+    fn origin(
+        &self,
+        world: &Communicator,
+        folder: fn(&Path) -> PathBuf,
+        strategy: &Strategy,
+    ) -> Result<Option<Origin<'_>>, Error> {
+        let own = self.own(world, folder, strategy)?;
+        let (None, Some(dir)) = (&own, &self.resume) else { return Ok(own) };
+        let mut checkpoints = self.open(dir, world, folder, strategy)?;
+        let step = match self.resume_step {
+            None => checkpoints.latest()?,
+            step => step,
+        };
+        Ok(Some(Origin { dir, checkpoints, step }))
+    }
+
+    /// Goes on from a checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore` is
+    /// given the step of it. Returns how many steps were made already, and the checkpoints if the run saves there too.
+    /// Collective.
+    pub fn resume(
+        &self,
+        world: &Communicator,
+        folder: fn(&Path) -> PathBuf,
+        (strategy, all): (&Strategy, usize),
+        restore: impl FnOnce(&mut Checkpointer, u64) -> Result<(), Error>,
+    ) -> Result<(usize, Option<Checkpointer>), Error> {
+        let Some(Origin { dir, mut checkpoints, step }) = self.origin(world, folder, strategy)? else {
+            return Ok((0, None));
+        };
+        let saves = self.save.as_ref().is_some_and(|save| same(save, dir));
+        let there = checkpoints.steps()?;
+        // Nothing is there yet: it begins.
+        let Some(step) = step else {
+            return match saves {
+                true => Ok((0, Some(checkpoints))),
+                false => Err(refused(Error::user(format!("--resume {dir:?}: there is no checkpoint")))),
+            };
+        };
+        if !there.contains(&step) {
+            let problem = format!("--resume-step {step}: --resume {dir:?} has checkpoints of steps [{}]", list(&there));
+            return Err(refused(Error::user(problem)));
+        }
+        let steps = step as usize;
+        let was = checkpoints.read_value::<usize>(step, STEPS);
+        let was = was.and_then(|was| restore(&mut checkpoints, step).map(|()| was)).map_err(|why| match why {
+            Error::Checkpoint { problem } => {
+                let others: Vec<u64> = there.iter().copied().filter(|other| *other != step).collect();
+                let advice = match others.is_empty() {
+                    true => String::new(),
+                    false => format!("; --resume-step goes on from another one: {}", list(&others)),
+                };
+                refused(Error::user(format!("{problem}{advice}")))
+            }
+            Error::User(problem) => refused(Error::User(problem)),
+            // Of other ranks.
+            why => why,
+        })?;
+        if steps > all {
+            return Err(refused(Error::user(format!(
+                "the whole run has {all} steps, and --resume {dir:?} has made {steps}: give more steps"
+            ))));
+        }
+        if let Some(was) = was.filter(|was| *was != all && world.rank() == 0) {
+            eprintln!(
+                "the whole run has {all} steps from here on, and had {was}: a schedule of learning rates over them is another"
+            );
+        }
+        match world.rank() {
+            0 if steps == all => eprintln!("nothing to do: --resume {dir:?} has made all {steps} steps of the run"),
+            0 => eprintln!("goes on after step {steps} of {all}, on {} ranks", world.size()),
+            _ => {}
+        }
+        Ok((steps, saves.then_some(checkpoints)))
+    }
+}
+
+fn list(steps: &[u64]) -> String {
+    steps.iter().map(u64::to_string).collect::<Vec<_>>().join(", ")
+}
