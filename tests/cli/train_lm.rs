@@ -559,7 +559,7 @@ fn ranks_that_are_lost_are_started_again() {
         same_losses(&whole, &losses_in(&path), 1e-5);
     }
     refused(&["--restarts", "1", "--resume", "x"], "--launch processes");
-    refused(&["--restarts", "1"], "--resume");
+    refused(&["--restarts", "1"], "--restarts needs --resume <DIR>, which is not given");
     refused(&["--dp", "2", "--min-ranks", "1"], "--restarts");
     let more = ["--dp", "2", "--min-ranks", "3", "--restarts", "1", "--resume", "x", "--launch", "processes"];
     refused(&more, "--min-ranks 3 is more than the 2 ranks");
@@ -659,7 +659,7 @@ fn a_run_goes_on_from_an_earlier_checkpoint() {
         assert!(code == Some(2) && stderr.contains("the ranks are not started again"), "{stderr}");
         assert!(!stderr.contains("restart 1"), "{stderr}");
     }
-    refused(&["--resume-step", "2"], "--resume");
+    refused(&["--resume-step", "2"], "--resume-step needs --resume <DIR>");
 }
 
 /// A run that has gone back is gone on with, and ranks that are lost go on from what it has saved since.
