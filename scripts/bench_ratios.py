@@ -5,7 +5,8 @@
     python scripts/bench_ratios.py before after
 
 Benches keep figures in target/performance/NAME/*.jsonl; Criterion keeps times in target/criterion/*/NAME/estimates.json, of which
-the medians count; scripts/captured_step.py keeps processor times in target/performance/NAME.json.
+the medians count; scripts/captured_step.py keeps processor times in target/performance/NAME.json, scripts/finetune_speed.py its own as
+benches do.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """The speed of `examples/finetune` beside PyTorch with `transformers`, on the same cores, by turns.
 
     python scripts/finetune_speed.py [--finetune PROGRAM] [--model DIRECTORY] [--text FILE] [--rounds 3] [--seq 128] [--batch 4] [--steps 4]
-        [--only NAME ...]
+        [--only NAME ...] [--save-baseline NAME]
 
 Without --finetune the program is built, as for a release; without --model SmolLM2-135M is made as scripts/finetune_smollm2.sh makes it, in
 target/smollm2; the text is that of `train_lm`, unless --text names another. Needs torch and transformers, and to make the model numpy and
@@ -17,6 +17,9 @@ Steps are captured, as by default on CPUs; one rank and replicas have a row of e
 that it names, as
 
     python scripts/finetune_speed.py --seq 64 --only "one rank" "one rank, eager" "PyTorch, one process"
+
+--save-baseline keeps the figures in target/performance/NAME/finetune_speed.jsonl, where those of other rows stay, as benches do;
+scripts/bench_ratios.py compares two names.
 """
 
 import argparse
@@ -24,6 +27,7 @@ import glob
 import importlib.util
 import json
 import os
+import pathlib
 import shutil
 import statistics
 import subprocess
@@ -39,6 +43,7 @@ flags.add_argument("--text", metavar="FILE", default=f"{root}/examples/train_lm/
 for name, number in ("rounds", 3), ("seq", 128), ("batch", 4), ("steps", 4):
     flags.add_argument(f"--{name}", metavar="N", type=int, default=number)
 flags.add_argument("--only", metavar="NAME", nargs="+")
+flags.add_argument("--save-baseline", metavar="NAME")
 args = flags.parse_args()
 if args.steps < 2:
     flags.error("--steps: the first one does not count, so there are two at least")
@@ -146,3 +151,15 @@ for name, (speed, processor, start, load) in median.items():
     of = CONTENDERS[name][2]
     over = "" if of == name or of not in median else f"{speed / median[of][0]:.2f}"
     print(f"| {name} | {speed:.1f} | {over} | {processor:.1f} | {start:.1f} | {load:.1f} |")
+
+if args.save_baseline:
+    file = pathlib.Path(root) / "target" / "performance" / args.save_baseline / "finetune_speed.jsonl"
+    kept = file.read_text().splitlines() if file.exists() else []
+    figures = {figure["figure"]: figure for figure in map(json.loads, kept)}
+    units = {"speed": "tokens/s", "speed by processor time": "tokens/s", "to the first step": "s"}
+    for name, values in median.items():
+        for (what, unit), value in zip(units.items(), values):
+            figure = f"{args.batch} x {args.seq}: {name}, {what}"
+            figures[figure] = {"figure": figure, "value": value, "unit": unit}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(figure) + "\n" for _, figure in sorted(figures.items())))

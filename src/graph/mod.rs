@@ -44,7 +44,7 @@
 mod assemble;
 mod backend;
 pub(crate) mod bind;
-pub(crate) mod buffers;
+mod buffers;
 mod cache;
 pub(crate) mod capture;
 mod checked_optimizers;
@@ -61,7 +61,7 @@ pub(crate) mod interpret;
 mod leaves;
 mod listing;
 pub(crate) mod liveness;
-mod memory_plan;
+pub(crate) mod memory_plan;
 pub(crate) mod module;
 pub(crate) mod operation;
 pub(crate) mod origin;

@@ -14,11 +14,11 @@ use crate::Error;
 use crate::data_parallel::{Join, JoinLoader};
 use crate::graph::{CheckedOptimizers, GradientLayout, RandomSource, SplitParam, TensorTree};
 use crate::params::{ParamSlice, SliceSource};
-use crate::sharding::{ShardComms, ShardParams};
+use crate::sharding::{ShardComms, ShardParams, UpdatedShards};
 use crate::step::{Loss, Step, StepCounters};
 
 /// Takes this rank's rows, and returns those that it has changed.
-pub type UpdateShards<'a> = dyn FnMut(ShardParams, &ShardComms) -> Result<ShardParams, Error> + 'a;
+pub type UpdateShards<'a> = dyn FnMut(ShardParams, &ShardComms) -> Result<UpdatedShards, Error> + 'a;
 
 pub(super) mod sealed {
     pub trait Sealed {}
@@ -188,7 +188,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
             let mut step = Some(ShardedStep { optim, lr: lr.into(), grads: step.grads, checked, split });
             return self.update_shards(&mut |shards, comms| match step.take() {
                 Some(step) => step.run(shards, comms),
-                None => Ok(ShardParams::default()),
+                None => Ok(UpdatedShards::default()),
             });
         }
         let (checked, split) = (self.checked_optimizers().clone(), self.split_params());

@@ -14,7 +14,7 @@ use super::whole::{Dealt, OwnUpdate};
 use super::{moments, parts};
 use crate::Error;
 use crate::graph::{CheckedOptimizers, SplitParam};
-use crate::sharding::{ShardComms, ShardParam, ShardParams};
+use crate::sharding::{ShardComms, ShardParam, ShardParams, UpdatedShards};
 
 /// One step of an optimizer on this rank's rows.
 pub(in crate::train) struct ShardedStep<'a> {
@@ -28,13 +28,13 @@ pub(in crate::train) struct ShardedStep<'a> {
 }
 
 impl ShardedStep<'_> {
-    /// Updates the rows of the parameters that have gradients, and returns these. Parameters whose update depends on
-    /// the whole of them, as Muon's does, are dealt out: each is gathered on one rank, over the replicas and then over
-    /// the axes that split it, updated there, and its rows are sent back. Collective.
+    /// Updates the rows of the parameters that have gradients: in place those that nobody else holds. Parameters whose
+    /// update depends on the whole of them, as Muon's does, are dealt out: each is gathered on one rank, over the
+    /// replicas and then over the axes that split it, updated there, and its rows are sent back. Collective.
     ///
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
-    pub fn run(self, shards: ShardParams, comms: &ShardComms) -> Result<ShardParams, Error> {
+    pub fn run(self, shards: ShardParams, comms: &ShardComms) -> Result<UpdatedShards, Error> {
         let Self { optim, lr, mut grads, checked, split } = self;
         let held: Vec<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
         let mut gradients = Vec::new();
@@ -45,7 +45,8 @@ impl ShardedStep<'_> {
             }
             None => false,
         };
-        let shards = ShardParams(shards.0.into_iter().filter(|shard| with_gradient(shard)).collect());
+        let (shards, unchanged): (Vec<_>, Vec<_>) = shards.0.into_iter().partition(|shard| with_gradient(shard));
+        let (shards, unchanged) = (ShardParams(shards), ShardParams(unchanged));
         let ids: HashSet<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
         let mut new = !checked.is_known(optim);
         let whole = checked.whole(optim, &ids, || {
@@ -77,7 +78,8 @@ impl ShardedStep<'_> {
         checked.remember(optim);
         let (owned, rest): (Vec<_>, Vec<_>) = updated.0.into_iter().partition(|shard| ours.contains(&shard.param.id()));
         let parts = joined.divide(owned)?;
-        dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms)
+        let updated = dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms)?;
+        Ok(UpdatedShards { updated, unchanged })
     }
 }
 

@@ -9,7 +9,7 @@ use super::joined::owned;
 use super::parts;
 use super::sharded::find_whole;
 use crate::Error;
-use crate::sharding::ShardParams;
+use crate::sharding::UpdatedShards;
 use crate::train::ParallelModule;
 
 /// The parameters that this optimizer updates as a whole on one of the ranks that hold parts or rows of them, and
@@ -44,7 +44,7 @@ pub(crate) fn whole_owners<P: ParallelModule>(
             let here = shard.owner == comms.rank() && (!split_ids.contains(&id) || owned.contains(&id));
             owners.insert(id, here);
         }
-        Ok(ShardParams::default())
+        Ok(UpdatedShards { unchanged: shards, ..UpdatedShards::default() })
     })?;
     Ok(owners)
 }
