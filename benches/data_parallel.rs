@@ -82,8 +82,8 @@ fn rounds<M: Module + Sync>(
     measured.expect("a world of threads").swap_remove(0)
 }
 
-/// Seconds a step, of the processor for each rank, and of waiting on rank 0, of captured steps: of one rank alone, of two
-/// independent ranks, and of two replicas, by round.
+/// Seconds a step, of the processor for each rank, and of waiting on rank 0, of captured steps: of one rank alone, of
+/// two independent ranks, and of two replicas, by round.
 fn captured<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
     model: M,

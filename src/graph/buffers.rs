@@ -1,8 +1,8 @@
 //! Follows which tensors of a step lie in which memory, and for how long.
 //!
-//! A kernel's result takes the memory of an input that ends there. burn's own operations allocate by themselves, but for
-//! those that write over an input that nobody else has, as is known of them. Others, or a collective, may give what they
-//! were given: such memory counts as in use until both have ended.
+//! A kernel's result takes the memory of an input that ends there. burn's own operations allocate by themselves, but
+//! for those that write over an input that nobody else has, as is known of them. Others, or a collective, may give what
+//! they were given: such memory counts as in use until both have ended.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::rc::Rc;

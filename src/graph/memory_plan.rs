@@ -1,10 +1,10 @@
 //! The memory plan of a step: where its tensors lie, and the bytes that it needs.
 //!
-//! It is known before the step runs when each tensor is made and read for the last time
-//! ([`BufferLifetimes`]). Tensors that this crate makes, that are large and that end within the step get a place each in
-//! one block, so that no two that are there at the same time overlap, in as small a block as is found by placing the
-//! largest first. Results of the step are in the block where there is room, up to the end of the step. Whoever gets them
-//! may keep them: what has its place there in a later step is made elsewhere then.
+//! It is known before the step runs when each tensor is made and read for the last time ([`BufferLifetimes`]). Tensors
+//! that this crate makes, that are large and that end within the step get a place each in one block, so that no two
+//! that are there at the same time overlap, in as small a block as is found by placing the largest first. Results of
+//! the step are in the block where there is room, up to the end of the step. Whoever gets them may keep them: what has
+//! its place there in a later step is made elsewhere then.
 //!
 //! The plan decides nothing about correctness: a place whose tensor is still there, against the plan, is not lent
 //! ([`Pool`](crate::tensor::Pool)), and memory with another owner is not taken.

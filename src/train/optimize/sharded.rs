@@ -28,9 +28,9 @@ pub(in crate::train) struct ShardedStep<'a> {
 }
 
 impl ShardedStep<'_> {
-    /// Updates the rows of the parameters that have gradients: in place those that nobody else holds. Parameters whose update depends on
-    /// the whole of them, as Muon's does, are dealt out: each is gathered on one rank, over the replicas and then over
-    /// the axes that split it, updated there, and its rows are sent back. Collective.
+    /// Updates the rows of the parameters that have gradients: in place those that nobody else holds. Parameters whose
+    /// update depends on the whole of them, as Muon's does, are dealt out: each is gathered on one rank, over the
+    /// replicas and then over the axes that split it, updated there, and its rows are sent back. Collective.
     ///
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
