@@ -75,8 +75,8 @@ impl CustomOps {
     /// that makes the scores anew, so that none is in memory as a whole. Columns that a mask leaves to none of a tile's
     /// rows, as a causal one half of them, are left out where their weights are 0; a value that is no number and that
     /// no row sees does not reach the results then, which it does one by one, as a product with 0. burn's own function
-    /// `burn::tensor::module::attention` is not among them in steps that train: burn differentiates its maximum too, by
-    /// the place of it in the scores, which then are in memory.
+    /// `burn::tensor::module::attention` is among them, in steps that train and in forward passes alone. What burn
+    /// computes as one operation in these, softmax, layer norm and attention, is taken apart for it.
     ///
     /// Numbers are those of the operations one by one, but for sums, those of products too, which are added in another
     /// order, and for `exp`, `log`, `tanh` and `erf` in `f32`, which are within 0.7 units in the last place of the

@@ -7,6 +7,7 @@ mod digest;
 pub(crate) mod magnitude;
 mod measured_sum;
 mod ops;
+mod panel;
 mod pieces;
 mod product;
 mod recycled;

@@ -4,6 +4,8 @@ use burn::module::Module;
 use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask};
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
+use burn::tensor::module::attention as attention_of;
+use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{FloatDType, activation};
 use burn_parallel::graph::{CustomOps, Executor, Forward, TensorTree, capture_forward, capture_step};
 
@@ -124,6 +126,14 @@ fn attention_of_all_dtypes() {
             let scores = scores.mask_fill(mask.unsqueeze::<4>(), f32::NEG_INFINITY);
             activation::softmax(scores, 3).matmul(value).cast(FloatDType::F32).powi_scalar(2).mean()
         });
+        compare(&format!("quiet, {dtype:?}"), &linear, (x.clone(), causal.clone()), bound, |linear, (x, mask)| {
+            let [query, key, value] = projected(x, linear, 3, dtype);
+            // The first row sees nothing.
+            let before = Tensor::<2, Bool>::tril_mask([50, 50], -1, &mask.device());
+            let mask = mask.unsqueeze::<4>().bool_or(before.unsqueeze());
+            let scores = query.matmul(key.swap_dims(2, 3)).mask_fill(mask, f32::NEG_INFINITY);
+            activation::quiet_softmax(scores, 3).matmul(value).cast(FloatDType::F32).powi_scalar(2).mean()
+        });
     }
 }
 
@@ -162,9 +172,44 @@ fn attention_written_in_other_ways() {
         let scores = (query.matmul(key.swap_dims(2, 3)) / 5.0).tanh() * 5.0;
         activation::softmax(scores.mask_fill(bias.greater_elem(0.4), -1e9), 3).matmul(value)
     });
-    other("burn's own", &|[query, key, value], _| {
-        burn::tensor::module::attention(query, key, value, None, None, Default::default())
-    });
+}
+
+/// burn's own attention, with what it can be told, in a step of which it is part.
+#[test]
+fn burns_own_attention_of_all_kinds() {
+    let linear = [7, 8, 9].map(|_| seeded(LinearConfig::new(12, 12).init(&device())));
+    let bounds = [(FloatDType::F32, 2e-5), (FloatDType::F64, 2e-5), (FloatDType::BF16, 2e-2), (FloatDType::F16, 3e-3)];
+    for (dtype, bound) in bounds {
+        let f32 = dtype == FloatDType::F32;
+        for [queries, keys] in
+            [[37, 37], [33, 70], [130, 130], [1, 9], [5, 1]].into_iter().take(if f32 { 5 } else { 2 })
+        {
+            let mut numbers = Numbers(5);
+            let [x, y] = [queries, keys].map(|rows| numbers.tensor::<3>([2, rows, 12], &device()));
+            let bias = numbers.tensor::<4>([2, 3, queries, keys], &Device::flex()).cast(dtype);
+            // Some rows see nothing at all.
+            let odd = mask([2, queries, keys], |number, query, key| query % 4 == number || key % 3 == 2);
+            let most = mask([2, queries, keys], |_, query, key| key > query + 3);
+            for kind in (0..8).filter(|kind| f32 || [3, 5, 7].contains(kind)) {
+                let options = AttentionModuleOptions {
+                    scale: (kind == 1).then_some(0.3),
+                    softcap: (kind == 2 || kind == 7).then_some(1.5),
+                    is_causal: kind == 3 || kind > 5,
+                };
+                let hidden = [4, 6, 7].contains(&kind).then(|| odd.clone()).or((kind == 5).then(|| most.clone()));
+                let bias = [5, 7].contains(&kind).then(|| bias.clone());
+                let what = format!("{dtype:?}, {queries} of {keys}, kind {kind}");
+                let inputs = (x.clone(), y.clone(), hidden, bias);
+                compare(&what, &linear, inputs, bound, |linear, (x, y, hidden, bias)| {
+                    let [query, ..] = projected(x, linear, 3, dtype);
+                    let [_, key, value] = projected(y, linear, 3, dtype);
+                    let hidden = hidden.map(|mask| mask.unsqueeze_dim::<4>(1).expand([2, 3, queries, keys]));
+                    let seen = attention_of(query, key, value, hidden, bias, options);
+                    seen.cast(FloatDType::F32).powi_scalar(2).mean() * 10.0
+                });
+            }
+        }
+    }
 }
 
 /// The same bits with one thread and with several, also where the rows of a few matrices are split over them.

@@ -1,7 +1,7 @@
 //! Fused operations against the same operations one by one.
 
 use burn::module::Module;
-use burn::nn::{LayerNormConfig, Linear, LinearConfig};
+use burn::nn::{Embedding, EmbeddingConfig, LayerNormConfig, Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{DType, FloatDType, activation};
 use burn_parallel::graph::{CustomOps, Executor, Forward, TensorTree, capture_forward, capture_step};
@@ -277,6 +277,49 @@ fn sums_of_a_column() {
             gated.powi_scalar(2).mean()
         });
     }
+}
+
+/// The weight of an embedding that the output layer has too, transposed or as it lies, and with a third use.
+#[test]
+fn weights_of_several_uses() {
+    let tokens = Numbers(8).classes([3, 5], 7, &device());
+    for (rows, turned, third) in [(7, true, false), (7, true, true), (7, false, false), (300, true, false)] {
+        let model: Embedding = seeded(EmbeddingConfig::new(rows, 20).init(&device()));
+        steps(model, tokens.clone(), |model: &Embedding, tokens: Tensor<2, Int>| {
+            let weight = model.weight.val();
+            let x = model.forward(tokens).tanh();
+            let y = match turned {
+                true => x.matmul(weight.clone().transpose().unsqueeze()),
+                false => weight.clone().unsqueeze::<3>().matmul(x.swap_dims(1, 2)).swap_dims(1, 2),
+            };
+            let more = if third { weight.powi_scalar(2).mean() } else { y.clone().mean() };
+            y.powi_scalar(2).mean() + more
+        });
+    }
+}
+
+/// Products whose rows and columns are swapped, whoever reads them.
+#[test]
+fn products_that_are_swapped() {
+    let mut numbers = Numbers(16);
+    let mut make = |dims| numbers.tensor::<3>(dims, &Device::flex());
+    let inputs = (make([1, 9, 33]), make([1, 33, 14]), make([1, 9, 14]), make([3, 9, 33]));
+    let worst = apart(&both(inputs, |(x, y, z, batch): (Tensor<3>, Tensor<3>, Tensor<3>, Tensor<3>)| {
+        let turned = x.clone().matmul(y.clone()).swap_dims(1, 2);
+        let flat: Tensor<2> = x.clone().abs().matmul(y.clone()).reshape([9, 14]).transpose();
+        let (kept, read) = (x.clone().tanh().matmul(y.clone()), x.exp().matmul(y.clone()));
+        let of_batch = batch.matmul(y.expand([3, 33, 14])).swap_dims(1, 2);
+        vec![
+            turned.clone(),
+            turned + 1.0,
+            flat.unsqueeze::<3>() * 2.0,
+            kept.clone().swap_dims(1, 2) - kept.clone().swap_dims(1, 2).exp(),
+            kept,
+            read.swap_dims(1, 2).matmul(z),
+            of_batch,
+        ]
+    }));
+    assert!(worst <= 1e-5, "apart by {worst}");
 }
 
 /// Two captured steps take turns in the memory of a thread; what they gave before stays what it was, whoever holds it.

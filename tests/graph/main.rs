@@ -7,6 +7,7 @@ mod attention;
 mod capture;
 mod errors;
 mod execute;
+mod forward;
 mod fused;
 mod parity;
 mod shard;

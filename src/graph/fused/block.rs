@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::kernel::{Extent, Home, Instruction, Kernel, Value};
-use super::loops::{Operand, add_rows, binary, choose, reduce, unary};
+use super::loops::{Operand, add_rows, binary, choose, place_of, reduce, unary};
 use super::native::Native;
 use burn::tensor::DType;
 
@@ -199,6 +199,12 @@ impl<T: Native> Running<'_, T> {
                 // vectors.
                 for (out, row) in write(out).iter_mut().zip(read(x).chunks_exact(width)) {
                     *out = reduce(op, row);
+                }
+            }
+            Instruction::PlaceOf { out, x, of } => {
+                let rows = read(x).chunks_exact(width).zip(read(of));
+                for (out, (row, of)) in write(out).iter_mut().zip(rows) {
+                    *out = T::from_f64(place_of(row, *of) as f64);
                 }
             }
             Instruction::Pick { out, x, index } => {

@@ -52,6 +52,12 @@ pub(super) enum Instruction {
         out: Value,
         x: Value,
     },
+    /// Of each row the first place of a number that is in it, or of one that is no number.
+    PlaceOf {
+        out: Value,
+        x: Value,
+        of: Value,
+    },
     /// Of each row the element at an index.
     Pick {
         out: Value,
@@ -90,6 +96,7 @@ impl Instruction {
             Self::AddRows { x, .. } | Self::Round { x, .. } | Self::Expect { x, .. } => [Some(x), None, None],
             Self::Binary { a, b, .. } => [Some(a), Some(b), None],
             Self::Pick { x, index, .. } => [Some(x), Some(index), None],
+            Self::PlaceOf { x, of, .. } => [Some(x), Some(of), None],
             Self::AddAt { x, index, add, .. } => [Some(x), Some(index), Some(add)],
             Self::Choose { mask, a, b, .. } => [Some(mask), Some(a), Some(b)],
         };
@@ -100,7 +107,7 @@ impl Instruction {
         match *self {
             Self::Fill { out, .. } | Self::Unary { out, .. } | Self::Binary { out, .. } => Some(out),
             Self::Choose { out, .. } | Self::Spread { out, .. } | Self::Reduce { out, .. } => Some(out),
-            Self::Pick { out, .. } | Self::AddAt { out, .. } => Some(out),
+            Self::Pick { out, .. } | Self::PlaceOf { out, .. } | Self::AddAt { out, .. } => Some(out),
             Self::AddRows { .. } | Self::Round { .. } | Self::Expect { .. } => None,
         }
     }
@@ -184,9 +191,11 @@ impl Kernel {
 
     /// Whether a row may be cut into several blocks.
     pub(super) fn cuts_rows(&self) -> bool {
-        use Instruction::{AddAt, AddRows, Pick, Reduce};
-        let whole = |code: &Instruction| matches!(code, Reduce { .. } | AddRows { .. } | Pick { .. } | AddAt { .. });
-        !self.code.iter().any(whole) && self.outputs.iter().all(|output| output.extent == Extent::Full)
+        use Instruction::{AddAt, AddRows, Pick, PlaceOf, Reduce};
+        let is_of_rows = |code: &Instruction| {
+            matches!(code, Reduce { .. } | AddRows { .. } | PlaceOf { .. } | Pick { .. } | AddAt { .. })
+        };
+        !self.code.iter().any(is_of_rows) && self.outputs.iter().all(|output| output.extent == Extent::Full)
     }
 }
 

@@ -224,6 +224,23 @@ pub(super) fn reduce<T: Float>(op: Reduction, x: &[T]) -> T {
     }
 }
 
+/// The first place of a number in a row, or of an element that is no number; 0 if there is none.
+#[inline(always)]
+pub(super) fn place_of<T: Float>(x: &[T], of: T) -> usize {
+    let is = |x: T| (x == of) | x.is_nan();
+    for (number, chunk) in x.chunks(LANES).enumerate() {
+        // All of a chunk at once, in vectors.
+        let mut any = false;
+        for x in chunk {
+            any |= is(*x);
+        }
+        if any {
+            return number * LANES + chunk.iter().position(|x| is(*x)).unwrap_or_default();
+        }
+    }
+    0
+}
+
 /// Adds rows of `width` elements to `sums`.
 #[inline(always)]
 pub(super) fn add_rows<T: Float>(sums: &mut [T], x: &[T], width: usize) {

@@ -7,7 +7,7 @@ use burn::tensor::DType;
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::kernel::{Extent, Instruction, Kernel, Output, Value, homes};
-use super::loops::{Binary, Unary};
+use super::loops::{Binary, Reduction, Unary};
 use super::work::{Work, is_wide};
 
 /// The kernel of `operations`, which run over `dims`, with its inputs and results; `wanted` are the tensors that others
@@ -124,7 +124,7 @@ impl Lowering<'_> {
     }
 
     fn work(&mut self, work: &Work<'_>, out: &TensorIr) -> Option<Value> {
-        let to = Some(out.dtype).filter(|dtype| matches!(dtype, DType::F16 | DType::BF16));
+        let to = of_16_bits(out.dtype);
         Some(match *work {
             Work::Fill(with) => self.fill(with),
             Work::Reshape(x) => self.read(x)?,
@@ -166,8 +166,14 @@ impl Lowering<'_> {
             Work::Reduce(op, x) => {
                 let x = self.read(x)?;
                 let x = self.spread(x, Extent::Full);
+                self.reduce(op, x, to)
+            }
+            Work::PlaceOfMax(tensor) => {
+                let x = self.read(tensor)?;
+                let x = self.spread(x, Extent::Full);
+                let of = self.reduce(Reduction::Max, x, of_16_bits(tensor.dtype));
                 let out = self.value(Extent::Row);
-                self.make(Instruction::Reduce { op, out, x }, out, to)
+                self.make(Instruction::PlaceOf { out, x, of }, out, None)
             }
             Work::Pick(x, index) => {
                 let (x, index) = (self.read(x)?, self.read(index)?);
@@ -220,6 +226,17 @@ impl Lowering<'_> {
         })
     }
 
+    fn reduce(&mut self, op: Reduction, x: Value, to: Option<DType>) -> Value {
+        let same = |done: &Instruction| match *done {
+            Instruction::Reduce { op: other, out, x: of } => (of == x && other == op).then_some(out),
+            _ => None,
+        };
+        self.made(same, to).unwrap_or_else(|| {
+            let out = self.value(Extent::Row);
+            self.make(Instruction::Reduce { op, out, x }, out, to)
+        })
+    }
+
     /// What an instruction that is the same has made, rounded to the same: backward passes do again what was done
     /// forward.
     fn made(&self, same: impl Fn(&Instruction) -> Option<Value>, to: Option<DType>) -> Option<Value> {
@@ -235,6 +252,11 @@ impl Lowering<'_> {
         }
         out
     }
+}
+
+/// What a value is rounded to: a dtype of 16 bits.
+fn of_16_bits(dtype: DType) -> Option<DType> {
+    matches!(dtype, DType::F16 | DType::BF16).then_some(dtype)
 }
 
 /// Whether two instructions are one. Zeros of two signs are equal, but not alike.

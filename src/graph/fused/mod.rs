@@ -8,8 +8,9 @@
 //! threads of the rank. A result takes the memory of an input that nobody else holds; else memory that steps before
 //! have used, and that is not zeroed first. Loops go on through tensors under other dims, and through what an index
 //! picks of each row: a loss by classes is part of the loop of its log-softmax, forward and backward, without zeros to
-//! add to. Matrix products are written into such memory too ([`multiply`](multiply())). Attention, whose tensors
-//! between its products are the largest of all, runs tile by tile, loops and products together ([`tiled`](mod@tiled)).
+//! add to. What burn computes as one, in passes without backward, is taken apart first ([`single`](mod@single)). Matrix
+//! products are written into such memory too ([`multiply`](multiply())). Attention, whose tensors between its products
+//! are the largest of all, runs tile by tile, loops and products together ([`tiled`](mod@tiled)).
 //!
 //! # Numbers
 //! Sums, products, quotients and roots have the bits that burn gives them. The transcendental functions are those of
@@ -30,6 +31,8 @@ mod multiply;
 mod native;
 mod products;
 mod run;
+mod single;
+mod sums;
 mod tiled;
 mod work;
 
@@ -44,6 +47,8 @@ use self::group::{Group, Part, grouped};
 use self::kernel::{Kernel, number};
 pub(crate) use self::multiply::{multiplies, multiply};
 use self::products::merged;
+use self::single::single;
+use self::sums::rows_added;
 pub(crate) use self::tiled::TILED;
 use self::tiled::{Tiled, tiled};
 use self::work::Work;
@@ -111,14 +116,18 @@ pub(crate) fn taken(op: &OperationIr) -> impl Iterator<Item = TensorId> {
 /// The sections of a program with their groups fused, which run one after the other with others in between; and the
 /// kernels.
 pub(crate) fn fuse<const SECTIONS: usize>(sections: [Vec<Item>; SECTIONS]) -> ([Vec<Item>; SECTIONS], Kernels) {
-    let readers = readers(&sections);
     let operations = sections.iter().flatten().filter_map(|item| match item {
         Item::Run(op) => Some(op),
         Item::Output(_) => None,
     });
     let tensors = operations.flat_map(|op| op.inputs().chain(op.outputs()));
     let mut next_id = tensors.map(|tensor| tensor.id.value() + 1).max().unwrap_or_default();
-    let sections = sections.map(|items| merged(items, &readers, &mut next_id));
+    let sections = single(sections, &mut next_id);
+    let readers = readers(&sections);
+    let sections = sections.map(|items| {
+        let items = merged(items, &readers, &mut next_id);
+        rows_added(items, &readers, &mut next_id)
+    });
     let mut kernels = Kernels::default();
     let sections = tiled(sections, &mut kernels.tiled);
     let readers = self::readers(&sections);
@@ -181,12 +190,12 @@ fn fused(group: Group, readers: &HashMap<TensorId, usize>, kernels: &mut Kernels
 
 #[cfg(test)]
 mod tests {
-    use burn::nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig};
+    use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
     use burn::prelude::*;
     use burn::tensor::activation;
 
     use super::super::operation::{matmul, op_name};
-    use super::super::{CustomOps, Executor, capture_step};
+    use super::super::{CustomOps, Executor, Forward, capture_forward, capture_step};
 
     /// The operations of a step that are run, by name.
     fn run<const D: usize>(x: Tensor<D>, loss: impl Fn(&LayerNorm, Tensor<D>) -> Tensor<1>) -> Vec<String> {
@@ -243,6 +252,16 @@ mod tests {
     }
 
     #[test]
+    fn forward_passes_alone_are_loops() {
+        let norm: LayerNorm = LayerNormConfig::new(6).init(&Device::flex());
+        let x = Tensor::<3>::ones([2, 5, 6], &Device::flex());
+        let run = |norm: &LayerNorm, x| activation::log_softmax(activation::softmax(norm.forward(x), 2), 2);
+        let forward = Forward::new(capture_forward(&norm, x, run).unwrap(), CustomOps::new()).unwrap();
+        let found: Vec<String> = forward.operations().map(op_name).filter(|name| !name.contains("Reshape")).collect();
+        assert!(found.len() == 1 && found[0].contains("fused"), "{found:?}");
+    }
+
+    #[test]
     fn a_linear_layer_on_a_batch_is_one_product_forward_and_one_for_its_weight() {
         let model: Linear = LinearConfig::new(6, 3).init(&Device::flex().autodiff());
         let loss = |model: &Linear, x| model.forward(x).powi_scalar(2).mean();
@@ -252,5 +271,28 @@ mod tests {
             let batches: Vec<usize> = executor.operations().filter_map(matmul).map(|op| op.out.shape[0]).collect();
             assert_eq!(batches, [batch; 2]);
         }
+    }
+    /// The output layer has the weight of an embedding, transposed: one product gives its gradient as it lies, and the
+    /// embedding adds rows to that.
+    #[test]
+    fn a_tied_weight_has_one_gradient() {
+        let model: Embedding = EmbeddingConfig::new(9, 6).init(&Device::flex().autodiff());
+        let tokens = Tensor::<2, Int>::zeros([2, 5], &Device::flex());
+        let loss = |model: &Embedding, tokens| {
+            let weight = model.weight.val().transpose().unsqueeze();
+            model.forward(tokens).tanh().matmul(weight).powi_scalar(2).mean()
+        };
+        let found = |fusion| {
+            let graph = capture_step(&model, tokens.clone(), loss).unwrap();
+            let executor = Executor::new(graph, CustomOps::new().with_fusion(fusion)).unwrap();
+            let products = executor.operations().filter_map(matmul).map(|op| op.out.shape.to_vec()).collect::<Vec<_>>();
+            let names: Vec<String> = executor.operations().map(op_name).collect();
+            let is = |word: &'static str| names.iter().any(|name| name.contains(word));
+            (products, is("EmbeddingBackward"), is("SelectAssign"))
+        };
+        let (products, whole, rows) = found(true);
+        assert!(products.contains(&vec![1, 9, 6]) && !whole && rows, "{products:?} {whole} {rows}");
+        let (products, whole, rows) = found(false);
+        assert!(!products.contains(&vec![1, 9, 6]) && whole && !rows, "{products:?} {whole} {rows}");
     }
 }

@@ -197,11 +197,26 @@ mod tests {
     #[test]
     fn few_rows_by_what_is_transposed() {
         for dtype in [DType::F32, DType::F64] {
-            for rows in [2, 7, 32, 64, 65] {
+            for rows in [2, 7, 64, 192, 193] {
                 let right = numbers([271, 243], dtype).swap_dims(0, 1);
                 compare(&format!("{rows} {dtype:?}"), numbers([rows, 243], dtype), right);
             }
         }
+    }
+
+    /// Of one panel and of several, whole and cut.
+    #[test]
+    fn many_rows_by_what_is_transposed() {
+        for dtype in [DType::F32, DType::F64] {
+            for (rows, inner, columns) in [(193, 256, 256), (200, 1280, 603), (261, 512, 130), (199, 768, 1025)] {
+                let right = numbers([columns, inner], dtype).swap_dims(0, 1);
+                compare(&format!("{rows} {inner} {columns} {dtype:?}"), numbers([rows, inner], dtype), right.clone());
+                let left = numbers([inner, rows], dtype).swap_dims(0, 1);
+                compare(&format!("{rows} {inner} {columns} {dtype:?}, both"), left, right);
+            }
+        }
+        let right = numbers([3, 300, 256], DType::F32).swap_dims(1, 2);
+        compare("batch", numbers([3, 197, 256], DType::F32), right);
     }
 
     #[test]

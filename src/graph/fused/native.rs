@@ -33,7 +33,7 @@ pub(super) trait Native: Float {
     fn round(x: &mut [Self], to: DType);
 }
 
-/// Bools, and indices, which a kernel reads but never gives.
+/// Bools, and indices.
 fn is_other(dtype: DType) -> bool {
     matches!(dtype, DType::Bool(BoolStore::Native | BoolStore::U8) | DType::I64 | DType::I32)
 }
@@ -115,6 +115,8 @@ impl Native for f32 {
                 DType::BF16 => scatter_as::<f32, bf16>(base, offset, x, len),
                 DType::F16 => scatter_as::<f32, f16>(base, offset, x, len),
                 DType::Bool(_) => scatter_as::<f32, u8>(base, offset, x, len),
+                DType::I64 => scatter_as::<f32, i64>(base, offset, x, len),
+                DType::I32 => scatter_as::<f32, i32>(base, offset, x, len),
                 _ => unreachable!("{dtype:?} is not computed in f32"),
             }
         }
@@ -157,6 +159,8 @@ impl Native for f64 {
             match dtype {
                 DType::F64 => scatter_as::<f64, f64>(base, offset, x, len),
                 DType::Bool(_) => scatter_as::<f64, u8>(base, offset, x, len),
+                DType::I64 => scatter_as::<f64, i64>(base, offset, x, len),
+                DType::I32 => scatter_as::<f64, i32>(base, offset, x, len),
                 _ => unreachable!("{dtype:?} is not computed in f64"),
             }
         }

@@ -1,10 +1,11 @@
-//! Batches of products that are one product: a linear layer on `[batch, rows, in]`, and the gradient of its weight.
+//! Batches of products that are one product: a linear layer on `[batch, rows, in]`, and the gradient of its weight. And
+//! products that are wanted with rows and columns swapped: the gradient of a weight that is used transposed.
 //!
 //! burn multiplies matrix by matrix: packs the weight again for each of a batch, and makes the gradient of the weight
 //! for each before it adds them. With the rows of the whole batch below each other both are one product, of the same
-//! numbers but for the order of additions.
+//! numbers but for the order of additions. A product of the swapped factors, the other way round, lies as it is read.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use burn::tensor::{DType, Shape};
 use burn_ir::{MatmulOpIr, OperationIr, TensorId, TensorIr};
@@ -18,17 +19,26 @@ struct Merging<'a> {
     items: Vec<Option<Item>>,
     makers: HashMap<TensorId, usize>,
     readers: &'a HashMap<TensorId, usize>,
+    /// What is a factor of a product.
+    factors: HashSet<TensorId>,
     next_id: &'a mut u64,
 }
 
-/// The program with batches of products as one product each, where that is to be seen. New tensors are numbered from
-/// `next_id`.
+/// The program with batches of products as one product each, and products as they are wanted, where that is to be seen.
+/// New tensors are numbered from `next_id`.
 pub(super) fn merged(items: Vec<Item>, readers: &HashMap<TensorId, usize>, next_id: &mut u64) -> Vec<Item> {
-    let mut merging = Merging { items: Vec::with_capacity(items.len()), makers: HashMap::new(), readers, next_id };
+    let products = items.iter().filter_map(|item| match item {
+        Item::Run(op) => matmul(op),
+        Item::Output(_) => None,
+    });
+    let factors = products.flat_map(|product| [product.lhs.id, product.rhs.id]).collect();
+    let (done, makers) = (Vec::with_capacity(items.len()), HashMap::new());
+    let mut merging = Merging { items: done, makers, readers, factors, next_id };
     for item in items {
         match item {
             Item::Run(op) => {
-                if merging.weight_gradient(&op).or_else(|| merging.linear(&op)).is_none() {
+                let merged = merging.weight_gradient(&op).or_else(|| merging.linear(&op));
+                if merged.or_else(|| merging.turned(&op)).is_none() {
                     merging.push(*op);
                 }
             }
@@ -61,14 +71,14 @@ impl Merging<'_> {
         !self.maker(tensor).is_some_and(moved)
     }
 
-    fn tensor(&mut self, dims: [usize; 3], dtype: DType) -> TensorIr {
+    fn tensor(&mut self, dims: &[usize], dtype: DType) -> TensorIr {
         *self.next_id += 1;
-        TensorIr::uninit(TensorId::new(*self.next_id - 1), Shape::from(dims), dtype)
+        TensorIr::uninit(TensorId::new(*self.next_id - 1), Shape::from(dims.to_vec()), dtype)
     }
 
     /// A tensor with all rows below each other.
     fn flat(&mut self, tensor: &TensorIr, [batch, rows, columns]: [usize; 3]) -> TensorIr {
-        let out = self.tensor([1, batch * rows, columns], tensor.dtype);
+        let out = self.tensor(&[1, batch * rows, columns], tensor.dtype);
         self.push(build::reshape(tensor.clone(), out.clone()));
         out
     }
@@ -81,7 +91,7 @@ impl Merging<'_> {
             return None;
         }
         let lhs = self.flat(lhs, [batch, rows, takes]);
-        let product = self.tensor([1, batch * rows, gives], out.dtype);
+        let product = self.tensor(&[1, batch * rows, gives], out.dtype);
         self.push(build::matmul(lhs, rhs.clone(), product.clone()));
         self.push(build::reshape(product, out.clone()));
         Some(())
@@ -96,20 +106,70 @@ impl Merging<'_> {
         let swap = swap_dims(self.maker(&product.lhs)?)?.clone();
         let [batches, _, takes] = dims(&swap.input)?;
         let swapped = (swap.dim1.min(swap.dim2), swap.dim1.max(swap.dim2)) == (1, 2);
-        let alone = self.readers.get(&product.out.id) == Some(&1) && sum.axis == 0 && batch == batches && batch > 1;
+        let alone = self.is_read_once(&product.out) && sum.axis == 0 && batch == batches && batch > 1;
         if !(alone && swapped && self.is_plain(&swap.input) && self.is_plain(&product.rhs)) {
             return None;
         }
         let at = self.makers.remove(&product.out.id)?;
         let input = self.flat(&swap.input, [batch, rows, takes]);
         let rhs = self.flat(&product.rhs, [batch, rows, gives]);
-        let lhs = self.tensor([1, takes, batch * rows], input.dtype);
+        let lhs = self.tensor(&[1, takes, batch * rows], input.dtype);
         self.push(build::swap_dims(input, 1, 2, lhs.clone()));
         self.push(build::matmul(lhs, rhs, sum.out.clone()));
         // Nobody reads the products of the batch any more.
         self.items[at] = None;
         Some(())
     }
+
+    /// A product with its rows and columns swapped, if nothing else reads it, and no product the swapped one, for which
+    /// it may lie in any way.
+    fn turned(&mut self, op: &OperationIr) -> Option<()> {
+        let swap = swap_dims(op)?;
+        let last = swap.input.shape.num_dims() - 1;
+        let swapped = (swap.dim1.min(swap.dim2), swap.dim1.max(swap.dim2)) == (last.checked_sub(1)?, last);
+        if !swapped || self.factors.contains(&swap.out.id) || !self.is_read_once(&swap.input) {
+            return None;
+        }
+        // Perhaps under other dims, of which those of rows and columns stay.
+        let (mut made, mut between) = (swap.input.clone(), None);
+        if let Some(view) = self.maker(&made).and_then(reshape) {
+            between = self.makers.get(&made.id).copied();
+            made = view.input.clone();
+        }
+        let MatmulOpIr { lhs, rhs, out } = matmul(self.maker(&made)?)?.clone();
+        let [batch @ .., rows, columns] = out.shape.as_slice() else { return None };
+        let fits = batch.iter().all(|size| *size == 1) && swap.input.shape.as_slice().ends_with(&[*rows, *columns]);
+        let floats = matches!(out.dtype, DType::F32 | DType::F64) && swap.input.shape.num_elements() == rows * columns;
+        if !(fits && floats && self.is_read_once(&out)) {
+            return None;
+        }
+        let at = self.makers.remove(&out.id)?;
+        let [left, right] = [&rhs, &lhs].map(|factor| {
+            let turned = self.tensor(&swapped_dims(factor), factor.dtype);
+            let last = factor.shape.num_dims() - 1;
+            self.push(build::swap_dims(factor.clone(), last - 1, last, turned.clone()));
+            turned
+        });
+        let product = self.tensor(&swapped_dims(&out), out.dtype);
+        self.push(build::matmul(left, right, product.clone()));
+        self.push(build::reshape(product, swap.out.clone()));
+        for place in [Some(at), between].into_iter().flatten() {
+            self.items[place] = None;
+        }
+        Some(())
+    }
+
+    fn is_read_once(&self, tensor: &TensorIr) -> bool {
+        self.readers.get(&tensor.id) == Some(&1)
+    }
+}
+
+/// The dims of a matrix whose rows and columns are swapped.
+fn swapped_dims(tensor: &TensorIr) -> Vec<usize> {
+    let mut dims = tensor.shape.to_vec();
+    let last = dims.len() - 1;
+    dims.swap(last - 1, last);
+    dims
 }
 
 /// The dims of a batch of matrices of floats that add up alike in any order of blocks.

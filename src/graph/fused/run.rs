@@ -28,14 +28,14 @@ const PARTS: usize = 16;
 pub(super) const SPLIT_FROM: usize = 256 * 1024;
 
 /// The blocks of a part.
-struct Part<'a, T> {
+struct BlockRange<'a, T> {
     running: &'a Running<'a, T>,
     part: usize,
     blocks: Range<usize>,
     scratch: *mut T,
 }
 
-impl<T: Native> Loops for Part<'_, T> {
+impl<T: Native> Loops for BlockRange<'_, T> {
     #[inline(always)]
     fn run(self) {
         let mut at: Vec<*mut T> = vec![ptr::null_mut(); self.running.places.len()];
@@ -107,14 +107,14 @@ impl Kernel {
             let mut made = match taken {
                 Some(input) => {
                     let empty = FlexTensor::empty(Shape::from(vec![0]), T::DTYPE);
-                    let mut memory = Memory::Taken(std::mem::replace(&mut inputs[input], empty));
-                    sources[input].base = memory.pointer();
-                    memory
+                    Memory::Taken(std::mem::replace(&mut inputs[input], empty))
                 }
                 None => Memory::new(output.dtype, size, &op.outputs[place], memory),
             };
-            targets
-                .push(Target { base: made.pointer(), direct: native && taken.is_none() && self.writes_at_once(place) });
+            // The memory of an input is read by the pointer by which it is written.
+            let base = made.pointer();
+            taken.into_iter().for_each(|input| sources[input].base = base);
+            targets.push(Target { base, direct: native && taken.is_none() && self.writes_at_once(place) });
             memories.push(made);
         }
 
@@ -187,7 +187,7 @@ impl<T: Native> Running<'_, T> {
                 scratch.resize(words, 0);
             }
             let scratch = scratch.as_mut_ptr().cast::<T>();
-            vectorized(Part { running: self, part, blocks, scratch });
+            vectorized(BlockRange { running: self, part, blocks, scratch });
         });
     }
 }

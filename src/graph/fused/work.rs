@@ -23,6 +23,8 @@ pub(super) enum Work<'a> {
     Reshape(&'a TensorIr),
     /// Over the last dim.
     Reduce(Reduction, &'a TensorIr),
+    /// Of each row where its maximum is.
+    PlaceOfMax(&'a TensorIr),
     /// Of each row the element at an index.
     Pick(&'a TensorIr, &'a TensorIr),
     /// The first, with a number of each row added at an index.
@@ -46,6 +48,7 @@ impl<'a> Work<'a> {
         let wide = is_wide(op);
         let index = match work {
             Self::Pick(_, index) | Self::AddAt(_, index, _) => Some(index.id),
+            Self::PlaceOfMax(_) => Some(out.id),
             _ => None,
         };
         let fits = |tensor: &TensorIr| {
@@ -66,7 +69,7 @@ impl<'a> Work<'a> {
     /// What it runs over: the dims of what it reads, if it reduces, else of what it gives.
     pub(super) fn over(&self, out: &'a TensorIr) -> &'a TensorIr {
         match self {
-            Self::Reduce(_, x) | Self::AddRows(x) | Self::Pick(x, _) => x,
+            Self::Reduce(_, x) | Self::AddRows(x) | Self::PlaceOfMax(x) | Self::Pick(x, _) => x,
             _ => out,
         }
     }
@@ -140,18 +143,33 @@ fn base<'a>(op: &'a Base, out: &TensorIr) -> Option<Work<'a>> {
     })
 }
 
-/// Whether indices are of one element of each row, of so few that each is a number of its own in all floats that are
-/// computed with; and of several, since a loop over longer rows takes one element for a number of the row.
+/// Whether indices are of one element of each row.
 fn is_one_of_row(tensor: &TensorIr, dim: usize, indices: &TensorIr) -> bool {
     let Some((columns, rows)) = tensor.shape.split_last() else { return false };
-    let one_each = indices.shape.split_last() == Some((&1, rows));
-    dim == rows.len() && one_each && (2..1 << f32::MANTISSA_DIGITS).contains(columns)
+    indices.shape.split_last() == Some((&1, rows)) && dim == rows.len() && are_numbered(*columns)
 }
 
-/// A comparison with a number. With 16 bits burn compares with one that they may not hold.
+/// Whether the elements of a row are so few that each index is a number of its own in all floats that are computed
+/// with; and several, since a loop over longer rows takes one element for a number of the row.
+fn are_numbered(columns: usize) -> bool {
+    (2..1 << f32::MANTISSA_DIGITS).contains(&columns)
+}
+
+fn place_of_max(x: &TensorIr, dim: usize) -> Option<Work<'_>> {
+    let (columns, rows) = x.shape.split_last()?;
+    (dim == rows.len() && are_numbered(*columns)).then_some(Work::PlaceOfMax(x))
+}
+
+/// A comparison with a number, which burn rounds to 16 bits at once.
 fn compared(op: Binary, with: &ScalarOpIr) -> Option<Work<'_>> {
-    let exact = matches!(with.lhs.dtype, DType::F32 | DType::F64);
-    exact.then(|| Work::Scalar(op, &with.lhs, number(&with.rhs, with.lhs.dtype)))
+    let value = number(&with.rhs, DType::F64);
+    let value = match with.lhs.dtype {
+        DType::F32 | DType::F64 => value,
+        DType::F16 => f16::from_f64(value).to_f64(),
+        DType::BF16 => bf16::from_f64(value).to_f64(),
+        _ => return None,
+    };
+    Some(Work::Scalar(op, &with.lhs, value))
 }
 
 fn numeric<'a>(op: &'a Numeric, out: &TensorIr) -> Option<Work<'a>> {
@@ -190,6 +208,7 @@ fn numeric<'a>(op: &'a Numeric, out: &TensorIr) -> Option<Work<'a>> {
         Numeric::SumDim(op) => reduction(Reduction::Sum, &op.input, &[op.axis])?,
         Numeric::MeanDim(op) => reduction(Reduction::Mean, &op.input, &[op.axis])?,
         Numeric::MaxDim(op) => reduction(Reduction::Max, &op.input, &[op.axis])?,
+        Numeric::ArgMax(op) => place_of_max(&op.input, op.axis)?,
         Numeric::SumDims(op) => reduction(Reduction::Sum, &op.input, &op.axes)?,
         _ => return None,
     })

@@ -1,11 +1,12 @@
 //! Makes the operations that passes put into a graph.
 
-use burn::tensor::{DType, Slice};
+use burn::tensor::{DType, IndexingUpdateOp, Slice};
 use burn_ir::{
-    BaseOperationIr as Base, BinaryOpIr, BoolOperationIr, CatOpIr, CreationOpIr, EmbeddingBackwardOpIr, EmbeddingOpIr,
-    FloatOperationIr, GatherOpIr, LinearBiasBackwardOpIr, LinearOpIr, LinearWeightBackwardOpIr, MaskFillOpIr,
-    MatmulOpIr, ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, PermuteOpIr, ReduceDimOpIr,
-    ScalarIr, ScalarOpIr, ScatterOpIr, SelectAssignOpIr, SelectOpIr, ShapeOpIr, SliceOpIr, SwapDimsOpIr, TensorIr,
+    BaseOperationIr as Base, BinaryOpIr, BoolOperationIr, CastOpIr, CatOpIr, CreationOpIr, DimOpIr,
+    EmbeddingBackwardOpIr, EmbeddingOpIr, FloatOperationIr, GatherOpIr, LinearBiasBackwardOpIr, LinearOpIr,
+    LinearWeightBackwardOpIr, MaskFillOpIr, MatmulOpIr, ModuleOperationIr as Module, NumericOperationIr as Numeric,
+    OperationIr, PermuteOpIr, ReduceDimOpIr, ScalarIr, ScalarOpIr, ScatterOpIr, SelectAssignOpIr, SelectOpIr,
+    ShapeOpIr, SliceOpIr, SwapDimsOpIr, TensorIr, UnaryOpIr,
 };
 
 /// The operation on tensors of this dtype.
@@ -31,6 +32,66 @@ pub(crate) fn add(lhs: TensorIr, rhs: TensorIr, out: TensorIr) -> OperationIr {
     OperationIr::NumericFloat(out.dtype, Numeric::Add(BinaryOpIr { lhs, rhs, out }))
 }
 
+/// `out = lhs - rhs` of float tensors.
+pub(crate) fn difference(lhs: TensorIr, rhs: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::NumericFloat(out.dtype, Numeric::Sub(BinaryOpIr { lhs, rhs, out }))
+}
+
+/// `out = lhs * rhs` of float tensors, element by element.
+pub(crate) fn product(lhs: TensorIr, rhs: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::NumericFloat(out.dtype, Numeric::Mul(BinaryOpIr { lhs, rhs, out }))
+}
+
+/// `out = lhs / rhs` of float tensors.
+pub(crate) fn quotient(lhs: TensorIr, rhs: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::NumericFloat(out.dtype, Numeric::Div(BinaryOpIr { lhs, rhs, out }))
+}
+
+/// A float tensor times -1.
+pub(crate) fn negative(input: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::NumericFloat(out.dtype, Numeric::Neg(UnaryOpIr { input, out }))
+}
+
+/// `exp` of a float tensor.
+pub(crate) fn exponential(input: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::Float(out.dtype, FloatOperationIr::Exp(UnaryOpIr { input, out }))
+}
+
+/// The natural logarithm of a float tensor.
+pub(crate) fn logarithm(input: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::Float(out.dtype, FloatOperationIr::Log(UnaryOpIr { input, out }))
+}
+
+/// `tanh` of a float tensor.
+pub(crate) fn tangent(input: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::Float(out.dtype, FloatOperationIr::Tanh(UnaryOpIr { input, out }))
+}
+
+/// The square root of a float tensor.
+pub(crate) fn root(input: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::Float(out.dtype, FloatOperationIr::Sqrt(UnaryOpIr { input, out }))
+}
+
+/// 1 over a float tensor.
+pub(crate) fn reciprocal_of(input: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::Float(out.dtype, FloatOperationIr::Recip(UnaryOpIr { input, out }))
+}
+
+/// A float tensor in the dtype of `out`.
+pub(crate) fn cast(input: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::BaseFloat(Base::Cast(CastOpIr { input, out }))
+}
+
+/// A float tensor, with `least` where it is less.
+pub(crate) fn at_least(lhs: TensorIr, least: f64, out: TensorIr) -> OperationIr {
+    OperationIr::NumericFloat(out.dtype, Numeric::ClampMin(ScalarOpIr { lhs, rhs: ScalarIr::Float(least), out }))
+}
+
+/// A float tensor plus a number.
+pub(crate) fn plus_number(lhs: TensorIr, by: f64, out: TensorIr) -> OperationIr {
+    OperationIr::NumericFloat(out.dtype, Numeric::AddScalar(ScalarOpIr { lhs, rhs: ScalarIr::Float(by), out }))
+}
+
 /// The product of two float matrices, or batches of them.
 pub(crate) fn matmul(lhs: TensorIr, rhs: TensorIr, out: TensorIr) -> OperationIr {
     OperationIr::Float(out.dtype, FloatOperationIr::Matmul(MatmulOpIr { lhs, rhs, out }))
@@ -49,6 +110,31 @@ pub(crate) fn divide(lhs: TensorIr, by: f64, out: TensorIr) -> OperationIr {
 /// The sum over one dim.
 pub(crate) fn sum_dim(input: TensorIr, axis: usize, out: TensorIr) -> OperationIr {
     numeric(out.dtype, Numeric::SumDim(ReduceDimOpIr { input, out, axis, accumulator_len: 1 }))
+}
+
+/// The mean of a float tensor over one dim.
+pub(crate) fn mean_dim(input: TensorIr, axis: usize, out: TensorIr) -> OperationIr {
+    numeric(out.dtype, Numeric::MeanDim(ReduceDimOpIr { input, out, axis, accumulator_len: 1 }))
+}
+
+/// The maximum of a float tensor over one dim.
+pub(crate) fn max_dim(input: TensorIr, axis: usize, out: TensorIr) -> OperationIr {
+    numeric(out.dtype, Numeric::MaxDim(ReduceDimOpIr { input, out, axis, accumulator_len: 1 }))
+}
+
+/// Where the maximum of a float tensor over one dim is, as ints.
+pub(crate) fn place_of_max(input: TensorIr, axis: usize, out: TensorIr) -> OperationIr {
+    OperationIr::NumericFloat(input.dtype, Numeric::ArgMax(ReduceDimOpIr { input, out, axis, accumulator_len: 1 }))
+}
+
+/// The sums of ints up to each place along a dim.
+pub(crate) fn sums_so_far(input: TensorIr, axis: usize, out: TensorIr) -> OperationIr {
+    OperationIr::NumericInt(out.dtype, Numeric::CumSum(DimOpIr { input, out, axis }))
+}
+
+/// Whether ints are below others.
+pub(crate) fn are_below(lhs: TensorIr, rhs: TensorIr, out: TensorIr) -> OperationIr {
+    OperationIr::NumericInt(lhs.dtype, Numeric::Lower(BinaryOpIr { lhs, rhs, out }))
 }
 
 /// Ints less a number.
@@ -114,6 +200,11 @@ pub(crate) fn scatter(op: ScatterOpIr) -> OperationIr {
 
 pub(crate) fn select_assign(op: SelectAssignOpIr) -> OperationIr {
     of_kind(op.out.dtype, Base::SelectAssign(op))
+}
+
+/// A matrix of floats with `rows` added to its rows at `indices`.
+pub(crate) fn add_rows(tensor: TensorIr, indices: TensorIr, rows: TensorIr, out: TensorIr) -> OperationIr {
+    select_assign(SelectAssignOpIr { tensor, dim: 0, indices, value: rows, update: IndexingUpdateOp::Add, out })
 }
 
 pub(crate) fn embedding(op: EmbeddingOpIr) -> OperationIr {

@@ -1,9 +1,9 @@
 //! The fields of the operations that passes look for, each under one name: burn has a variant for each kind of tensor.
 
 use burn_ir::{
-    BaseOperationIr as Base, BatchNormOpIr, BinaryOpIr, CastOpIr, FloatOperationIr as Float, MatmulOpIr,
-    ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, PermuteOpIr, RandomOpIr, ReduceDimOpIr,
-    ScalarOpIr, ShapeOpIr, SwapDimsOpIr, TensorId, TensorIr, UnaryOpIr,
+    BaseOperationIr as Base, BatchNormOpIr, BinaryOpIr, CastOpIr, EmbeddingBackwardOpIr, FloatOperationIr as Float,
+    MatmulOpIr, ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, PermuteOpIr, RandomOpIr,
+    ReduceDimOpIr, ScalarOpIr, ShapeOpIr, SwapDimsOpIr, TensorId, TensorIr, UnaryOpIr,
 };
 
 /// `lhs + rhs` of float tensors.
@@ -106,6 +106,14 @@ pub(crate) fn permute(op: &OperationIr) -> Option<&PermuteOpIr> {
 pub(crate) fn cast(op: &OperationIr) -> Option<&CastOpIr> {
     match op {
         OperationIr::BaseFloat(Base::Cast(op)) => Some(op),
+        _ => None,
+    }
+}
+
+/// The gradient of an embedding's weight.
+pub(crate) fn embedding_gradient(op: &OperationIr) -> Option<&EmbeddingBackwardOpIr> {
+    match op {
+        OperationIr::Module(Module::EmbeddingBackward(op)) => Some(op),
         _ => None,
     }
 }

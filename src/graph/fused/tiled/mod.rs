@@ -13,6 +13,7 @@
 //! A tile has no more columns than its mask leaves ([`narrowing`]): with a causal mask half of all.
 
 mod find;
+mod leaves;
 mod narrowing;
 mod program;
 mod run;
@@ -23,6 +24,7 @@ use burn::tensor::DType;
 
 pub(super) use self::find::tiled;
 use self::narrowing::Narrowing;
+pub(super) use self::program::Program;
 use super::super::custom::CustomOps;
 use super::super::graph_error;
 use super::kernel::{Kernel, number};
@@ -101,12 +103,13 @@ mod tests {
     use burn::nn::attention::{MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask};
     use burn::nn::{Linear, LinearConfig};
     use burn::prelude::*;
-    use burn::tensor::{FloatDType, activation};
+    use burn::tensor::ops::AttentionModuleOptions;
+    use burn::tensor::{FloatDType, activation, module};
     use burn_ir::TensorIr;
 
     use super::super::super::liveness::program;
     use super::super::super::operation::op_name;
-    use super::super::super::{CustomOps, Executor, TensorTree, capture_step};
+    use super::super::super::{CustomOps, Executor, TensorTree, capture_forward, capture_step};
 
     /// Rows, and columns of scores: no other tensor has these last dims.
     const SCORES: [usize; 2] = [17, 19];
@@ -150,13 +153,14 @@ mod tests {
         assert_eq!(found(&attention(0.1), inputs(), context).0, 2);
     }
 
-    /// Forward and backward.
+    /// Whether masks leave columns out, forward and backward.
+    fn narrowed<M: Module>(model: &M, loss: impl Fn(&M, Inputs) -> Tensor<1>) -> Vec<bool> {
+        let (kernels, _) = program(&capture_step(model, inputs(), loss).unwrap(), true).fused.unwrap();
+        kernels.tiled.iter().map(|tiled| tiled.narrowing.is_some()).collect()
+    }
+
     #[test]
     fn a_mask_leaves_columns_out() {
-        fn narrowed<M: Module>(model: &M, loss: impl Fn(&M, Inputs) -> Tensor<1>) -> Vec<bool> {
-            let (kernels, _) = program(&capture_step(model, inputs(), loss).unwrap(), true).fused.unwrap();
-            kernels.tiled.iter().map(|tiled| tiled.narrowing.is_some()).collect()
-        }
         assert_eq!(narrowed(&attention(0.0), context), [true, true]);
         let quiet = MultiHeadAttentionConfig::new(12, 3).with_dropout(0.0).with_quiet_softmax(true);
         assert_eq!(narrowed(&quiet.init(&Device::flex().autodiff()), context), [true, true], "a quiet softmax");
@@ -167,6 +171,81 @@ mod tests {
             activation::softmax(scores, 2).matmul(key).cast(FloatDType::F32).powi_scalar(2).mean()
         };
         assert_eq!(narrowed(&linear, rounded), [true, true], "bf16");
+    }
+
+    fn by_heads(linear: &Linear, x: Tensor<3>, dtype: FloatDType) -> Tensor<4> {
+        let [batch, rows, _] = x.dims();
+        linear.forward(x).reshape([batch, rows, 3, 4]).swap_dims(1, 2).cast(dtype)
+    }
+
+    /// burn differentiates its maximum too, by the place of it.
+    fn burns_own(
+        linear: &Linear,
+        (x, y, mask): Inputs,
+        options: AttentionModuleOptions,
+        kind: FloatDType,
+    ) -> Tensor<4> {
+        let [query, key, value] = [x, y.clone(), y].map(|x| by_heads(linear, x, kind));
+        let [rows, columns] = SCORES;
+        let mask = (!options.is_causal).then(|| mask.unsqueeze_dim::<4>(1).expand([2, 3, rows, columns]));
+        module::attention(query, key, value, mask, None, options).cast(FloatDType::F32)
+    }
+
+    #[test]
+    fn burns_own_attention_is_one_operation_forward_and_one_backward() {
+        let linear: Linear = LinearConfig::new(12, 12).init(&Device::flex().autodiff());
+        let kinds = [(false, None), (true, None), (true, Some(2.0))];
+        for (is_causal, softcap) in kinds {
+            for dtype in [FloatDType::F32, FloatDType::F64, FloatDType::BF16, FloatDType::F16] {
+                let options = AttentionModuleOptions { scale: None, softcap, is_causal };
+                let step = |linear: &Linear, inputs| burns_own(linear, inputs, options, dtype).powi_scalar(2).mean();
+                assert_eq!(found(&linear, inputs(), step), (2, 0), "{is_causal} {softcap:?} {dtype:?}");
+                assert_eq!(narrowed(&linear, step), [true, true], "{is_causal} {softcap:?} {dtype:?}");
+                let forward = |linear: &Linear, inputs| burns_own(linear, inputs, options, dtype);
+                let captured = capture_forward(&linear, inputs(), forward).unwrap();
+                let (kernels, _) = program(&captured.graph, true).fused.unwrap();
+                let narrowed: Vec<bool> = kernels.tiled.iter().map(|tiled| tiled.narrowing.is_some()).collect();
+                assert_eq!(narrowed, [true], "{is_causal} {softcap:?} {dtype:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn attention_of_16_bits_is_in_tiles_whatever_its_softmax() {
+        let linear: Linear = LinearConfig::new(12, 12).init(&Device::flex().autodiff());
+        for dtype in [FloatDType::BF16, FloatDType::F16] {
+            for quiet in [false, true] {
+                let attend = |linear: &Linear, (x, y, mask): Inputs| {
+                    let [query, key, value] = [x, y.clone(), y].map(|x| by_heads(linear, x, dtype));
+                    let scores = query.matmul(key.swap_dims(2, 3));
+                    let scores = scores.mask_fill(mask.unsqueeze_dim::<4>(1), f32::NEG_INFINITY);
+                    let weights = match quiet {
+                        true => activation::quiet_softmax(scores, 3),
+                        false => activation::softmax(scores, 3),
+                    };
+                    weights.matmul(value).cast(FloatDType::F32).powi_scalar(2).mean()
+                };
+                assert_eq!(found(&linear, inputs(), attend), (2, 0), "{dtype:?}, quiet: {quiet}");
+                assert_eq!(narrowed(&linear, attend), [true, true], "{dtype:?}, quiet: {quiet}");
+            }
+        }
+    }
+
+    #[test]
+    fn forward_passes_alone_are_one_operation() {
+        let pad = Tensor::<2, Bool>::from_data([[false; SCORES[1]]; 2], &Device::flex());
+        for quiet in [false, true] {
+            let model = MultiHeadAttentionConfig::new(12, 3).with_quiet_softmax(quiet).init(&Device::flex());
+            let (x, y, mask) = inputs();
+            let inputs = (x.inner(), y.inner(), mask, pad.clone());
+            let run = |model: &MultiHeadAttention, (x, y, mask, pad): (Tensor<3>, Tensor<3>, _, _)| {
+                model.forward(MhaInput::new(x, y.clone(), y).mask_attn(mask).mask_pad(pad)).context
+            };
+            let captured = capture_forward(&model, inputs, run).unwrap();
+            let (kernels, _) = program(&captured.graph, true).fused.unwrap();
+            let masks = kernels.tiled.iter().map(|tiled| tiled.narrowing.as_ref().map_or(0, |found| found.masks.len()));
+            assert_eq!(masks.collect::<Vec<_>>(), [2], "quiet: {quiet}");
+        }
     }
 
     #[test]

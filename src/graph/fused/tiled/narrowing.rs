@@ -2,10 +2,10 @@
 //!
 //! Where a mask is true, scores become a number that is far below all others, so that their weights are 0, and so are
 //! the gradients. If a whole range of columns is masked for all rows of a tile, nothing of it need be computed: the
-//! sums of a row lack terms that are 0, its maximum is among the columns that stay. That this is so follows from the
-//! instructions of the kernel, but for one thing: that a row has a score that is far enough above the number of the
-//! mask. The kernel tells if one has not ([`Instruction::Expect`]), as a row that is masked from end to end, and then
-//! the tile is computed with all its columns.
+//! sums of a row lack terms that are 0, its maximum is among the columns that stay. One of several masks is enough.
+//! That this is so follows from the instructions of the kernel, but for one thing: that a row has a score that is far
+//! enough above the number of the mask. The kernel tells if one has not ([`Instruction::Expect`]), as a row that is
+//! masked from end to end, and then the tile is computed with all its columns.
 //!
 //! What is not computed is not seen either: a value that is no number, at a place that is masked for all rows of its
 //! tile, does not reach the results, which it would by a product with 0.
@@ -25,11 +25,11 @@ const UNDER: [f64; 2] = [110.0, 750.0];
 /// Columns of a mask that are looked at together.
 const MANY: usize = 64;
 
-/// A mask that says how many columns count.
-#[derive(Debug, Clone, Copy)]
+/// Masks that say how many columns count: no more than any of them leaves.
+#[derive(Debug, Clone)]
 pub(super) struct Narrowing {
-    /// The input of the kernel.
-    pub(super) mask: usize,
+    /// Inputs of the kernel.
+    pub(super) masks: Vec<usize>,
 }
 
 /// What is known of a value at the columns that are left out.
@@ -47,27 +47,41 @@ enum State {
     Top(f64),
     /// Whether such a maximum is that number, or one below.
     False,
+    /// Where such a maximum is: not among these columns.
+    Elsewhere,
 }
 
 impl Narrowing {
-    /// The mask of a kernel, which from then on tells of rows that need all columns.
+    /// The masks of a kernel, which from then on tells of rows that need all columns.
     ///
     /// None if no mask is enough to tell what counts.
     pub(super) fn of(kernel: &mut Kernel) -> Option<Self> {
         let inputs: Vec<Value> = (0..kernel.inputs.len()).map(|input| kernel.value_of(input)).collect();
+        let mut masks: Vec<usize> = Vec::new();
+        let mut expected: Vec<(usize, Value, f64)> = Vec::new();
         for instruction in &kernel.code {
             let Instruction::Binary { op: Binary::MaskFill(_), b, .. } = *instruction else { continue };
             let Some(mask) = inputs.iter().position(|value| *value == b) else { continue };
-            let Some(tops) = tops(kernel, b) else { continue };
-            for (place, x, fill) in tops.into_iter().rev() {
-                let above = fill + UNDER[usize::from(kernel.wide)];
-                kernel.code.insert(place + 1, Instruction::Expect { x, above });
+            if masks.contains(&mask) {
+                continue;
             }
-            let (homes, registers) = homes(&kernel.extents, &inputs, &kernel.code, &kernel.outputs);
-            (kernel.homes, kernel.registers) = (homes, registers);
-            return Some(Self { mask });
+            if let Some(tops) = tops(kernel, b) {
+                masks.push(mask);
+                let new = tops.into_iter().filter(|top| !expected.contains(top)).collect::<Vec<_>>();
+                expected.extend(new);
+            }
         }
-        None
+        if masks.is_empty() {
+            return None;
+        }
+        expected.sort_by_key(|(place, ..)| *place);
+        for (place, x, fill) in expected.into_iter().rev() {
+            let above = fill + under(kernel);
+            kernel.code.insert(place + 1, Instruction::Expect { x, above });
+        }
+        let (homes, registers) = homes(&kernel.extents, &inputs, &kernel.code, &kernel.outputs);
+        (kernel.homes, kernel.registers) = (homes, registers);
+        Some(Self { masks })
     }
 
     /// How many columns some of the rows need, of a mask with these strides in memory.
@@ -107,16 +121,27 @@ impl Narrowing {
 /// true count for nothing; none if they do.
 fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
     let native = if kernel.wide { DType::F64 } else { DType::F32 };
+    let under = under(kernel);
     let mut states: Vec<State> = kernel.extents.iter().map(|extent| state_of(*extent)).collect();
     let mut tops = Vec::new();
     let mut numbers: HashMap<Value, f64> = HashMap::new();
+    // What values are rounded to already, so that rounding them again changes nothing.
+    let mut exact: HashMap<Value, DType> = HashMap::new();
     for (place, instruction) in kernel.code.iter().enumerate() {
         match *instruction {
             Instruction::Unary { op, out, x } => states[out] = unary(op, states[x], kernel.extents[out]),
             Instruction::Binary { op, out, a, b } => {
+                if let (Binary::MaskFill(value), Some(to)) = (op, exact.get(&a).copied())
+                    && rounded(value, to) == value
+                {
+                    exact.insert(out, to);
+                }
                 states[out] = match op {
                     Binary::MaskFill(value) if b == mask => filled(rounded(value, native)),
                     Binary::MaskFill(_) if states[b] == State::False => states[a],
+                    // Of another mask: with the same number, or raising what is too low.
+                    Binary::MaskFill(value) if states[a] == State::Filled(rounded(value, native)) => states[a],
+                    Binary::MaskFill(value) if is_far_above(states[a], rounded(value, native), under) => states[a],
                     Binary::Equal if is_below(states[a], numbers.get(&b)) => State::False,
                     _ => binary(op, states[a], states[b], kernel.extents[out]),
                 };
@@ -131,11 +156,25 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
                     _ => return None,
                 };
             }
+            Instruction::PlaceOf { out, x, of } => {
+                states[out] = match (states[x], states[of]) {
+                    (State::Filled(fill), State::Top(top)) if fill == top => State::Elsewhere,
+                    _ => return None,
+                };
+            }
+            Instruction::AddAt { out, x, index, .. } if states[index] == State::Elsewhere => {
+                states[out] = match numbers.get(&x) {
+                    Some(0.0) => State::Zero,
+                    _ if kernel.extents[x] == Extent::Full => states[x],
+                    _ => State::Unknown,
+                };
+            }
             Instruction::AddRows { .. } | Instruction::Pick { .. } | Instruction::AddAt { .. } => return None,
             Instruction::Fill { out, with } => {
                 numbers.insert(out, with);
             }
             Instruction::Choose { .. } | Instruction::Spread { .. } => {}
+            Instruction::Round { x, to } if exact.insert(x, to) == Some(to) => {}
             Instruction::Round { x, to } => {
                 // A maximum that is rounded as it is made is looked at behind that.
                 let of_top = tops.last().is_some_and(|(top, out, _)| (*top + 1, *out) == (place, x));
@@ -155,6 +194,11 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
     kernel.outputs.iter().all(|output| is_zero(output.value)).then_some(tops)
 }
 
+/// How far below a maximum an exponential is 0.
+fn under(kernel: &Kernel) -> f64 {
+    UNDER[usize::from(kernel.wide)]
+}
+
 /// Of what is as large as a kernel nothing is known; the rest is one number for each row.
 fn state_of(extent: Extent) -> State {
     match extent {
@@ -166,6 +210,11 @@ fn state_of(extent: Extent) -> State {
 /// Whether a number is below what is known to be a maximum.
 fn is_below(top: State, number: Option<&f64>) -> bool {
     matches!((top, number), (State::Top(fill), Some(number)) if *number <= fill)
+}
+
+/// Whether a number is as far above what is masked as a maximum is known to be.
+fn is_far_above(top: State, number: f64, under: f64) -> bool {
+    matches!(top, State::Top(fill) if number > fill + under)
 }
 
 fn filled(value: f64) -> State {
@@ -188,6 +237,8 @@ fn binary(op: Binary, a: State, b: State, extent: Extent) -> State {
         (Binary::MaskFill(0.0), State::Zero, _) => State::Zero,
         (Binary::Sub, State::Filled(fill), State::Top(of)) if fill == of => State::Under,
         (Binary::Add | Binary::Sub, State::Zero, State::Zero) => State::Zero,
+        // But for what is no number, or becomes none here.
+        (Binary::Add, State::Filled(f64::NEG_INFINITY), _) => a,
         (Binary::Mul, State::Zero, _) | (Binary::Mul, _, State::Zero) => State::Zero,
         (Binary::Div, State::Zero, State::Same | State::Top(_)) => State::Zero,
         _ => state_of(extent),

@@ -8,8 +8,8 @@ use super::super::super::instruction::Item;
 use super::super::super::operation::Class;
 
 /// A program, its sections one after the other.
-pub(super) struct Program<'a> {
-    pub(super) items: Vec<&'a Item>,
+pub(in super::super) struct Program<'a> {
+    pub(in super::super) items: Vec<&'a Item>,
     /// Where sections begin.
     pub(super) sections: Vec<usize>,
     pub(super) makers: HashMap<TensorId, usize>,
@@ -21,7 +21,7 @@ pub(super) struct Program<'a> {
 }
 
 impl<'a> Program<'a> {
-    pub(super) fn new(sections: &'a [Vec<Item>]) -> Self {
+    pub(in super::super) fn new(sections: &'a [Vec<Item>]) -> Self {
         let items: Vec<&Item> = sections.iter().flatten().collect();
         let ends = sections.iter().scan(0, |end, items| {
             *end += items.len();
@@ -71,7 +71,7 @@ impl<'a> Program<'a> {
     }
 
     /// Whether the step makes a tensor of its inputs: a weight is none, however it is turned.
-    pub(super) fn is_computed(&self, tensor: &TensorIr) -> bool {
+    pub(in super::super) fn is_computed(&self, tensor: &TensorIr) -> bool {
         self.maker(tensor).is_some_and(|(_, op)| match Class::of(op) {
             Class::View | Class::Slice | Class::Cast => op.inputs().all(|input| self.is_computed(input)),
             _ => true,

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::backend::flex::{FlexTensor, Layout};
-use burn::tensor::{Bytes, DType, Element, Shape};
+use burn::tensor::{Bytes, DType, Element};
 use burn_ir::{CustomOpIr, TensorIr};
 use bytemuck::Pod;
 use rayon::prelude::*;
@@ -16,6 +16,7 @@ use super::super::block::{Running, Source, Target};
 use super::super::multiply::{Factor, offset};
 use super::super::native::{Native, check};
 use super::super::run::{BLOCK, SPLIT_FROM};
+use super::leaves::Leaves;
 use super::{Input, Leaving, Narrowing, Tiled};
 use crate::error::Error;
 use crate::graph::step_memory::StepMemory;
@@ -29,17 +30,6 @@ const ROWS: [usize; 2] = [32, 128];
 /// Of fewer matrices the rows are split, each into so many parts that there are about as many parts: whatever the
 /// number of threads, so that sums over rows are the same.
 const PARTS: usize = 8;
-
-/// A product as it leaves.
-struct Leaves<'a, T> {
-    leaving: &'a Leaving,
-    other: Factor<'a, T>,
-    out: *mut T,
-    strides: Vec<isize>,
-    /// Where the parts of a matrix but its first add up, one behind the other; null if each row gives elements of its
-    /// own.
-    sums: *mut T,
-}
 
 /// What all threads share.
 struct Tiles<'a, T> {
@@ -151,37 +141,6 @@ fn parts(matrices: usize, tiles: usize) -> usize {
     (PARTS / matrices).clamp(1, tiles)
 }
 
-impl Leaving {
-    fn strides(&self) -> Vec<isize> {
-        let mut strides = vec![0; self.dims.len()];
-        let mut step = 1;
-        for dim in self.order.iter().rev() {
-            strides[*dim] = step;
-            step *= self.dims[*dim] as isize;
-        }
-        strides
-    }
-
-    /// # Safety
-    /// All elements have been written.
-    unsafe fn filled<T: Native>(&self, room: Room, out: &TensorIr, memory: &StepMemory) -> FlexTensor {
-        let layout = Layout::new(Shape::from(self.dims.clone()), self.strides(), 0);
-        if self.dtype == T::DTYPE {
-            // SAFETY: as the caller says.
-            return FlexTensor::new(unsafe { room.filled() }, layout, self.dtype);
-        }
-        let elements = self.dims.iter().product::<usize>();
-        let rounded = memory.room(out);
-        assert_eq!(rounded.bytes(), elements * self.dtype.size(), "a product has room for its elements");
-        // SAFETY: both have so many elements.
-        let bytes = unsafe {
-            T::scatter(self.dtype, rounded.pointer(), 0, room.pointer().cast::<T>(), elements);
-            rounded.filled()
-        };
-        FlexTensor::new(bytes, layout, self.dtype)
-    }
-}
-
 /// A factor in the elements that are computed with.
 fn native<T: Native + Element + Pod>(tensor: &FlexTensor) -> FlexTensor {
     if tensor.dtype() == T::DTYPE {
@@ -265,14 +224,14 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
 
     /// How many columns some rows of a matrix need.
     fn needed(&self, running: &Running<'_, T>, number: usize, rows: Range<usize>) -> usize {
-        let Some(Narrowing { mask }) = self.tiled.narrowing else { return self.columns };
-        let source = &running.sources[mask];
-        if !matches!(source.dtype, DType::Bool(_)) {
-            return self.columns;
-        }
-        let batch = offset(number, self.batch, &source.strides);
-        // SAFETY: the mask can be broadcast to what the kernel runs over, which has these rows.
-        let needed = unsafe { Narrowing::columns(source, batch, rows, self.columns) };
+        let masks = self.tiled.narrowing.iter().flat_map(|narrowing| &narrowing.masks);
+        let sources = masks.map(|mask| &running.sources[*mask]);
+        let needed = sources.filter(|source| matches!(source.dtype, DType::Bool(_))).map(|source| {
+            let batch = offset(number, self.batch, &source.strides);
+            // SAFETY: the mask can be broadcast to what the kernel runs over, which has these rows.
+            unsafe { Narrowing::columns(source, batch, rows.clone(), self.columns) }
+        });
+        let needed = needed.min().unwrap_or(self.columns);
         // Whole vectors.
         self.columns.min(needed.next_multiple_of(32))
     }
@@ -353,52 +312,6 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
         let is = |input: &Input| matches!(input, Input::Product(other) if *other == product);
         let input = self.tiled.inputs.iter().position(is);
         input.map_or(ptr::null_mut(), |input| running.sources[input].base.cast_mut().cast())
-    }
-}
-
-impl<T: Native + Multiplied> Leaves<'_, T> {
-    /// Where a part of one of the batch goes.
-    fn matrix(&self, number: usize, batch: &[usize], part: usize, parts: usize) -> Strided<T> {
-        let [.., row, column] = self.strides[..] else { panic!("a product has rows and columns") };
-        let [.., rows, columns] = self.leaving.dims[..] else { panic!("a product has rows and columns") };
-        match part.checked_sub(1) {
-            Some(beside) if self.leaving.adds_up() => {
-                let at = (number * (parts - 1) + beside) * rows * columns;
-                Strided { first: self.sums.wrapping_add(at), row: columns as isize, column: 1 }
-            }
-            _ => Strided { first: self.out.wrapping_offset(offset(number, batch, &self.strides)), row, column },
-        }
-    }
-
-    /// Sets all elements of a part to 0.
-    fn clear(&self, Strided { first, row, column }: Strided<T>) {
-        let [.., rows, columns] = self.leaving.dims[..] else { return };
-        for line in 0..rows as isize {
-            for place in 0..columns as isize {
-                // SAFETY: the result has this element, and only this thread has this part of it.
-                unsafe { *first.cast_mut().offset(line * row + place * column) = T::ZERO };
-            }
-        }
-    }
-
-    /// Adds the parts of each matrix to its first, in their order.
-    fn add_parts(&self, batch: &[usize], parts: usize) {
-        let [.., rows, columns] = self.leaving.dims[..] else { return };
-        let beside = if self.leaving.adds_up() { 1..parts } else { 0..0 };
-        for (number, part) in
-            (0..batch.iter().product()).flat_map(|number| beside.clone().map(move |part| (number, part)))
-        {
-            let [sum, other] = [0, part].map(|part| self.matrix(number, batch, part, parts));
-            for (line, place) in
-                (0..rows as isize).flat_map(|line| (0..columns as isize).map(move |place| (line, place)))
-            {
-                // SAFETY: both have this element, which is written, and no other thread has them any more.
-                unsafe {
-                    let sum = sum.first.cast_mut().offset(line * sum.row + place * sum.column);
-                    *sum = *sum + *other.first.offset(line * other.row + place * other.column);
-                }
-            }
-        }
     }
 }
 

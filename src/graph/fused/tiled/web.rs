@@ -128,8 +128,11 @@ impl Web {
             *dims == *self.dims || dims.split_last() == Some((&1, &self.dims[..self.dims.len() - 1]))
         };
         // Tiles have all rows of a matrix, under these dims.
-        let of_tiles =
-            matches!(work, Work::Unary(..) | Work::Binary(..) | Work::Scalar(..) | Work::Choose(..) | Work::Reduce(..));
+        let of_tiles = match work {
+            Work::Unary(..) | Work::Binary(..) | Work::Scalar(..) | Work::Choose(..) => true,
+            Work::Reduce(..) | Work::PlaceOfMax(..) | Work::AddAt(..) => true,
+            Work::Fill(..) | Work::Reshape(..) | Work::Pick(..) | Work::AddRows(..) => false,
+        };
         (fits(work.over(out)) && fits(out) && of_tiles).then_some(Role::Loops)
     }
 }

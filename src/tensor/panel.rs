@@ -1,0 +1,91 @@
+//! Parts of a matrix that lies transposed, put the right way round: panels that stay in the caches.
+
+use rayon::prelude::*;
+
+use super::product::Strided;
+use super::vectors::{Loops, vectorized};
+
+/// Rows and columns that are turned at once: they are in registers.
+const BLOCK: usize = 4;
+/// Rows of a panel that a thread writes.
+const OF_THREAD: usize = 64;
+
+/// A panel, row by row: its first element, and how many rows and columns it has.
+#[derive(Clone, Copy)]
+pub(super) struct Panel<T> {
+    pub(super) first: *mut T,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+}
+
+/// Some rows of a panel of what lies column by column.
+struct Turning<T> {
+    panel: Panel<T>,
+    /// The first element of the first column, and how far apart columns are.
+    source: *const T,
+    apart: isize,
+}
+
+// SAFETY: what is pointed to is read by all, and each thread writes rows of its own.
+unsafe impl<T: Sync> Sync for Turning<T> {}
+
+impl<T: Copy + Sync> Panel<T> {
+    /// Fills it with the elements of a matrix of its rows and columns, whose columns have one element behind the other.
+    ///
+    /// # Safety
+    /// The matrix has these elements, and there is room for them in the panel, which nobody else has.
+    pub(super) unsafe fn fill(self, of: Strided<T>, on_threads: bool) {
+        let whole = Turning { panel: self, source: of.first, apart: of.column };
+        if !on_threads {
+            return vectorized(whole);
+        }
+        (0..self.rows.div_ceil(OF_THREAD)).into_par_iter().for_each(|part| vectorized(whole.rows(part * OF_THREAD)));
+    }
+}
+
+impl<T: Copy> Turning<T> {
+    /// The rows of a thread, from one on.
+    fn rows(&self, from: usize) -> Self {
+        let Panel { first, rows, columns } = self.panel;
+        let panel = Panel { first: first.wrapping_add(from * columns), rows: OF_THREAD.min(rows - from), columns };
+        Self { panel, source: self.source.wrapping_add(from), apart: self.apart }
+    }
+}
+
+impl<T: Copy> Loops for Turning<T> {
+    #[inline(always)]
+    fn run(self) {
+        let Panel { first, rows, columns } = self.panel;
+        let (whole_rows, whole_columns) = (rows / BLOCK * BLOCK, columns / BLOCK * BLOCK);
+        for row in (0..whole_rows).step_by(BLOCK) {
+            for column in (0..whole_columns).step_by(BLOCK) {
+                // SAFETY: a block of both, as the caller of `fill` says.
+                unsafe {
+                    let read = |place: usize| {
+                        let at = self.source.offset((column + place) as isize * self.apart).add(row);
+                        at.cast::<[T; BLOCK]>().read_unaligned()
+                    };
+                    let block: [[T; BLOCK]; BLOCK] = [read(0), read(1), read(2), read(3)];
+                    for (place, line) in turned(block).into_iter().enumerate() {
+                        let at = first.add((row + place) * columns + column);
+                        at.cast::<[T; BLOCK]>().write_unaligned(line);
+                    }
+                }
+            }
+        }
+        for row in 0..rows {
+            let from = if row < whole_rows { whole_columns } else { 0 };
+            for column in from..columns {
+                // SAFETY: one element of both.
+                unsafe {
+                    *first.add(row * columns + column) = *self.source.offset(column as isize * self.apart).add(row)
+                };
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn turned<T: Copy>([a, b, c, d]: [[T; BLOCK]; BLOCK]) -> [[T; BLOCK]; BLOCK] {
+    [[a[0], b[0], c[0], d[0]], [a[1], b[1], c[1], d[1]], [a[2], b[2], c[2], d[2]], [a[3], b[3], c[3], d[3]]]
+}
