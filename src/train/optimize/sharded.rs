@@ -8,7 +8,7 @@ use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::joined::{Joined, PartWithGradient};
 use super::panicked::Updated;
-use super::recognise::{Met, address};
+use super::split::split_among;
 use super::update::update;
 use super::whole::{Dealt, OwnUpdate};
 use super::{moments, parts};
@@ -47,9 +47,8 @@ impl ShardedStep<'_> {
         };
         let shards = ShardParams(shards.0.into_iter().filter(|shard| with_gradient(shard)).collect());
         let ids: HashSet<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
-        let met = Met::new(optim, &checked);
-        let mut new = !met.known;
-        let whole = checked.whole(address(optim), &ids, || {
+        let mut new = !checked.is_known(optim);
+        let whole = checked.whole(optim, &ids, || {
             new = true;
             find_whole(optim, &shards, &split)
         })?;
@@ -65,12 +64,17 @@ impl ShardedStep<'_> {
             comms.control().fail(error.clone());
         };
         if new {
-            moments::check(optim, &all, held).inspect_err(fail)?;
+            let moments = moments::check(optim, &all, held.iter().copied()).inspect_err(fail)?;
+            let mut among = split_among(&split);
+            among.push((comms.control(), held.into_iter().collect()));
+            among
+                .into_iter()
+                .try_for_each(|(group, ids)| moments.are_of_this_rank(&all, &ids, group))
+                .inspect_err(fail)?;
         }
         let tried = new.then(|| Updated::of(&all, &work.grads));
-        let met = met.with_witness(&all, &work.grads);
         let updated = update(all, optim, lr, work.grads, tried).inspect_err(fail)?;
-        met.remember(optim);
+        checked.remember(optim);
         let (owned, rest): (Vec<_>, Vec<_>) = updated.0.into_iter().partition(|shard| ours.contains(&shard.param.id()));
         let parts = joined.divide(owned)?;
         dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms)

@@ -22,10 +22,10 @@ pub(crate) fn whole_owners<P: ParallelModule>(
     optim: &ModuleOptimizer,
 ) -> Result<HashMap<ParamId, bool>, Error> {
     let (checked, split) = (model.checked_optimizers().clone(), model.split_params());
-    let (address, owned) = (std::ptr::from_ref(optim).addr(), owned(&split));
+    let owned = owned(&split);
     let split_ids: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
     if model.shards().is_none() {
-        let whole = match checked.known_whole(address, &split_ids) {
+        let whole = match checked.known_whole(optim, &split_ids) {
             Some(known) => (*known).clone(),
             None => parts::whole(optim, model.local(), &split)?,
         };
@@ -35,7 +35,7 @@ pub(crate) fn whole_owners<P: ParallelModule>(
     // Nothing is updated, so nothing travels.
     model.clone().update_shards(&mut |shards, comms| {
         let ids: HashSet<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
-        let whole = match checked.known_whole(address, &ids) {
+        let whole = match checked.known_whole(optim, &ids) {
             Some(known) => (*known).clone(),
             None => find_whole(optim, &shards, &split)?,
         };
