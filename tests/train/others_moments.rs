@@ -33,9 +33,14 @@ fn muon() -> ModuleOptimizer {
     adamw().with_group(ParamGroup::from_predicate("weight"), MuonConfig::new().build(), None)
 }
 
-/// What comes of two steps, and a third one with an optimizer that was loaded: with this rank's own state, or with that
-/// of the first rank.
-fn third_step(strategy: &Strategy, optimizer: fn() -> ModuleOptimizer, own: bool) -> Result<(), Error> {
+/// Whose state each rank loads.
+type Whose = fn(usize) -> usize;
+
+const OWN: Whose = |rank| rank;
+const FIRST: Whose = |_| 0;
+
+/// What comes of two steps, and a third one with an optimizer that was loaded.
+fn third_step(strategy: &Strategy, optimizer: fn() -> ModuleOptimizer, from: Whose) -> Result<(), Error> {
     let threads = launch::threads(strategy.dp.unwrap() * strategy.tp);
     let ran = threads.run(|rank| {
         let mut model = layers().parallelize(&rank, strategy)?;
@@ -45,9 +50,9 @@ fn third_step(strategy: &Strategy, optimizer: fn() -> ModuleOptimizer, own: bool
             model = model.optimize(&mut optim, 0.05, done)?;
         }
         let mine = optim.clone().into_bytes().unwrap().to_vec();
-        let lens = rank.all_gather(vec![mine.len() as u64])?;
-        let first = rank.all_gather(mine.clone())?[..lens[0] as usize].to_vec();
-        let bytes = if own { mine } else { first };
+        let lens: Vec<usize> = rank.all_gather(vec![mine.len() as u64])?.into_iter().map(|len| len as usize).collect();
+        let (all, from) = (rank.all_gather(mine)?, from(rank.rank()));
+        let bytes = all[lens[..from].iter().sum()..][..lens[from]].to_vec();
         let mut loaded = optimizer().from_bytes(burn::tensor::Bytes::from_bytes_vec(bytes)).unwrap();
         let mut other = model.clone();
         let done = model.step(input(2), |layers: &Vec<Linear>, x| loss(layers, x))?;
@@ -78,8 +83,8 @@ fn the_moments_of_another_rank_are_refused() {
         let optimizers: [(&str, fn() -> ModuleOptimizer); 3] =
             [("adamw", adamw), ("momentum", momentum), ("muon", muon)];
         for (name, optimizer) in optimizers {
-            third_step(&strategy, optimizer, true).unwrap_or_else(|error| panic!("{name}, {strategy}: {error}"));
-            let error = third_step(&strategy, optimizer, false).expect_err(name);
+            third_step(&strategy, optimizer, OWN).unwrap_or_else(|error| panic!("{name}, {strategy}: {error}"));
+            let error = third_step(&strategy, optimizer, FIRST).expect_err(name);
             assert!(matches!(error, Error::Optimizer { .. }), "{name}, {strategy}: {error}");
             // Of what is updated as a whole its dims may say it first.
             if name != "muon" {
@@ -88,5 +93,39 @@ fn the_moments_of_another_rank_are_refused() {
         }
     }
     // Replicas that hold all of it share them.
-    third_step(&of(2), adamw, false).unwrap();
+    third_step(&of(2), adamw, FIRST).unwrap();
+}
+
+/// Along either axis each rank has moments of its own then.
+#[test]
+fn the_moments_of_a_rank_at_other_places_of_two_axes_are_refused() {
+    let plan = Plan::new().shard("0.weight", 1).shard("0.bias", 0).shard("1.weight", 0);
+    for level in [Sharding::Optimizer, Sharding::Gradients] {
+        let data = DataParallelConfig::new().with_sharding(level);
+        let strategy = Strategy::new().with_dp(2).with_tp(2, plan.clone()).with_data(data);
+        let error = third_step(&strategy, adamw, |rank| if rank == 3 { 0 } else { rank }).unwrap_err();
+        says(&error, &["ranks 0 and 3 of the world hold different parts", "the same moments"]);
+    }
+}
+
+/// Where the loss is linear in a split weight, the moments of its parts are equal from the first step on.
+#[test]
+fn moments_that_are_equal_by_themselves_are_no_others() {
+    for ranks in [2, 4] {
+        launch::threads(ranks)
+            .run(|rank| {
+                let layer: Linear = filled(LinearConfig::new(3, 8).init(&device()));
+                let mut model = layer.tensor_parallel(&rank, Plan::new().shard("weight", 1).shard("bias", 0))?;
+                let mut optim = adamw();
+                for number in 0..3 {
+                    let x = Numbers(number).tensor([4, 3], &device());
+                    let done = model.step(x, |layer: &Linear, x| layer.forward(x).mean())?;
+                    // Its own state, which was written and read.
+                    optim = adamw().from_bytes(optim.into_bytes().unwrap()).unwrap();
+                    model = model.optimize(&mut optim, 0.05, done)?;
+                }
+                Ok(())
+            })
+            .unwrap();
+    }
 }

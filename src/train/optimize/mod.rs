@@ -3,6 +3,7 @@
 mod joined;
 mod moments;
 mod optimizer_error;
+mod other_ranks;
 mod own_parts;
 mod panicked;
 mod parts;

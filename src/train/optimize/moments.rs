@@ -1,4 +1,4 @@
-//! Checks that the moments of an optimizer belong to the parameters of the model, and to this rank's parts of them.
+//! Checks that the moments of an optimizer belong to the parameters of the model.
 
 use std::collections::HashSet;
 
@@ -9,10 +9,8 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::optimizer_error::optimizer_error;
 use crate::Error;
-use crate::comm::Communicator;
 use crate::optim::{MOST_AT_ONCE, ParamState, StateNames, portions, without};
 use crate::params::visit_floats;
-use crate::tensor::PlainTensor;
 
 /// A parameter that an optimizer may have moments of.
 struct Param {
@@ -94,57 +92,10 @@ impl Moments {
     }
 
     /// A number for the moments of some parameters; 0 if there are none. Whatever the order.
-    fn of(&self, ids: &HashSet<ParamId>) -> u64 {
+    pub fn of(&self, ids: &HashSet<ParamId>) -> u64 {
         let mine = self.0.iter().filter(|(id, _)| ids.contains(id));
         mine.fold(0, |all: u64, (_, number)| all.wrapping_add(*number))
     }
-
-    /// Demands that ranks which hold different parts of some parameters have not been given the moments of one of them:
-    /// these would fit, if the parts are of equal dims. Collective.
-    ///
-    /// # Errors
-    /// [`Error::Optimizer`], the same on all ranks of the group; those of [`Communicator::all_gather`].
-    pub fn are_of_this_rank<M: Module>(
-        &self,
-        local: &M,
-        ids: &HashSet<ParamId>,
-        group: &Communicator,
-    ) -> Result<(), Error> {
-        let moments = group.all_gather(vec![self.of(ids)])?;
-        let pairs = || (0..moments.len()).flat_map(|two| (0..two).map(move |one| (one, two)));
-        let alike = |(one, two): &(usize, usize)| moments[*one] != 0 && moments[*one] == moments[*two];
-        if !pairs().any(|pair| alike(&pair)) {
-            return Ok(());
-        }
-        // So they may be where the parts are alike as well.
-        let values = values(local, ids).inspect_err(|error| group.fail(error.clone()))?;
-        let values = group.all_gather(vec![values])?;
-        let Some((one, two)) = pairs().find(|pair| alike(pair) && values[pair.0] != values[pair.1]) else {
-            return Ok(());
-        };
-        let error = optimizer_error(format!(
-            "ranks {one} and {two} of group `{}` hold different parts of the parameters, and their optimizers have the same moments \
-             of them: each rank loads the state that it has saved itself, or all restore a checkpoint, which gives each its part",
-            group.group()
-        ));
-        group.fail(error.clone());
-        Err(error)
-    }
-}
-
-/// A number for the values of some parameters.
-fn values<M: Module>(local: &M, ids: &HashSet<ParamId>) -> Result<u64, Error> {
-    let (mut all, mut failed) = (0u64, None);
-    visit_floats(local, &mut |param| {
-        if failed.is_some() || !ids.contains(&param.id()) {
-            return;
-        }
-        match PlainTensor::of(param.base(), "a parameter").and_then(PlainTensor::into_data) {
-            Ok(data) => all = all.wrapping_add(xxh3_64_with_seed(data.as_bytes(), param.id().val())),
-            Err(error) => failed = Some(error),
-        }
-    });
-    failed.map_or(Ok(all), Err)
 }
 
 /// The path of a parameter that is none of these, and of which an optimizer has moments.

@@ -1,18 +1,19 @@
 //! The step of an optimizer on sharded replicas: each rank updates its rows.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::joined::{Joined, PartWithGradient};
+use super::other_ranks::{divided, groups_of};
 use super::panicked::Updated;
-use super::split::split_among;
 use super::update::update;
 use super::whole::{Dealt, OwnUpdate};
 use super::{moments, parts};
 use crate::Error;
+use crate::comm::Communicator;
 use crate::graph::{CheckedOptimizers, SplitParam};
 use crate::sharding::{ShardComms, ShardParam, ShardParams, UpdatedShards};
 
@@ -66,12 +67,14 @@ impl ShardedStep<'_> {
         };
         if new {
             let moments = moments::check(optim, &all, held.iter().copied()).inspect_err(fail)?;
-            let mut among = split_among(&split);
-            among.push((comms.control(), held.into_iter().collect()));
-            among
-                .into_iter()
-                .try_for_each(|(group, ids)| moments.are_of_this_rank(&all, &ids, group))
-                .inspect_err(fail)?;
+            let axes: HashMap<ParamId, Vec<&Communicator>> =
+                split.iter().map(|param| (param.id, groups_of(param))).collect();
+            let groups = |id: &ParamId| {
+                let others = axes.get(id).into_iter().flatten().copied();
+                (*id, std::iter::once(comms.control()).chain(others).collect::<Vec<_>>())
+            };
+            let divided = divided(held.iter().map(groups));
+            divided.iter().try_for_each(|divided| divided.check(&moments, (&all, &work.grads))).inspect_err(fail)?;
         }
         let tried = new.then(|| Updated::of(&all, &work.grads));
         let updated = update(all, optim, lr, work.grads, tried).inspect_err(fail)?;

@@ -8,12 +8,12 @@ use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::Device;
 
 use super::joined::Joined;
+use super::other_ranks::{divided, groups_of};
 use super::own_parts::own_parts;
 use super::panicked::Updated;
 use super::update::update;
 use super::{moments, parts};
 use crate::Error;
-use crate::comm::Communicator;
 use crate::graph::{CheckedOptimizers, SplitParam};
 use crate::params;
 use crate::sharding::ShardParams;
@@ -49,7 +49,7 @@ impl SplitStep<'_> {
         };
         if parts.is_empty() {
             if new {
-                check_moments(optim, local(&model), &split)?;
+                check_moments(optim, local(&model), &grads, &split)?;
             }
             let tried = new.then(|| Updated::of(local(&model), &grads));
             let updated = update(model, optim, lr, grads, tried)?;
@@ -62,7 +62,7 @@ impl SplitStep<'_> {
         let (owned, joined) = Joined::join(parts, &split, &mut grads)?;
         let all = WithOwned { owned, model };
         if new {
-            check_moments(optim, &all, &split).inspect_err(fail)?;
+            check_moments(optim, &all, &grads, &split).inspect_err(fail)?;
         }
         let tried = new.then(|| Updated::of(&all, &grads));
         let WithOwned { owned, model } = update(all, optim, lr, grads, tried).inspect_err(fail)?;
@@ -74,24 +74,15 @@ impl SplitStep<'_> {
 
 /// Demands that an optimizer that is new here has moments of this rank's parts, and nothing else. Collective over the
 /// ranks that hold parts of one parameter.
-fn check_moments<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[SplitParam]) -> Result<(), Error> {
+fn check_moments<M: Module>(
+    optim: &ModuleOptimizer,
+    local: &M,
+    grads: &GradientsParams,
+    split: &[SplitParam],
+) -> Result<(), Error> {
     let moments = moments::check(optim, local, [])?;
-    split_among(split).into_iter().try_for_each(|(group, ids)| moments.are_of_this_rank(local, &ids, group))
-}
-
-/// The groups whose ranks hold different parts of parameters, with these.
-pub(super) fn split_among(split: &[SplitParam]) -> Vec<(&Communicator, HashSet<ParamId>)> {
-    let mut groups: Vec<(&Communicator, HashSet<ParamId>)> = Vec::new();
-    for param in split {
-        for (_, group) in param.over.iter().flat_map(|over| &over.axes) {
-            let place = groups.iter().position(|(known, _)| known.group() == group.group()).unwrap_or_else(|| {
-                groups.push((group, HashSet::new()));
-                groups.len() - 1
-            });
-            groups[place].1.insert(param.id);
-        }
-    }
-    groups
+    let divided = divided(split.iter().map(|param| (param.id, groups_of(param))));
+    divided.iter().try_for_each(|divided| divided.check(&moments, (local, grads)))
 }
 
 /// A model, and before it the parameters that this rank updates as wholes: an optimizer gives each its gradient, and
