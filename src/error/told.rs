@@ -12,9 +12,12 @@ use std::thread;
 
 use crate::comm::panic_message;
 
+/// Whether an error is made of a panic, by its words.
+type Told = fn(&str) -> bool;
+
 thread_local! {
-    /// Which panics of this thread an error is made of, by their words.
-    static TOLD: Cell<Option<fn(&str) -> bool>> = const { Cell::new(None) };
+    /// Which panics of this thread an error is made of.
+    static TOLD: Cell<Option<Told>> = const { Cell::new(None) };
 }
 
 /// Runs something whose panics the caller makes errors of. Those of which `told` holds, by their words, are not
@@ -22,9 +25,9 @@ thread_local! {
 ///
 /// # Errors
 /// The panic.
-pub(crate) fn catch_told<T>(told: fn(&str) -> bool, run: impl FnOnce() -> T) -> thread::Result<T> {
+pub(crate) fn catch_told<T>(told: Told, run: impl FnOnce() -> T) -> thread::Result<T> {
     /// Puts back what was there.
-    struct Restore(Option<fn(&str) -> bool>);
+    struct Restore(Option<Told>);
     impl Drop for Restore {
         fn drop(&mut self) {
             TOLD.set(self.0);

@@ -117,8 +117,8 @@ pub(super) fn perform(comm: &Communicator, context: &RankContext, step: &Step) -
         11 => {
             let agreed = seed >> 1;
             same(&comm.all_gather_agreed(mine(), agreed)?, &all(), "all_gather_agreed")?;
-            let own = comm.reduce_scatter_agreed(mine(), ReduceOp::Sum, agreed)?;
-            same(&own, &sum(seed, size, len)[part(len, size, rank)], "reduce_scatter_agreed")
+            let own = comm.reduce_scatter_in(None, mine(), ReduceOp::Sum, agreed)?;
+            same(&own, &sum(seed, size, len)[part(len, size, rank)], "reduce_scatter_in")
         }
         12 => wide(comm, step),
         _ => same(&comm.all_gather(mine())?, &all(), "all_gather"),
