@@ -1,10 +1,13 @@
 //! An optimizer that was given the moments of another rank, whose parts of the parameters are of equal dims.
 
+use std::time::Duration;
+
 use burn::module::ParamGroup;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{AdamWConfig, ModuleOptimizer, MuonConfig, SgdConfig};
 use burn::prelude::*;
+use burn::tensor::Bytes;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
@@ -39,6 +42,14 @@ type Whose = fn(usize) -> usize;
 const OWN: Whose = |rank| rank;
 const FIRST: Whose = |_| 0;
 
+/// The state that an optimizer has on a rank.
+fn state_of(rank: &Rank, optim: &ModuleOptimizer, of: usize) -> Result<Bytes, Error> {
+    let mine = optim.into_bytes().unwrap().to_vec();
+    let lens: Vec<usize> = rank.all_gather(vec![mine.len() as u64])?.into_iter().map(|len| len as usize).collect();
+    let all = rank.all_gather(mine)?;
+    Ok(Bytes::from_bytes_vec(all[lens[..of].iter().sum()..][..lens[of]].to_vec()))
+}
+
 /// What comes of two steps, and a third one with an optimizer that was loaded.
 fn third_step(strategy: &Strategy, optimizer: fn() -> ModuleOptimizer, from: Whose) -> Result<(), Error> {
     let threads = launch::threads(strategy.dp.unwrap() * strategy.tp);
@@ -49,11 +60,7 @@ fn third_step(strategy: &Strategy, optimizer: fn() -> ModuleOptimizer, from: Who
             let done = model.step(input(number), |layers: &Vec<Linear>, x| loss(layers, x))?;
             model = model.optimize(&mut optim, 0.05, done)?;
         }
-        let mine = optim.clone().into_bytes().unwrap().to_vec();
-        let lens: Vec<usize> = rank.all_gather(vec![mine.len() as u64])?.into_iter().map(|len| len as usize).collect();
-        let (all, from) = (rank.all_gather(mine)?, from(rank.rank()));
-        let bytes = all[lens[..from].iter().sum()..][..lens[from]].to_vec();
-        let mut loaded = optimizer().from_bytes(burn::tensor::Bytes::from_bytes_vec(bytes)).unwrap();
+        let mut loaded = optimizer().from_bytes(state_of(&rank, &optim, from(rank.rank()))?).unwrap();
         let mut other = model.clone();
         let done = model.step(input(2), |layers: &Vec<Linear>, x| loss(layers, x))?;
         let same = other.step(input(2), |layers: &Vec<Linear>, x| loss(layers, x))?;
@@ -127,5 +134,29 @@ fn moments_that_are_equal_by_themselves_are_no_others() {
                 Ok(())
             })
             .unwrap();
+    }
+}
+
+/// One rank alone loads the state of another into the optimizer that it has: it compares, and the others go on.
+#[test]
+fn a_state_that_one_rank_alone_has_loaded_ends_the_run() {
+    let plan = Plan::new().shard("0.weight", 1).shard("0.bias", 0).shard("1.weight", 0);
+    let sharded = DataParallelConfig::new().with_sharding(Sharding::Optimizer);
+    for strategy in [Strategy::new().with_dp(1).with_tp(2, plan), Strategy::new().with_dp(2).with_data(sharded)] {
+        let ran = launch::threads(2).timeout(Duration::from_secs(2)).run(|rank| {
+            let (mut model, mut optim) = (layers().parallelize(&rank, &strategy)?, adamw());
+            for number in 0..4 {
+                let done = model.step(input(number), |layers: &Vec<Linear>, x| loss(layers, x))?;
+                let first = state_of(&rank, &optim, 0)?;
+                if (number, rank.rank()) == (2, 1) {
+                    optim = optim.from_bytes(first).unwrap();
+                }
+                model = model.optimize(&mut optim, 0.05, done)?;
+                assert!(number < 3, "{strategy}: nobody has noticed");
+            }
+            Ok(())
+        });
+        let error = ran.unwrap_err().to_string();
+        assert!(error.contains("do not agree on") || error.contains("waited"), "{strategy}: {error}");
     }
 }
