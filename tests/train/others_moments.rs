@@ -15,6 +15,8 @@ use crate::common::failing::says;
 use crate::common::models::{Numbers, device};
 use crate::common::reference::{difference, filled, values};
 
+type MakeOptimizer = fn() -> ModuleOptimizer;
+
 fn layers() -> Vec<Linear> {
     filled(vec![LinearConfig::new(4, 8).init(&device()), LinearConfig::new(8, 4).init(&device())])
 }
@@ -87,8 +89,7 @@ fn the_moments_of_another_rank_are_refused() {
         of(2).with_data(data(Sharding::Parameters)).with_engine(Engine::Captured),
         of(2).with_tp(2, plan()).with_data(data(Sharding::Optimizer)),
     ] {
-        let optimizers: [(&str, fn() -> ModuleOptimizer); 3] =
-            [("adamw", adamw), ("momentum", momentum), ("muon", muon)];
+        let optimizers: [(&str, MakeOptimizer); 3] = [("adamw", adamw), ("momentum", momentum), ("muon", muon)];
         for (name, optimizer) in optimizers {
             third_step(&strategy, optimizer, OWN).unwrap_or_else(|error| panic!("{name}, {strategy}: {error}"));
             let error = third_step(&strategy, optimizer, FIRST).expect_err(name);
