@@ -120,7 +120,8 @@ fn why_a_rank_leaves_a_part_is_told_however_long_it_takes() {
 /// One that goes on without a part of the world is missed there: with its next call, or after the time-out.
 #[test]
 fn a_rank_that_goes_on_without_a_part_is_missed_there() {
-    let goes_on: [fn(&Rank) -> Result<(), Error>; 4] = [
+    type Call = fn(&Rank) -> Result<(), Error>;
+    let goes_on: [Call; 4] = [
         |rank| rank.barrier(),
         |rank| rank.recv::<Vec<u8>>(1, 7).map(drop),
         |rank| {
