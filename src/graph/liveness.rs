@@ -10,7 +10,8 @@ use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
 use super::fused::{Kernels, fuse, taken};
 use super::instruction::{Instruction, Item};
-use super::memory_plan::{MemoryPlan, plan_memory};
+use super::memory_plan::MemoryPlan;
+use super::plan_memory::plan_memory;
 use super::step::StepGraph;
 
 /// What a step needs of memory beside parameters, inputs and constants.

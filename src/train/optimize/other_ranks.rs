@@ -3,9 +3,9 @@
 //! Ranks that hold different parts of a parameter have the same id for it and, as a rule, the same dims: the state that
 //! one of them has saved fits on another. Once it is loaded there, two ranks have the same moments of different parts.
 //!
-//! Ranks may have the same moments by themselves as well: moments are made of gradients, and those of parts may be equal
-//! in every step, where the parts themselves are, or where the loss is linear in them. Then the gradients of this step
-//! are equal too.
+//! Ranks may have the same moments by themselves as well: moments are made of gradients, and those of parts may be
+//! equal in every step, where the parts themselves are, or where the loss is linear in them. Then the gradients of this
+//! step are equal too.
 
 use std::collections::{HashMap, HashSet};
 
