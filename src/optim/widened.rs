@@ -22,8 +22,8 @@ use crate::sharding::{RankedParam, Rows, ShardParam, ShardParams};
 /// What burn calls the number of dims of a parameter in a record.
 const RANK: &str = "__rank";
 
-/// A number in a record for a parameter that only asks how it would be loaded. Of all optimizers [`Widened`] alone gives
-/// it out again.
+/// A number in a record for a parameter that only asks how it would be loaded. Of all optimizers [`Widened`] alone
+/// gives it out again.
 pub(crate) const ASKED: &str = "__widened";
 
 /// The optimizer of one parameter.

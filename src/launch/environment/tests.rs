@@ -125,7 +125,8 @@ fn how_often_the_ranks_were_started_before() {
     assert!(with(&[("BURN_PARALLEL_RESTART", "x")]).is_err());
 }
 
-/// What a run has saved is its own when it is started again, and not that of another with the same job or the same flags.
+/// What a run has saved is its own when it is started again, and not that of another with the same job or the same
+/// flags.
 #[test]
 fn a_run_is_known_by_its_names() {
     let run = |variables: &[(&str, &str)]| read(&[&TORCHRUN[..], variables].concat()).unwrap().run;
