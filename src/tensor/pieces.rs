@@ -8,8 +8,10 @@ use super::recycled::ALIGN;
 
 /// A piece that is not taken again while so many others are goes back to the system.
 pub(super) const KEEP: u64 = 4096;
-/// All pieces may take this part more than tensors had at once at most.
+/// All pieces may take this part more than tensors had at once at most, or so many bytes: what a product turns a factor
+/// in is there at other times than a few gradients.
 pub(super) const SLACK: usize = 16;
+pub(super) const LEAST_SLACK: usize = 1 << 20;
 
 /// The pieces of a pool: those that are free, and what is known of the others.
 #[derive(Debug, Default)]
@@ -79,7 +81,7 @@ impl Pieces {
     /// in each step.
     fn make_room(&mut self, bytes: usize) {
         let most = self.most.max(self.used + bytes);
-        let most = most + most / SLACK;
+        let most = most + (most / SLACK).max(LEAST_SLACK);
         while self.idle > 0 && self.used + self.idle + bytes > most {
             let oldest = |of_size: &Vec<(Piece, u64)>| of_size.iter().map(|(_, since)| *since).min();
             let Some(size) = self.free.iter().min_by_key(|(_, of_size)| oldest(of_size)).map(|(size, _)| *size) else {

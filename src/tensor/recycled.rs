@@ -268,6 +268,19 @@ mod tests {
         }
     }
 
+    /// One gradient of some MiB, and at another time of each step a panel of 1 MiB.
+    #[test]
+    fn a_few_sizes_do_not_push_each_other_out() {
+        let pool = Pool::of_thread();
+        let mut places = Vec::new();
+        for _ in 0..3 {
+            drop(pool.room(4 * FROM));
+            places.push(pool.room(16 * FROM).pointer());
+            assert_eq!(pool.free(), 20 * FROM);
+        }
+        assert!(places.iter().all(|place| *place == places[0]));
+    }
+
     #[test]
     fn what_is_not_taken_again_is_given_back() {
         let pool = Pool::of_thread();
