@@ -40,13 +40,18 @@ cargo test "${features[@]}" --no-run "${tests[@]/#/--test=}"
 DOC_TESTS=no cargo test "${features[@]}" --doc
 [ "${1:-}" != build ] || exit 0
 
-step "GPU features: tests ${tests[*]}"
-cargo test "${features[@]}" "${tests[@]/#/--test=}"
-
-step "GPU features: the check program, on the software Vulkan device"
-json=$(mktemp)
-code=0
-cargo run "${features[@]}" --example gpu_check -- --device wgpu --quick --json "$json" || code=$?
-rm -f "$json"
+# Beside each other: a process has one thread for each part of its device, which compiles kernels one after the other.
+step "GPU features: tests ${tests[*]}, and the check program on the software Vulkan device"
+checked=$(mktemp -d)
+cargo run "${features[@]}" --example gpu_check -- --device wgpu --quick --json "$checked/json" &> "$checked/said" &
+check=$!
+trap 'code=$?; kill "$check" 2> /dev/null || true; cat "$checked/said"; rm -rf "$checked"; end_script "$code"' EXIT
+failed=0 code=0
+cargo test "${features[@]}" "${tests[@]/#/--test=}" || failed=$?
+wait "$check" || code=$?
+trap end_script EXIT
+cat "$checked/said"
+rm -rf "$checked"
+[ "$failed" = 0 ] || exit "$failed"
 # 2: rows that need NCCL did not run.
 [ "$code" = 0 ] || [ "$code" = 2 ] || exit "$code"

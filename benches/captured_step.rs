@@ -2,7 +2,8 @@
 //!
 //! `host`: chains of tiny products and views, called directly on the device, captured and run one by one, and captured
 //! with the products of this crate; what is more than the direct calls, for each operation. And steps of a model of
-//! many tiny layers, which is walked over to read its parameters.
+//! many tiny layers, which is walked over to read its parameters: forward and backward, and whole, with wrapper and
+//! optimizer.
 //!
 //! `memory`: the most bytes that the process holds in the third step, forward and backward, and with the optimizer,
 //! beside model and moments and with what steps keep: eager burn, captured one by one, and captured with fused
@@ -149,6 +150,32 @@ fn host(figures: &mut Figures, rounds: usize) -> Result<(), Error> {
     );
     figures.note("200 tiny layers, eager, an operation", eager, "us");
     figures.note("200 tiny layers, captured, an operation", captured, "us");
+
+    let [eager, wrapped] = launch::threads(1).threads_per_rank(1).run(|rank| {
+        let config = SgdConfig::new();
+        let (mut plain, mut burns): (_, ModuleOptimizer) = (Some(layers.clone().fork(&device)), config.init());
+        let wrapped = layers.clone().fork(&device).tensor_parallel(&rank, TensorParallelConfig::new(Plan::new()))?;
+        let (mut wrapped, mut fused) = (Some(wrapped), config.init_fused());
+        Ok(by_turns(
+            rounds,
+            operations,
+            [
+                Box::new(|| {
+                    let model = plain.take().expect("the step before has given it back");
+                    let gradients = GradientsParams::from_grads(loss(&model, x.clone()).backward(), &model);
+                    plain = Some(burns.step(1e-4, model, gradients));
+                }),
+                Box::new(|| {
+                    let mut model = wrapped.take().expect("the step before has given it back");
+                    let step = model.step(x.clone(), loss).expect("a step");
+                    wrapped = Some(model.optimize(&mut fused, 1e-4, step).expect("a step of the optimizer"));
+                }),
+            ],
+        ))
+    })?[0];
+    println!("  whole steps, with SGD: eager {eager:.3}, wrapped and captured {wrapped:.3}");
+    figures.note("200 tiny layers, eager and optimizer, an operation", eager, "us");
+    figures.note("200 tiny layers, wrapped and optimizer, an operation", wrapped, "us");
     Ok(())
 }
 

@@ -8,7 +8,10 @@
 //! 0 to 3), with both engines, by turns in changing order; beside their time there is how long rank 0 had nothing to do
 //! but wait for the other, and, on Linux, the processor time of both ranks and the load of the machine.
 //!
-//! `cargo bench --bench data_parallel -- [mlp|gpt] [sharded] [ROUNDS]`
+//! With `captured`, instead: the three of above as captured steps with fused operations and fused optimizers, in turns
+//! in changing order, with the processor time of a rank and how long rank 0 waited.
+//!
+//! `cargo bench --bench data_parallel -- [mlp|gpt] [sharded|captured] [ROUNDS]`
 
 mod figures;
 #[allow(dead_code)]
@@ -79,6 +82,53 @@ fn rounds<M: Module + Sync>(
     measured.expect("a world of threads").swap_remove(0)
 }
 
+/// Seconds a step, of the processor for each rank, and of waiting on rank 0, of captured steps: of one rank alone, of
+/// two independent ranks, and of two replicas, by round.
+fn captured<M: Module + Sync, I: TensorTree + Clone + Sync>(
+    rounds: usize,
+    model: M,
+    optimizer: impl Fn() -> ModuleOptimizer + Sync,
+    inputs: impl Fn() -> I + Sync,
+    loss: impl Fn(&M, I) -> Tensor<1> + Sync,
+) -> Vec<[[f64; 3]; 3]> {
+    let measured = launch::threads(2).threads_per_rank(1).run(|rank| {
+        let device = rank.device().autodiff();
+        let alone = rank.split(rank.rank() as u64, 0)?;
+        let strategy = |ranks| Strategy::new().with_dp(ranks).with_engine(Engine::Captured);
+        let single = model.clone().fork(&device).parallelize(&alone, &strategy(1))?;
+        let replica = model.clone().fork(&device).parallelize(&rank, &strategy(2))?;
+        let mut models = [(Some(single), optimizer()), (Some(replica), optimizer())];
+        let mut times = Vec::new();
+        for round in 0..rounds + 1 {
+            let mut time = [[0.0; 3]; 3];
+            for turn in 0..3 {
+                let mode = (turn + round) % 3;
+                let (model, optim) = &mut models[usize::from(mode == 2)];
+                rank.barrier()?;
+                let (began, worked, mut waited) = (Instant::now(), work(), 0.0);
+                let runs = mode > 0 || rank.rank() == 0;
+                for _ in 0..if runs { STEPS_PER_TURN } else { 0 } {
+                    if let Some(mut taken) = model.take() {
+                        let step = taken.step(inputs(), &loss)?;
+                        waited += step.counters.waited.as_secs_f64();
+                        *model = Some(taken.optimize(optim, 1e-4, step)?);
+                    }
+                }
+                rank.barrier()?;
+                let ranks = if mode > 0 { 2.0 } else { 1.0 };
+                let spent = [began.elapsed().as_secs_f64(), (work() - worked) / ranks, waited];
+                time[mode] = spent.map(|time| time / STEPS_PER_TURN as f64);
+            }
+            // The first round captures, and is for caches and the order of the buckets.
+            if round > 0 {
+                times.push(time);
+            }
+        }
+        Ok(times)
+    });
+    measured.expect("a world of threads").swap_remove(0)
+}
+
 /// What replicas divide, in steps of which engine; the first of each engine is what the others of it are compared with.
 const DIVIDED: [(&str, Engine, Sharding, Keep); 8] = [
     ("eager, nothing", Engine::Eager, Sharding::None, Keep::Pass),
@@ -136,12 +186,14 @@ fn divided<M: Module + Sync, I: TensorTree + Clone + Sync>(
     measured.expect("a world of threads").swap_remove(0)
 }
 
-/// Seconds for which threads of this process have been on a core.
+/// Seconds for which the threads of this process have been on a core; none of them ends while steps are measured.
 fn work() -> f64 {
-    let text = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
-    // Behind the name in parentheses: user and system time are fields 14 and 15, in hundredths of a second.
-    let fields = text.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
-    fields.map(|ticks| ticks.parse::<f64>().unwrap_or(f64::NAN)).sum::<f64>() / 100.0
+    let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let nanoseconds = threads.filter_map(|thread| {
+        let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split(' ').next()?.parse::<f64>().ok()
+    });
+    nanoseconds.sum::<f64>() / 1e9
 }
 
 /// How many threads have wanted a core in the last minute.
@@ -172,6 +224,29 @@ fn report_divided(figures: &mut Figures, name: &str, times: &[Vec<[f64; 3]>]) {
     println!("{name}: load of the machine {}", load());
 }
 
+fn report_captured(figures: &mut Figures, name: &str, times: &[[[f64; 3]; 3]]) {
+    let ways = ["one rank", "two independent", "two replicas"];
+    for (mode, way) in ways.into_iter().enumerate() {
+        let of = |which: usize| 1e3 * median(times.iter().map(|round| round[mode][which]));
+        println!(
+            "{name}: captured, {way}: {:.1} ms a step, processor of a rank {:.1} ms, waiting {:.1} ms",
+            of(0),
+            of(1),
+            of(2)
+        );
+        figures.note(format!("{name}: captured, {way}, time"), of(0), "ms");
+        figures.note(format!("{name}: captured, {way}, processor of a rank"), of(1), "ms");
+    }
+    let over = |a: usize, b: usize, which: usize| median(times.iter().map(|round| round[a][which] / round[b][which]));
+    for (a, b, what) in [(2, 1, "replicas over independent"), (1, 0, "independent over one rank")] {
+        let [time, processor] = [0, 1].map(|which| over(a, b, which));
+        println!("{name}: captured, {what}: time {time:.3}, processor {processor:.3}");
+        figures.note(format!("{name}: captured, {what}, time"), time, "ratio");
+        figures.note(format!("{name}: captured, {what}, processor"), processor, "ratio");
+    }
+    println!("{name}: load of the machine {}", load());
+}
+
 fn report(figures: &mut Figures, name: &str, times: &[[f64; 3]]) {
     let [alone, independent, replicas] = [0, 1, 2].map(|mode| 1e3 * median(times.iter().map(|time| time[mode])));
     let over = |a: usize, b: usize| median(times.iter().map(|time| time[a] / time[b]));
@@ -191,7 +266,7 @@ fn main() {
     let wanted =
         |name: &str| !arguments.iter().any(|a| a == "mlp" || a == "gpt") || arguments.iter().any(|a| a == name);
     let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(9);
-    let sharded = arguments.iter().any(|argument| argument == "sharded");
+    let [sharded, as_captured] = ["sharded", "captured"].map(|way| arguments.iter().any(|argument| argument == way));
     let device = Device::flex().autodiff();
     if wanted("mlp") {
         let numbers = |salt: usize| {
@@ -199,8 +274,15 @@ fn main() {
             Tensor::<2>::from_data(TensorData::new(values, [32, 1024]), &Device::flex().autodiff())
         };
         let (model, optimizer) = (Mlp::new(&device).materialize(), || SgdConfig::new().init());
-        if sharded {
-            let loss = |model: &Mlp, (x, y)| model.loss(x, y);
+        let loss = |model: &Mlp, (x, y)| model.loss(x, y);
+        if as_captured {
+            let optimizer = || SgdConfig::new().init_fused();
+            report_captured(
+                &mut figures,
+                "mlp",
+                &captured(number, model, optimizer, || (numbers(1), numbers(2)), loss),
+            );
+        } else if sharded {
             report_divided(&mut figures, "mlp", &divided(number, model, optimizer, || (numbers(1), numbers(2)), loss));
         } else {
             report(&mut figures, "mlp", &rounds(number, model, optimizer, |model| model.loss(numbers(1), numbers(2))));
@@ -212,13 +294,12 @@ fn main() {
             Tensor::<2, Int>::from_data(TensorData::new(values, [8, SEQUENCE]), &Device::flex().autodiff())
         };
         let (model, optimizer) = (Gpt::new(&device).materialize(), || AdamConfig::new().init());
-        if sharded {
-            let loss = |model: &Gpt, (x, y)| model.loss(x, y);
-            report_divided(
-                &mut figures,
-                "gpt",
-                &divided(number, model, optimizer, || (numbers(1), numbers(104729)), loss),
-            );
+        let (loss, inputs) = (|model: &Gpt, (x, y)| model.loss(x, y), || (numbers(1), numbers(104729)));
+        if as_captured {
+            let optimizer = || AdamConfig::new().init_fused();
+            report_captured(&mut figures, "gpt", &captured(number, model, optimizer, inputs, loss));
+        } else if sharded {
+            report_divided(&mut figures, "gpt", &divided(number, model, optimizer, inputs, loss));
         } else {
             report(
                 &mut figures,

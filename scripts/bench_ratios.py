@@ -5,7 +5,8 @@
     python scripts/bench_ratios.py before after
 
 Benches keep figures in target/performance/NAME/*.jsonl; Criterion keeps times in target/criterion/*/NAME/estimates.json, of which
-the medians count; scripts/captured_step.py keeps processor times in target/performance/NAME.json.
+the medians count; scripts/captured_step.py keeps processor times in target/performance/NAME.json, scripts/finetune_speed.py its own as
+benches do.
 """
 
 import argparse
@@ -38,6 +39,11 @@ def main():
     parser.add_argument("after")
     options = parser.parse_args()
     before, after = kept(options.before), kept(options.after)
+    for name, found in (options.before, before), (options.after, after):
+        if not found:
+            raise SystemExit(f"bench_ratios.py: no bench has kept a baseline `{name}` in {ROOT}: cargo bench --bench NAME -- --save-baseline {name}")
+    if not before.keys() & after.keys():
+        raise SystemExit(f"bench_ratios.py: {options.before} is of {sorted(before)}, and {options.after} of {sorted(after)}")
     for bench in sorted(before.keys() & after.keys()):
         print(f"\n| {bench} | {options.before} | {options.after} | {options.after} over {options.before} |\n|---|---|---|---|")
         for figure in sorted(before[bench].keys() & after[bench].keys()):

@@ -94,7 +94,17 @@ def main():
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--program")
     options = parser.parse_args()
-    before = json.loads((KEPT / f"{options.baseline}.json").read_text()) if options.baseline else {}
+    unknown = [name for name in options.models if name not in ("mlp", "gpt")]
+    if unknown:
+        parser.error(f"there is no model {unknown[0]}, but mlp and gpt")
+    if options.rounds < 1:
+        parser.error("--rounds: there is one at least")
+    kept = KEPT / f"{options.baseline}.json"
+    if options.baseline and not kept.exists():
+        parser.error(f"--baseline {options.baseline}: there is no {kept}: --save-baseline {options.baseline} keeps it")
+    if options.program:
+        options.program = os.path.abspath(options.program)
+    before = json.loads(kept.read_text()) if options.baseline else {}
     found = {name: measure(options, name) for name in options.models or ["mlp", "gpt"]}
     table(found, before)
     print(f"\nload averages {' '.join(f'{load:.1f}' for load in os.getloadavg())}, {os.cpu_count()} processors, {options.rounds} rounds")

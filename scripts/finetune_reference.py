@@ -14,8 +14,13 @@ import json
 import os
 import sys
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+if len(sys.argv) not in (7, 8):
+    raise SystemExit(__doc__)
+try:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"finetune_reference.py: there is no {missing.name}: {sys.executable} -m pip install torch transformers")
 
 model, text, seq, batch, steps, outcome = sys.argv[1:7]
 seq, batch, steps = int(seq), int(batch), int(steps)
@@ -31,6 +36,8 @@ if ranks > 1:
 with open(text, encoding="utf-8") as file:
     tokens = torch.tensor(tokenizer(file.read())["input_ids"])
 rows = tokens[: len(tokens) // (seq + 1) * (seq + 1)].reshape(-1, seq + 1)
+if len(rows) == 0:
+    raise SystemExit(f"finetune_reference.py: {text} has {len(tokens)} tokens, fewer than a row of {seq + 1}")
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 before = time.time() - BEGUN
 losses, seconds, processor = [], [], []

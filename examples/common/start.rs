@@ -120,7 +120,7 @@ impl LaunchFlags {
             (Some(Transport::Local), _) => return Err("--transport local joins threads: give --launch threads".into()),
         };
         let started = match (launch, place) {
-            (Launch::Env, place) => Some(place.map_err(|why| why.to_string())?.size),
+            (Launch::Env, place) => Some(place.map_err(|why| format!("--launch env: {why}"))?.size),
             _ => None,
         };
         if restarts > 0 && launch != Launch::Processes {

@@ -56,6 +56,7 @@ struct Flags {
     mesh: MeshFlags,
 
     /// The rows of a step, over all ranks; `auto` for as many as fit into memory at once, up to 8192 tokens a replica
+    /// and the rows of an epoch
     #[arg(long, value_name = "N", default_value = "8", value_parser = batch::rows)]
     batch: Rows,
 

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, Param};
 use burn::tensor::{Device, Tensor};
-use burn_parallel::hf::{self, Mapping, SaveConfig, Saved};
+use burn_parallel::hf::{self, Mapping, SaveConfig, SavedDirectory};
 use burn_parallel::prelude::*;
 use burn_parallel::train::Parallel;
 
@@ -64,7 +64,7 @@ pub fn save(
     world: &Communicator,
     (from, to): (&Path, &Path),
     alpha: Option<f64>,
-) -> Result<Saved, Error> {
+) -> Result<SavedDirectory, Error> {
     let config = SaveConfig::new(Mapping::llama()).with_files_of(from).with_overwrite(true);
     let config = match alpha {
         Some(alpha) => config.with_merged_adapters(alpha),

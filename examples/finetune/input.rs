@@ -62,11 +62,17 @@ impl Input {
             }
         });
         let input = Self { data, eval, prompt: prompt.transpose()?, reading, parameters, left, base };
-        match (args.warmup, input.steps(args)) {
+        input.check_steps(args)?;
+        Ok(input)
+    }
+
+    /// What is wrong with the flags for a run of so many steps as the data gives.
+    pub fn check_steps(&self, args: &Args) -> Result<(), String> {
+        match (args.warmup, self.steps(args)) {
             (warmup, steps) if warmup > steps => {
                 Err(format!("--warmup {warmup} is more than the {steps} steps of the whole run"))
             }
-            _ => Ok(input),
+            _ => Ok(()),
         }
     }
 

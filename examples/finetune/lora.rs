@@ -5,7 +5,7 @@ use std::path::Path;
 
 use burn::module::{LoraAdapter, Module, Param, Reparameterizer};
 use burn::tensor::{Tensor, TensorData};
-use burn_parallel::hf::{self, Adapter, AdapterConfig, Mapping, SaveConfig, Saved};
+use burn_parallel::hf::{self, Adapter, AdapterConfig, Mapping, SaveConfig, SavedDirectory};
 use burn_parallel::prelude::*;
 use burn_parallel::train::Parallel;
 use rand::{Rng, SeedableRng};
@@ -84,7 +84,7 @@ pub fn save(
     world: &Communicator,
     (base, to): (&Path, &Path),
     config: &LoraConfig,
-) -> Result<Saved, Error> {
+) -> Result<SavedDirectory, Error> {
     let base = base.to_string_lossy();
     hf::save_adapter(model, world, to, (&base, config.sizes()), &SaveConfig::new(Mapping::llama()).with_overwrite(true))
 }

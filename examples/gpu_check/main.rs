@@ -12,6 +12,7 @@
 #[path = "../../tests/common"]
 mod common {
     pub mod failing;
+    pub mod priority;
 }
 mod device;
 mod matmul;

@@ -44,6 +44,7 @@ struct Flags {
     steps: usize,
 
     /// The rows of a step, over all ranks; `auto` for as many as fit into memory at once, up to 1024 a replica
+    /// and those that the text has
     #[arg(long, value_name = "N", default_value = "16", value_parser = batch::rows)]
     batch: Rows,
 

@@ -34,7 +34,7 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<Option<StopSignal>, Failure> {
     let text = &Text::load(args.text.as_deref(), args.seq).map_err(Failure::Refused)?;
     let device = Device::flex();
-    let args = &if args.auto { fit::choose(args)? } else { args.clone() };
+    let args = &if args.auto { fit::choose(args, text)? } else { args.clone() };
     device.seed(args.seed);
     // Made once, before there are ranks: they would all draw from the same random numbers, in any order.
     let model = args.model().init(&device.autodiff());

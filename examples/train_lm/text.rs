@@ -55,6 +55,11 @@ impl Text {
         (self.train, self.bytes.len() - self.train)
     }
 
+    /// How many rows there are to learn from that share no target.
+    pub fn rows_apart(&self) -> usize {
+        (self.train - 1) / self.seq
+    }
+
     /// The rows of `rank`, one of `ranks`, of the global batch number `step`: each row is `seq + 1` bytes.
     ///
     /// The rows of a global batch depend on the seed and the step alone, so that any number of ranks trains on the

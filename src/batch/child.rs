@@ -1,19 +1,24 @@
 //! Tries a step in a child process, whose death is the answer.
 
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::process::{Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use super::Trial;
 use crate::Error;
-use crate::launch::end_with_parent;
+use crate::comm::lock::lock;
+use crate::launch::{end_with_parent, ended_by};
 
 /// How often the child is looked at.
 const LOOK: Duration = Duration::from_millis(5);
 
 /// The most that is kept of what the child says.
-const SAID: u64 = 64 << 10;
+const SAID: usize = 64 << 10;
+
+/// How long the last of that is waited for after the end of the child: what it has started may hold the pipe for ever.
+const SAID_WAIT: Duration = Duration::from_secs(1);
 
 /// Runs a program that takes a step, with at most `bytes` of memory of its own, and says whether it went through: this
 /// process, its model and its optimizer are not touched. The program is most often this one, started with other
@@ -34,14 +39,9 @@ pub fn try_in_child(command: &mut Command, bytes: u64, timeout: Duration) -> Res
     end_with_parent(command);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|why| Error::user(format!("cannot start {name} for a trial: {why}")))?;
-    let errors = child.stderr.take();
-    let reader = thread::spawn(move || {
-        let (mut kept, mut errors) = (Vec::new(), errors?);
-        let _ = errors.by_ref().take(SAID).read_to_end(&mut kept);
-        // The rest is read as well, or the child would wait.
-        let _ = std::io::copy(&mut errors, &mut std::io::sink());
-        Some(kept)
-    });
+    let (errors, said) = (child.stderr.take(), Arc::new(Mutex::new(Vec::new())));
+    let kept = said.clone();
+    let reader = thread::spawn(move || errors.map(|errors| read(errors, &kept)));
     let began = Instant::now();
     let status = loop {
         match child.try_wait() {
@@ -55,8 +55,28 @@ pub fn try_in_child(command: &mut Command, bytes: u64, timeout: Duration) -> Res
             }
         }
     };
-    let said = String::from_utf8_lossy(&reader.join().ok().flatten().unwrap_or_default()).into_owned();
+    if !ended_by(&reader, Instant::now() + SAID_WAIT) {
+        log::warn!("a trial of {name} has ended, and something that it has started still holds its standard error");
+    }
+    let said = String::from_utf8_lossy(&lock(&said)).into_owned();
     answer(&name, status, &said)
+}
+
+/// Keeps what is read, as far as that goes. The rest is read as well, or the child would wait.
+fn read(mut errors: impl Read, kept: &Mutex<Vec<u8>>) {
+    let mut piece = [0; 4 << 10];
+    loop {
+        match errors.read(&mut piece) {
+            Ok(0) => return,
+            Ok(len) => {
+                let mut kept = lock(kept);
+                let more = len.min(SAID - kept.len());
+                kept.extend_from_slice(&piece[..more]);
+            }
+            Err(why) if why.kind() == ErrorKind::Interrupted => {}
+            Err(_) => return,
+        }
+    }
 }
 
 /// What programs say that are refused memory, or whose device is.
@@ -141,6 +161,17 @@ mod tests {
         let problem = try_in_child(&mut sh("sleep 20"), 1 << 30, Duration::from_millis(50)).unwrap_err().to_string();
         assert!(problem.contains("did not end within 50ms"), "{problem}");
         assert!(try_in_child(&mut Command::new("/no/such/program"), 1 << 30, second).is_err());
+    }
+
+    #[test]
+    fn a_daemon_that_holds_the_pipe_is_not_waited_for() {
+        let began = Instant::now();
+        let mut trial = sh("setsid sleep 60 & echo $! >&2; exit 3");
+        let problem = try_in_child(&mut trial, 1 << 30, Duration::from_secs(90)).unwrap_err().to_string();
+        assert!(began.elapsed() < Duration::from_secs(30), "the daemon was waited for");
+        let daemon: i32 = problem.rsplit(' ').next().and_then(|id| id.parse().ok()).expect(&problem);
+        // SAFETY: no memory is involved.
+        unsafe { libc::kill(daemon, libc::SIGKILL) };
     }
 
     /// This test binary is its own child: as one it has a trial, which ends when it is killed.

@@ -124,7 +124,7 @@ pub(super) fn bisect(most: usize, mut fits: impl FnMut(usize) -> Result<bool, Er
 ///
 /// What may be tried depends on who refuses: a device does, and [`try_step`] asks it; a system that overcommits kills,
 /// and [`try_in_child`](super::try_in_child) has a child killed. Take [`rows_within`] of what is known for `most`, so
-/// that nothing is tried that cannot fit.
+/// that nothing is tried that cannot fit, and of what the data has, so that nothing is that would never be run.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`], the same on all ranks, if not even one row fits; the errors of `try_rows`, those of the

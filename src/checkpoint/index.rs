@@ -14,7 +14,7 @@ use super::scalar::StoredScalar;
 use super::{checkpoint_error, cover, file_problem};
 use crate::Error;
 use crate::graph::RandomUse;
-use crate::tensor_file::dtype_of;
+use crate::tensor_file::{can_lie_in_memory, dtype_of};
 use crate::train::ParallelModule;
 
 /// The name of the index in the directory of a checkpoint.
@@ -257,8 +257,7 @@ impl Index {
         if dims.len() > MOST_DIMS {
             return Err(format!("{} dims are more than a tensor can have", dims.len()));
         }
-        let bytes = dims.iter().try_fold(size, |product, dim| product.checked_mul(*dim));
-        if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {
+        if !can_lie_in_memory(dims.iter().map(|dim| *dim as u64), 8 * size as u64) {
             return Err(format!("dims {dims:?} are more than there can be"));
         }
         let all: Vec<Vec<Range<usize>>> = slices.iter().map(StoredSlice::ranges).collect();

@@ -5,7 +5,6 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Mutex, PoisonError};
 
 use burn::module::{ParamGroup, ParamId};
@@ -19,6 +18,7 @@ use super::plan::TensorKey;
 use super::{checkpoint_error, unreadable};
 use crate::Error;
 use crate::comm::panic_message;
+use crate::error::catch_told;
 use crate::optim::{ASKED, ParamState, StateNames, Widened, record_of};
 use crate::params::ParamSlice;
 use crate::tensor_file::{Elements, Loop, Side, copy_strided, row_major};
@@ -156,7 +156,7 @@ impl Loads {
 
 fn load(optimizer: &str, into: &ModuleOptimizer, record: OptimizerRecord) -> Result<ModuleOptimizer, Error> {
     // burn panics where tensors are not of the rank that it is told.
-    let loaded = catch_unwind(AssertUnwindSafe(|| into.clone().load_record(record)));
+    let loaded = catch_told(|_| true, || into.clone().load_record(record));
     loaded.map_err(|panic| {
         checkpoint_error(format!(
             "optimizer `{optimizer}` does not take what the checkpoint has of it: {}",

@@ -33,16 +33,22 @@ impl Communicator {
     /// # Errors
     /// [`Error::UnsupportedReduction`].
     pub fn reduce_scatter<P: Payload>(&self, payload: P, op: ReduceOp) -> Result<P, Error> {
-        self.reduce_scatter_agreed(payload, op, 0)
+        self.reduce_scatter_in(None, payload, op, 0)
     }
 
     /// [`reduce_scatter`](Self::reduce_scatter) with a number that must be the same on all ranks, where the shapes do
-    /// not tell.
-    pub(crate) fn reduce_scatter_agreed<P: Payload>(&self, payload: P, op: ReduceOp, agreed: u64) -> Result<P, Error> {
+    /// not tell. With a pool the result is made in memory that is used again, where it is large and in host memory.
+    pub(crate) fn reduce_scatter_in<P: Payload>(
+        &self,
+        pool: Option<&Arc<Pool>>,
+        payload: P,
+        op: ReduceOp,
+        agreed: u64,
+    ) -> Result<P, Error> {
         let operation = Operation::ReduceScatter(op);
         self.dispatch_agreed(operation, payload, agreed, |data| {
             reduce::check(op, data.dtype())?;
-            self.out_of_place_agreed(operation, Some(data), None, agreed)
+            self.out_of_place_in(pool, operation, Some(data), None, agreed)
         })
     }
 

@@ -4,6 +4,6 @@
 /// names begin of others that only such replicas have.
 pub(crate) const GATHERED_PARAMETERS: &str = "parameters";
 
-/// What the groups are called over which such replicas say what they gather next, where they may use different
-/// parameters.
+/// What the groups are called over which such replicas gather what they say that they want, where they may use
+/// different parameters.
 pub(crate) const WANTED_PARAMETERS: &str = "wanted_parameters";

@@ -4,15 +4,15 @@
 //! in after wrapping. Each rank sees it in its own model before a step. As all ranks run the same program, all of them
 //! do; they meet, make sure of it, and know the parameters from then on.
 //!
-//! A rank whose model has not changed goes on to the *head* of the step, the sum of the weights. So a rank whose model
-//! has changed contributes a value that is not a weight to that sum, and all ranks learn of the change in a collective
-//! that they call in any case.
+//! A rank whose model has not changed goes on: to the *head* of the step, the sum of the weights; or, where each
+//! micro-batch is reduced, to the number of them first. So a rank whose model has changed takes part in that with what
+//! is no weight, or no number, and all ranks learn of the change in a collective that they call in any case.
 
 use std::collections::HashSet;
 
 use burn::module::{Module, ParamId};
 
-use super::known_params::{CHANGED, KnownParams};
+use super::known_params::{KnownParams, Next};
 use super::reducer::Reducer;
 use super::structure::{Structure, broadcast_some};
 use crate::Error;
@@ -32,13 +32,13 @@ pub(crate) enum ForwardState {
 
 impl Reducer {
     /// Registers everything that `module` trains with the reduction. Collective if it has changed, and then it
-    /// returns the module to go on with.
+    /// returns the module to go on with. `next` is what ranks call whose module has not.
     ///
     /// # Errors
     /// [`Error::ModelMismatch`], the same on all ranks, if it has not changed in the same way on all, or if a forward
     /// has run with new parameters of unequal values; [`Error::Graph`] if parameters of one id have different values;
     /// those of [`Communicator`].
-    pub(crate) fn admit<M: Module>(&self, module: &M, forward: ForwardState) -> Result<Option<M>, Error> {
+    pub(crate) fn admit<M: Module>(&self, module: &M, forward: ForwardState, next: Next) -> Result<Option<M>, Error> {
         let (changed, repeated) = find_changes(module, &self.known());
         if !repeated.is_empty() {
             // burn's optimizers would move one of them.
@@ -49,8 +49,7 @@ impl Reducer {
         }
         let (structure, group, mut module) = (Structure::of(module), self.control(), module.clone());
         if group.size() > 1 {
-            let sum = group.all_reduce(vec![CHANGED], ReduceOp::Sum)?[0];
-            let all = (sum / CHANGED).round() as usize == group.size();
+            let all = next.changed(group)?;
             let lines = self.known().lines_of(&structure, all);
             agree(&lines, group)?;
             let unknown: HashSet<ParamId> = {

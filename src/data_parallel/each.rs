@@ -9,6 +9,7 @@ use burn::tensor::Tensor;
 
 use super::Replica;
 use super::changes::ForwardState;
+use super::known_params::{Next, count_rounds};
 use super::loss_weight::LossWeight;
 use super::noise_meter;
 use super::reducer::Reducer;
@@ -16,7 +17,6 @@ use super::reducer_sink::ReducerSink;
 use super::reduction::Reduced;
 use super::reduction_state::accumulate;
 use crate::Error;
-use crate::comm::ReduceOp;
 use crate::graph::StepEngine;
 use crate::sharding::Sharding;
 use crate::step::{NoNoise, NoiseState, Step, StepFn};
@@ -32,9 +32,10 @@ impl<E: StepEngine> Replica<E> {
         mut step: StepFn<'_, E::Model, I>,
     ) -> Result<Step, Error> {
         let before = self.counters();
-        self.admit(reducer, ForwardState::Pending)?;
+        self.admit(reducer, ForwardState::Pending, Next::Rounds)?;
         let micro_batches: Vec<I> = micro_batches.collect();
-        let most = reducer.control().all_reduce(vec![micro_batches.len() as u64], ReduceOp::Max)?[0];
+        let lines = reducer.known().lines.clone();
+        let most = count_rounds(micro_batches.len(), &lines, reducer.control()).inspect_err(|_| reducer.discard())?;
         let rounds = match reducer.says_what_is_gathered() {
             // Nobody follows: ranks without data want nothing.
             true => None,

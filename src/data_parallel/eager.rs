@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::backend::DispatchTensor;
@@ -11,12 +11,13 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Device, Gradients, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
-use super::gathered::{Gatherer, assemble, hollow, shards_of};
+use super::gathered::{Gatherer, assemble, check_rows, hollow, shards_of};
 use super::hook::{HookGroup, detach, listening};
 use super::reducer::Reducer;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
+use crate::error::{catch_told, is_thrown};
 use crate::graph::{
     CheckedOptimizers, ClipRecord, CustomOps, Executor, GradientLayout, GradientSink, MicroBatchResult, SplitParam,
     StepEngine, capture_step,
@@ -135,8 +136,9 @@ impl<M: Module> Eager<M> {
     /// What went wrong with that, for which a forward has no way out but to panic.
     fn forward_gathering<T>(&self, forward: impl FnOnce() -> T) -> Result<T, Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(forward()) };
+        self.check_params()?;
         gatherer.set_shards(shards_of(&self.module, gatherer));
-        catch_unwind(AssertUnwindSafe(forward)).map_err(|panic| match gatherer.failure() {
+        catch_told(is_thrown, forward).map_err(|panic| match gatherer.failure() {
             Some(error) => error,
             None => resume_unwind(panic),
         })
@@ -238,7 +240,13 @@ impl<M: Module> StepEngine for Eager<M> {
         outputs.map_tensors(&mut Detach)
     }
 
+    fn check_params(&self) -> Result<(), Error> {
+        let Some(gatherer) = &self.gatherer else { return Ok(()) };
+        check_rows(&self.module, gatherer).inspect_err(|error| self.control.fail(error.clone()))
+    }
+
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
+        self.check_params()?;
         let slices = self.param_slices()?;
         let loaded = self.change(|module| params::load(module, source, &|id| slices.get(&id).cloned()))?;
         loaded.rows_changed();
@@ -247,6 +255,7 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn assemble(&self) -> Result<M, Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(self.module.clone()) };
+        self.check_params()?;
         self.end_gathers()?;
         gatherer.set_shards(shards_of(&self.module, gatherer));
         assemble(&self.module, gatherer)

@@ -11,7 +11,35 @@ use crate::comm::{Communicator, ReduceOp};
 use crate::params::agree;
 
 /// What a rank whose model has changed brings to the sum of the weights, which are not negative.
-pub(super) const CHANGED: f64 = -1e300;
+const CHANGED: f64 = -1e300;
+
+/// What a rank calls first in a step if its model has not changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// [`head`].
+    Head,
+    /// [`count_rounds`].
+    Rounds,
+}
+
+impl Next {
+    /// Takes part in that on a rank whose model has changed. Returns whether those of all have.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    pub(super) fn changed(self, control: &Communicator) -> Result<bool, Error> {
+        match self {
+            Self::Head => {
+                let sum = control.all_reduce(vec![CHANGED], ReduceOp::Sum)?[0];
+                Ok((sum / CHANGED).round() as usize == control.size())
+            }
+            Self::Rounds => Ok(control.all_reduce(ROUNDS_CHANGED.to_vec(), ReduceOp::Max)?[2] == 0),
+        }
+    }
+}
+
+/// What a rank whose model has changed says where others say how many micro-batches they have, and that theirs has not.
+const ROUNDS_CHANGED: [u64; 3] = [0, 1, 0];
 
 /// What is said of a parameter that came after wrapping, where ranks compare what they have.
 const NEW: &str = ", trained or put in after wrapping";
@@ -104,6 +132,23 @@ pub(super) fn head(weight: f64, lines: &ParamDescriptions, control: &Communicato
     if sum > CHANGED / 2.0 {
         return Ok(sum);
     }
-    agree(lines, control)?;
-    Err(Error::invalid("DataParallel", "some ranks train another model than the others"))
+    Err(changed_elsewhere(lines, control))
+}
+
+/// The most micro-batches that a rank has in a step whose micro-batches are reduced one by one, on a rank whose model
+/// has not changed.
+///
+/// # Errors
+/// As [`head`].
+pub(super) fn count_rounds(mine: usize, lines: &ParamDescriptions, control: &Communicator) -> Result<u64, Error> {
+    match control.all_reduce(vec![mine as u64, 0, 1], ReduceOp::Max)?[..] {
+        [most, 0, _] => Ok(most),
+        _ => Err(changed_elsewhere(lines, control)),
+    }
+}
+
+/// The error on a rank whose model has not changed as those of others have.
+fn changed_elsewhere(lines: &ParamDescriptions, control: &Communicator) -> Error {
+    let differs = || Error::invalid("DataParallel", "some ranks train another model than the others");
+    agree(lines, control).err().unwrap_or_else(differs)
 }

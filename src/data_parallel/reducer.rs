@@ -12,7 +12,7 @@ use super::known_params::KnownParams;
 use super::reduction_state::{ParamProgress, ReductionState};
 use super::structure::Structure;
 use crate::Error;
-use crate::comm::{Communicator, Counters};
+use crate::comm::{Communicator, Counters, GATHERED_PARAMETERS, WANTED_PARAMETERS};
 use crate::params::unknown_params;
 use crate::sharding::{ShardComms, Sharding};
 use crate::tensor::PlainTensor;
@@ -31,6 +31,15 @@ pub(crate) struct Reducer {
     step: Mutex<ReductionState>,
 }
 
+/// What errors call the group that carries parameters: by it they know what to advise.
+fn parameters_group(config: &DataParallelConfig) -> &'static str {
+    match config.sharding {
+        Sharding::Parameters if config.allow_unused_parameters => WANTED_PARAMETERS,
+        Sharding::Parameters => GATHERED_PARAMETERS,
+        _ => "updated_parameters",
+    }
+}
+
 impl Reducer {
     /// # Errors
     /// Those of [`Communicator::split`].
@@ -45,7 +54,7 @@ impl Reducer {
         let shards = match config.sharding {
             Sharding::None => None,
             _ if group.size() == 1 => None,
-            _ => Some(ShardComms::new(group, config.sharding_ranks)?),
+            _ => Some(ShardComms::new(group, config.sharding_ranks, parameters_group(&config))?),
         };
         let known = RwLock::default();
         let reducer = Self { known, data, control, config, shards, device, step: Mutex::default() };

@@ -10,6 +10,7 @@ use super::changes::ForwardState;
 use super::config::DataParallelConfig;
 use super::fingerprint;
 use super::hook::{AttachHooks, HookGroup};
+use super::known_params::Next;
 use super::loss_weight::LossWeight;
 use super::reducer::Reducer;
 use super::reducer_sink::ReducerSink;
@@ -267,7 +268,7 @@ impl<E: StepEngine> Replica<E> {
             return self.run_reducing_each(&reducer, micro_batches, step);
         }
         let before = self.counters();
-        self.admit(&reducer, ForwardState::Pending)?;
+        self.admit(&reducer, ForwardState::Pending, Next::Head)?;
         reducer.begin_noise(|| self.engine.gradient_layout().elsewhere);
         let (mut outputs, mut runs) = (Vec::new(), Vec::new());
         let mut ran = Ok(());
@@ -301,13 +302,13 @@ impl<E: StepEngine> Replica<E> {
     }
 
     /// Registers everything that the model trains now with the reduction.
-    pub(super) fn admit(&mut self, reducer: &Arc<Reducer>, forward: ForwardState) -> Result<(), Error> {
-        let admitted =
-            self.engine.end_gathers().and_then(|()| reducer.admit(&self.engine, forward)).inspect_err(|_| {
-                self.loss_weight = LossWeight::default();
-                self.losses.clear();
-                reducer.discard();
-            })?;
+    pub(super) fn admit(&mut self, reducer: &Arc<Reducer>, forward: ForwardState, next: Next) -> Result<(), Error> {
+        let ready = self.engine.check_params().and_then(|()| self.engine.end_gathers());
+        let admitted = ready.and_then(|()| reducer.admit(&self.engine, forward, next)).inspect_err(|_| {
+            self.loss_weight = LossWeight::default();
+            self.losses.clear();
+            reducer.discard();
+        })?;
         if let Some(engine) = admitted {
             self.engine = match self.hooks.filter(|_| reducer.data().size() > 1) {
                 Some(hooks) => {

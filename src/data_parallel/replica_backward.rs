@@ -8,6 +8,7 @@ use burn::tensor::Tensor;
 
 use super::changes::ForwardState;
 use super::eager::Eager;
+use super::known_params::Next;
 use super::reducer::Reducer;
 use super::reducer_sink::ReducerSink;
 use super::replica::Replica;
@@ -28,7 +29,7 @@ impl<M: Module> Replica<Eager<M>> {
     /// of unequal values; [`Error::Graph`] if parameters of one id have different values; the error of the world.
     pub fn backward(&mut self, loss: impl Into<Loss>) -> Result<GradientsParams, Error> {
         let reducer = self.ready()?;
-        self.admit(&reducer, ForwardState::Done)?;
+        self.admit(&reducer, ForwardState::Done, Next::Head)?;
         let ran = self.run_backward(&reducer, loss.into(), true);
         self.finish(&reducer, ran).map(|(_, _, grads)| grads)
     }
@@ -48,7 +49,7 @@ impl<M: Module> Replica<Eager<M>> {
                  with which they say so, or take steps by `step_micro_batches`, with no micro-batch on this rank",
             ));
         }
-        self.admit(&reducer, ForwardState::Done)?;
+        self.admit(&reducer, ForwardState::Done, Next::Head)?;
         reducer.begin(self.loss_weight);
         self.finish(&reducer, Ok(())).map(|(_, _, grads)| grads)
     }
@@ -90,7 +91,7 @@ impl<M: Module> Replica<Eager<M>> {
             ));
         }
         let before = self.counters();
-        self.admit(&reducer, ForwardState::Pending)?;
+        self.admit(&reducer, ForwardState::Pending, Next::Head)?;
         let ran = self.engine.run_sync_batch_norm(&reducer, micro_batches, forward).map(|losses| {
             self.losses = losses;
         });

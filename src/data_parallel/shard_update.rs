@@ -11,7 +11,8 @@ use super::{Replica, buckets};
 use crate::Error;
 use crate::graph::StepEngine;
 use crate::params;
-use crate::sharding::{Pack, RankedParam, Rows, ShardComms, ShardParam, ShardParams, owners};
+use crate::sharding::{Pack, RankedParam, Rows, ShardComms, ShardParam, ShardParams, UpdatedShards, owners};
+use crate::tensor::PlainTensor;
 
 impl<E: StepEngine> Replica<E> {
     /// Among whom the rows of the parameters are divided, if they are.
@@ -35,12 +36,23 @@ impl<E: StepEngine> Replica<E> {
     /// Those of `update` and of [`Communicator`](crate::comm::Communicator).
     pub(crate) fn update_shards(
         self,
-        update: &mut dyn FnMut(ShardParams, &ShardComms) -> Result<ShardParams, Error>,
+        update: &mut dyn FnMut(ShardParams, &ShardComms) -> Result<UpdatedShards, Error>,
     ) -> Result<Self, Error> {
         if let Some(shards) = self.row_shards().cloned() {
-            let updated = update(shards.own_rows(self.engine.local())?, shards.comms())?;
-            let values = updated.0.into_iter().map(|shard| (shard.param.id(), shard.param.value())).collect();
-            return Ok(self.change(|engine| params::replace_values(engine, values)));
+            let own = shards.own_rows(self.engine.local())?;
+            // What the model holds as well could not be updated in place.
+            let taken: HashMap<_, _> =
+                own.0.iter().map(|shard| (shard.param.id(), stand_in(&shard.param.value()))).collect();
+            let rows = taken.len();
+            let without = self.change(|engine| params::replace_values(engine, taken));
+            let UpdatedShards { updated, unchanged } = update(own, shards.comms())?;
+            let all = updated.0.into_iter().chain(unchanged.0);
+            let values: HashMap<_, _> = all.map(|shard| (shard.param.id(), shard.param.value())).collect();
+            if values.len() != rows {
+                let problem = format!("rows of {rows} parameters were updated, and {} came back", values.len());
+                return Err(Error::invalid("optimize", problem));
+            }
+            return Ok(without.change(|engine| params::replace_values(engine, values)));
         }
         let Some((reducer, comms)) =
             self.reducer().cloned().and_then(|reducer| Some((reducer.clone(), reducer.shards()?.clone())))
@@ -50,10 +62,15 @@ impl<E: StepEngine> Replica<E> {
         let mut own = TakeRows::of(&reducer, &comms, &self.engine);
         self.engine.visit(&mut own);
         let updated = update(own.found?, &comms)?;
-        let updated = self.try_change(|engine| gather(engine, updated, &reducer, &comms))?;
+        let updated = self.try_change(|engine| gather(engine, updated.updated, &reducer, &comms))?;
         updated.engine.rows_changed();
         Ok(updated)
     }
+}
+
+/// A tensor of one element, of the same rank and dtype on the same device.
+fn stand_in(tensor: &PlainTensor) -> PlainTensor {
+    PlainTensor::zeros(vec![1; tensor.rank()], tensor.dtype(), &tensor.device())
 }
 
 /// The module with the rows of all ranks in its parameters, or this rank's, where it holds these only: a bucket at a

@@ -8,6 +8,7 @@ mod describe;
 mod show;
 mod stop_signal;
 mod thrown;
+mod told;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +17,8 @@ use burn::tensor::DType;
 
 use self::describe::{describe_calls, gathering, last_words, left_behind, rank_failed};
 pub use self::stop_signal::StopSignal;
-pub(crate) use self::thrown::{caught, throw};
+pub(crate) use self::thrown::{caught, is_thrown, throw};
+pub(crate) use self::told::catch_told;
 use crate::comm::{Call, CallLog, ReduceOp};
 
 /// What went wrong: the same error on every rank of the group.

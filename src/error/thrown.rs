@@ -19,6 +19,11 @@ pub(crate) fn throw(error: Error) -> ! {
     panic!("{said}")
 }
 
+/// Whether these are the words of the last panic of [`throw`] on this thread.
+pub(crate) fn is_thrown(said: &str) -> bool {
+    THROWN.with_borrow(|error| error.as_ref().is_some_and(|error| error.to_string() == said))
+}
+
 /// The error of a panic, if [`throw`] made it on this thread.
 pub(crate) fn caught(panic: &(dyn Any + Send)) -> Option<Error> {
     THROWN.take().filter(|error| error.to_string() == panic_message(panic))

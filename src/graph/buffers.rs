@@ -1,69 +1,43 @@
-//! Plans the memory of a step before it runs: follows which tensors lie in which memory, and for how long.
+//! Follows which tensors of a step lie in which memory, and for how long.
 //!
-//! It knows when each tensor is made and read for the last time. From that follow three things. A kernel's result takes
-//! the memory of an input that ends there. Tensors that this crate makes, that are large and that end within the step
-//! get a place each in one block, so that no two that are there at the same time overlap, in as small a block as is
-//! found by placing the largest first. And the bytes that the step needs are known.
-//!
-//! burn's own operations allocate by themselves, but for those that write over an input that nobody else has, as is
-//! known of them. Others, or a collective, may give what they were given: such memory counts as in use until both have
-//! ended. Results of the step are in the block where there is room, up to the end of the step. Whoever gets them may
-//! keep them: what has its place there in a later step is made elsewhere then.
+//! A kernel's result takes the memory of an input that ends there. burn's own operations allocate by themselves, but
+//! for those that write over an input that nobody else has, as is known of them. Others, or a collective, may give what
+//! they were given: such memory counts as in use until both have ended.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::rc::Rc;
 
 use burn_ir::{OperationIr, ScalarIr, TensorId, TensorIr, TensorStatus};
 
 use super::fused::{FUSED, Kernels, TILED, multiplies};
 use super::instruction::Instruction;
-use super::memory_plan::{Lifetime, MemoryPlan};
 use super::operation::{Class, is_view, matmul, passing_bytes, reshape, written_over};
 use crate::tensor::{ALIGN, FROM};
 
-/// The plan of a program whose operations are fused, in sections that run one after the other. Kernels are told whose
-/// memory they take.
-pub(crate) fn plan_memory<const SECTIONS: usize>(
-    sections: &mut [Vec<Instruction>; SECTIONS],
-    kernels: &Kernels,
-) -> MemoryPlan {
-    let planning = Planning::of(sections.iter_mut().flatten(), kernels);
-    let (leaving, ending): (Vec<&Buffer>, Vec<&Buffer>) =
-        planning.buffers.iter().filter(|buffer| buffer.is_kept()).partition(|buffer| buffer.leaves);
-    let lifetime = |buffer: &Buffer| {
-        let Buffer { made, bytes, born, ends, leaves, .. } = *buffer;
-        Lifetime { tensor: made, bytes, born, ends: if leaves { usize::MAX } else { ends } }
-    };
-    let [ending, leaving] = [ending, leaving].map(|buffers| buffers.into_iter().map(lifetime).collect());
-    let plan = MemoryPlan::new(ending, leaving);
-    let beside = [true, false].map(|keeps| planning.beside(&plan, keeps));
-    plan.with_beside(beside)
-}
-
 /// Memory that tensors lie in.
 #[derive(Debug)]
-struct Buffer {
+pub(super) struct Buffer {
     /// The tensor that it was made for.
-    made: TensorId,
+    pub(super) made: TensorId,
     /// Rounded up if they are many.
-    bytes: usize,
+    pub(super) bytes: usize,
     /// The first and the last instruction that it is there for, if others work in place.
-    born: usize,
-    ends: usize,
+    pub(super) born: usize,
+    pub(super) ends: usize,
     /// The last if they do not.
-    ends_alone: usize,
+    pub(super) ends_alone: usize,
     /// Whether this crate makes it.
     ours: bool,
     /// Whether it leaves the step, if others work in place and if they do not.
-    leaves: bool,
-    leaves_alone: bool,
+    pub(super) leaves: bool,
+    pub(super) leaves_alone: bool,
     /// How many tensors may lie in it.
     tensors: usize,
 }
 
 impl Buffer {
     /// Whether its memory stays with the steps.
-    fn is_kept(&self) -> bool {
+    pub(super) fn is_kept(&self) -> bool {
         self.ours && self.bytes >= FROM
     }
 }
@@ -87,26 +61,27 @@ impl Known {
     }
 }
 
-/// Goes through a program.
+/// The buffers of a program, and when each of them is there.
 #[derive(Debug, Default)]
-struct Planning {
+pub(super) struct BufferLifetimes {
     now: usize,
-    buffers: Vec<Buffer>,
+    pub(super) buffers: Vec<Buffer>,
     tensors: HashMap<TensorId, Known>,
-    /// Bytes that instructions take only while they run.
-    passing: Vec<(usize, usize)>,
+    /// Bytes that instructions, by their number, take only while they run.
+    pub(super) passing: Vec<(usize, usize)>,
     /// How long all lists of what tensors may lie in are together.
     listed: usize,
 }
 
-impl Planning {
-    fn of<'a>(program: impl IntoIterator<Item = &'a mut Instruction>, kernels: &Kernels) -> Self {
-        let mut planning = Self::default();
+impl BufferLifetimes {
+    /// Of the instructions of a program, in order. Kernels are told whose memory they take.
+    pub(super) fn of<'a>(program: impl IntoIterator<Item = &'a mut Instruction>, kernels: &Kernels) -> Self {
+        let mut lifetimes = Self::default();
         for instruction in program {
-            planning.take(instruction, kernels);
-            planning.now += 1;
+            lifetimes.take(instruction, kernels);
+            lifetimes.now += 1;
         }
-        planning
+        lifetimes
     }
 
     fn take(&mut self, instruction: &mut Instruction, kernels: &Kernels) {
@@ -186,30 +161,6 @@ impl Planning {
         known.buffers().for_each(|buffer| self.buffers[buffer].tensors += 1);
         self.tensors.insert(out.id, known);
         self.touch(out.id);
-    }
-
-    /// The most bytes beside the block: of pieces, which stay, and of what comes and goes.
-    fn beside(&self, plan: &MemoryPlan, keeps: bool) -> usize {
-        let mut changes: BTreeMap<usize, [isize; 2]> = BTreeMap::new();
-        for buffer in self.buffers.iter().filter(|buffer| plan.place(buffer.made).is_none()) {
-            let kind = usize::from(buffer.is_kept());
-            changes.entry(buffer.born).or_default()[kind] += buffer.bytes as isize;
-            if !(buffer.leaves_alone && keeps) {
-                changes.entry(buffer.ends_alone + 1).or_default()[kind] -= buffer.bytes as isize;
-            }
-        }
-        for (at, bytes) in &self.passing {
-            changes.entry(*at).or_default()[0] += *bytes as isize;
-            changes.entry(at + 1).or_default()[0] -= *bytes as isize;
-        }
-        let (mut now, mut most) = ([0; 2], [0; 2]);
-        for change in changes.into_values() {
-            for kind in 0..2 {
-                now[kind] += change[kind];
-                most[kind] = most[kind].max(now[kind]);
-            }
-        }
-        most.iter().sum::<isize>() as usize
     }
 
     /// Whether the memory of an input has nothing else in it, and no use after this operation.
@@ -335,54 +286,13 @@ fn set_takes(op: &mut OperationIr, takes: &[Option<usize>]) {
 
 #[cfg(test)]
 mod tests {
-    use burn::nn::transformer::{TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput};
     use burn::prelude::*;
     use burn::tensor::{DType, Shape};
     use burn_ir::CustomOpIr;
 
+    use super::super::capture_step;
     use super::super::liveness::{Program, program};
-    use super::super::step::StepGraph;
-    use super::super::{CustomOps, Executor, capture_step};
     use super::*;
-    use crate::tensor::Pool;
-
-    fn encoder() -> TransformerEncoder {
-        TransformerEncoderConfig::new(128, 256, 4, 2).with_dropout(0.0).init(&Device::flex().autodiff())
-    }
-
-    /// Tensors of the width have 256 KiB.
-    fn x() -> Tensor<3> {
-        Tensor::ones([8, 64, 128], &Device::flex().autodiff())
-    }
-
-    fn captured() -> StepGraph {
-        let loss = |model: &TransformerEncoder, x| model.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
-        capture_step(&encoder(), x(), loss).unwrap()
-    }
-
-    #[test]
-    fn tensors_that_are_there_at_the_same_time_lie_apart() {
-        let Program { mut instructions, fused } = program(&captured(), true);
-        let (kernels, plan) = fused.unwrap();
-        let planning = Planning::of(&mut instructions, &kernels);
-        let planned: Vec<&Buffer> =
-            planning.buffers.iter().filter(|buffer| plan.place(buffer.made).is_some()).collect();
-        let ends = |buffer: &Buffer| if buffer.leaves { usize::MAX } else { buffer.ends };
-        assert!(planned.len() > 30, "{} tensors have a place", planned.len());
-        let mut most = 0;
-        for (number, buffer) in planned.iter().enumerate() {
-            let start = plan.place(buffer.made).unwrap();
-            assert!(start + buffer.bytes <= plan.size() && start % ALIGN == 0);
-            for other in &planned[..number] {
-                let from = plan.place(other.made).unwrap();
-                let apart = ends(buffer) < other.born || ends(other) < buffer.born;
-                assert!(apart || start + buffer.bytes <= from || from + other.bytes <= start);
-            }
-            let at_birth = planned.iter().filter(|other| other.born <= buffer.born && buffer.born <= ends(other));
-            most = most.max(at_birth.map(|other| other.bytes).sum());
-        }
-        assert!(plan.size() <= most + most / 20, "{} bytes for {most} that are there at once", plan.size());
-    }
 
     /// Nothing grows with the paths from one tensor to another, or with the square of what an operation reads.
     #[test]
@@ -394,8 +304,8 @@ mod tests {
             (0..40).fold(model.forward(x), |x, _| x.clone() + x.transpose()).mean()
         });
         let Program { mut instructions, fused } = program(&graph.unwrap(), true);
-        let planning = Planning::of(&mut instructions, &fused.unwrap().0);
-        assert!(planning.listed < 100 * 100 / 2, "{}", planning.listed);
+        let lifetimes = BufferLifetimes::of(&mut instructions, &fused.unwrap().0);
+        assert!(lifetimes.listed < 100 * 100 / 2, "{}", lifetimes.listed);
 
         let many = 300;
         let tensor = |number: usize| {
@@ -413,19 +323,7 @@ mod tests {
         let mut bucket: Vec<Instruction> = (0..many).map(|number| run("made", vec![], vec![tensor(number)])).collect();
         bucket.push(run("start", tensors(0), tensors(many)));
         bucket.push(run("wait", tensors(many), tensors(2 * many)));
-        let planning = Planning::of(&mut bucket, &Kernels::default());
-        assert!(planning.listed <= 4 * many, "{}", planning.listed);
-    }
-
-    #[test]
-    fn a_step_finds_every_place_free() {
-        let pool = Pool::of_thread();
-        let model = encoder();
-        let loss = |model: &TransformerEncoder, x| model.forward(TransformerEncoderInput::new(x)).powi_scalar(2).mean();
-        let mut executor = Executor::new(capture_step(&model, x(), loss).unwrap(), CustomOps::new()).unwrap();
-        for _ in 0..2 {
-            executor.step(&model, x()).unwrap();
-        }
-        assert_eq!(pool.elsewhere(), 0);
+        let lifetimes = BufferLifetimes::of(&mut bucket, &Kernels::default());
+        assert!(lifetimes.listed <= 4 * many, "{}", lifetimes.listed);
     }
 }

@@ -5,8 +5,6 @@
 //! Parameters and inputs enter as tensors *without data*: nothing is copied, and a `forward` that reads them on the
 //! host fails instead of freezing what it read.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use burn::backend::{AutodiffBackend, BackendTensor, TensorMetadata};
 use burn::module::Module;
 use burn::prelude::*;
@@ -20,7 +18,7 @@ use super::recording::Recording;
 use super::step::StepGraph;
 use super::{assemble, graph_error};
 use crate::comm::panic_message;
-use crate::error::Error;
+use crate::error::{Error, catch_told};
 use crate::params::one_device;
 use crate::step::{Loss, LossParts, Weight};
 use crate::tensor::TensorTree;
@@ -39,7 +37,7 @@ use crate::tensor::TensorTree;
 /// # Errors
 /// [`Error::Graph`] saying what to do, if the step cannot be recorded (see [the module page](super)), if the loss has
 /// more than one element, or does not depend on a trainable parameter. burn reports some of these as panics, which are
-/// caught; their message still goes through the panic hook.
+/// caught, and printed only if no more is known of them than what they say, or `RUST_BACKTRACE` is set.
 pub fn capture_step<M, I, F, R>(model: &M, inputs: I, loss: F) -> Result<StepGraph, Error>
 where
     M: Module,
@@ -60,13 +58,16 @@ pub(crate) fn in_scope(
     let mut recording =
         Err(graph_error("a step is captured inside the closure of another capture: capture them one by one"));
     // The closure's state cannot be seen again after a panic: models are only cloned, the rest is moved in.
-    let captured = catch_unwind(AssertUnwindSafe(|| {
-        device.capture_scope(|scope| {
-            recording = record(device);
-            // Inputs and outputs are told apart here, not by burn: they enter as operations without data.
-            scope.complete([], [])
-        })
-    }));
+    let captured = catch_told(
+        |panic| advice(panic).is_some(),
+        || {
+            device.capture_scope(|scope| {
+                recording = record(device);
+                // Inputs and outputs are told apart here, not by burn: they enter as operations without data.
+                scope.complete([], [])
+            })
+        },
+    );
     let captured: CapturedGraph = match captured {
         Ok(Ok(captured)) => captured,
         Ok(Err(error)) => {
@@ -183,8 +184,17 @@ fn check_loss(loss: Tensor<1>) -> Result<(EdgeTensor, Leaf), Error> {
     Ok((EdgeTensor { path: "loss".into(), id: tracked.primitive().id(), shape, dtype }, tracked))
 }
 
-/// What to do about a panic of burn during a capture.
+/// The error of a panic during a capture.
 fn explain(panic: &str) -> Error {
+    graph_error(match advice(panic) {
+        // Which is not printed then.
+        Some(advice) => format!("{advice} (burn said: {panic}; RUST_BACKTRACE=1 shows where)"),
+        None => format!("the step panicked while it was recorded; does it run eagerly? (burn said: {panic})"),
+    })
+}
+
+/// What to do about a panic of burn during a capture, if that is known.
+fn advice(panic: &str) -> Option<&'static str> {
     let says = |words: &[&str]| words.iter().any(|words| panic.contains(words));
     let advice = if says(&["Cannot move"]) {
         "`to_device` inside the step cannot be recorded: move tensors before the step. A `BatchNorm` that is called twice \
@@ -197,7 +207,7 @@ fn explain(panic: &str) -> Error {
     } else if says(&["not on the same device", "not on the same backend", "wrong backend"]) {
         "the step uses a tensor that is neither an input nor part of the module: pass it as an input"
     } else {
-        "the step panicked while it was recorded; does it run eagerly?"
+        return None;
     };
-    graph_error(format!("{advice} (burn said: {panic})"))
+    Some(advice)
 }

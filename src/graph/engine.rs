@@ -130,6 +130,15 @@ pub trait StepEngine: Module {
         F: FnMut(&Self::Model, I) -> O,
         O: TensorTree + Clone + Send + 'static;
 
+    /// Makes sure that the model still holds what this engine has made of its parameters: it may have been changed
+    /// since the last step. All ranks get the error.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] with the parameter.
+    fn check_params(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// Gives this rank's parameters the values that a source has.
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error>;
 

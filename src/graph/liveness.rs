@@ -8,10 +8,10 @@ use std::collections::{HashMap, HashSet};
 
 use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
-use super::buffers::plan_memory;
 use super::fused::{Kernels, fuse, taken};
 use super::instruction::{Instruction, Item};
 use super::memory_plan::MemoryPlan;
+use super::plan_memory::plan_memory;
 use super::step::StepGraph;
 
 /// What a step needs of memory beside parameters, inputs and constants.

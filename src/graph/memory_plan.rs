@@ -1,4 +1,8 @@
-//! The memory plan of a step: where tensors lie in one block, no two that are there at the same time in the same place.
+//! Where the tensors of a step lie in one block of memory, and the bytes that the step needs.
+//!
+//! Tensors get a place each, so that no two that are there at the same time overlap, in as small a block as is found by
+//! placing the largest first. Results of the step are in the block where there is room, up to the end of the step.
+//! Whoever gets them may keep them: what has its place there in a later step is made elsewhere then.
 //!
 //! The plan decides nothing about correctness: a place whose tensor is still there, against the plan, is not lent
 //! ([`Pool`](crate::tensor::Pool)), and memory with another owner is not taken.
@@ -63,11 +67,11 @@ impl MemoryPlan {
 /// How long a tensor is there.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Lifetime {
-    pub tensor: TensorId,
-    pub bytes: usize,
+    pub(super) tensor: TensorId,
+    pub(super) bytes: usize,
     /// The numbers of the first and the last instruction that it is there for.
-    pub born: usize,
-    pub ends: usize,
+    pub(super) born: usize,
+    pub(super) ends: usize,
 }
 
 fn largest_first(mut lifetimes: Vec<Lifetime>) -> Vec<Lifetime> {
@@ -110,7 +114,7 @@ fn last_gap(mut taken: Vec<(usize, usize)>, bytes: usize, size: usize) -> Option
 
 #[cfg(test)]
 mod tests {
-    use super::{gap, last_gap};
+    use super::*;
 
     #[test]
     fn a_gap_is_the_smallest_that_is_large_enough() {

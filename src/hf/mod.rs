@@ -25,6 +25,6 @@ pub use mapped::Mapped;
 pub use mapping::Mapping;
 pub use merged::Merged;
 pub use rule::{Names, Rule};
-pub use save::{SaveConfig, Saved, save};
+pub use save::{SaveConfig, SavedDirectory, save};
 pub use save_adapter::save_adapter;
 pub use weights::{Weights, open};

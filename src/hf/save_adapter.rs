@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::adapter::{AdapterConfig, STEM, adapters, module_of};
 use super::mapping::Mapping;
-use super::save::{SaveConfig, Saved, save_as};
+use super::save::{SaveConfig, SavedDirectory, save_as};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::params::is_shard;
@@ -26,7 +26,7 @@ pub fn save_adapter<P: ParallelModule>(
     dir: impl AsRef<Path>,
     (base, adapter): (&str, AdapterConfig),
     config: &SaveConfig,
-) -> Result<Saved, Error> {
+) -> Result<SavedDirectory, Error> {
     save_as(STEM, model, world, dir.as_ref(), || adapter_config(model, (base, adapter), config))
 }
 

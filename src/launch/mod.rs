@@ -14,9 +14,12 @@ mod process;
 #[cfg(unix)]
 mod processes;
 mod rank;
+mod reader;
 #[cfg(unix)]
 mod relay;
 mod rendezvous;
+#[cfg(unix)]
+mod started;
 mod stop;
 #[cfg(unix)]
 mod supervise;
@@ -28,6 +31,7 @@ pub use process::{Process, TransportKind, from_env};
 #[cfg(unix)]
 pub use processes::{Processes, processes};
 pub use rank::Rank;
+pub(crate) use reader::ended_by;
 pub use stop::StopSignals;
 pub use threads::{Threads, threads};
 

@@ -15,7 +15,7 @@ use crate::comm::tcp::{descriptors, nonce};
 /// Says to a program that it has been started by itself.
 const CHILD: &str = "BURN_PARALLEL_CHILD";
 /// How long ranks have to end once they are told to, unless the program says otherwise.
-const GRACE: Duration = Duration::from_secs(5);
+const TIME_TO_END: Duration = Duration::from_secs(5);
 /// How soon ranks fail that would fail again, unless the program says otherwise.
 const FAILS_AGAIN_WITHIN: Duration = Duration::from_secs(60);
 
@@ -28,7 +28,7 @@ pub fn processes(size: usize) -> Processes {
         program: None,
         restarts: 0,
         restart_sizes: Vec::new(),
-        grace: GRACE,
+        grace: TIME_TO_END,
         fails_again_within: FAILS_AGAIN_WITHIN,
     }
 }
@@ -87,7 +87,8 @@ impl Processes {
     }
 
     /// Sets how long ranks have to end once they are told to, before they are killed. Default 5 s: more, if they save a
-    /// checkpoint then.
+    /// checkpoint then. What they have started and leave behind is killed as well, but for what has left their process
+    /// group, as a daemon does: that is not waited for.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.grace = grace;
         self

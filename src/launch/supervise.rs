@@ -5,18 +5,16 @@
 //! seconds are ended (SIGKILL). A signal that would end the parent goes to them first. Should the parent be killed
 //! outright, the kernel ends the ranks (`PR_SET_PDEATHSIG`, on Linux).
 
-use std::collections::VecDeque;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::{Arc, Mutex};
-use std::thread::{self, JoinHandle};
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Command, ExitStatus};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use super::relay::relay;
-use super::{StopSignal, end_with_parent};
+use super::StopSignal;
+use super::started::{OUTPUT_WAIT, Started};
 use crate::Error;
 
 /// How often the parent looks whether a rank has ended.
@@ -24,33 +22,6 @@ const POLL_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The exit code, by custom, of a program that was given what makes no sense.
 const REFUSED: i32 = 2;
-
-/// A process that was started, and the threads that read what it says.
-struct Started {
-    child: Child,
-    readers: Vec<JoinHandle<()>>,
-    said: Arc<Mutex<VecDeque<String>>>,
-    status: Option<ExitStatus>,
-}
-
-impl Started {
-    /// Sends a signal to the process and all that it has started.
-    fn signal(&self, signal: i32) {
-        // SAFETY: no memory is involved. The group is the process's own.
-        unsafe { libc::killpg(self.child.id() as i32, signal) };
-    }
-}
-
-impl Drop for Started {
-    fn drop(&mut self) {
-        self.signal(libc::SIGKILL);
-        if self.status.is_none() {
-            let _ = self.child.wait();
-        }
-        // All writers of the pipes have gone.
-        self.readers.drain(..).for_each(|reader| drop(reader.join()));
-    }
-}
 
 /// How processes have ended.
 pub(super) struct Ended {
@@ -83,7 +54,7 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
     let mut started = Vec::with_capacity(commands.len());
     for (rank, command) in commands.into_iter().enumerate() {
         // Those that were started are ended as they are dropped.
-        started.push(start(command, (!alone).then_some(rank), size).map_err(|problem| Error::Launch {
+        started.push(Started::new(command, (!alone).then_some(rank), size).map_err(|problem| Error::Launch {
             rank,
             size,
             problem: problem.to_string(),
@@ -91,22 +62,21 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
     }
     let mut ended = Ended { first: None, lost: 0, refused: false, lasted: Duration::MAX };
     let mut ending: Option<Instant> = None;
-    while started.iter().any(|process| process.status.is_none()) {
+    while started.iter().any(|process| process.status().is_none()) {
         for signal in signals.pending() {
-            started.iter().filter(|process| process.status.is_none()).for_each(|process| process.signal(signal));
+            started.iter().filter(|process| process.status().is_none()).for_each(|process| process.signal(signal));
             // What SIGUSR1 means is for the ranks to say.
             if signal != SIGUSR1 {
                 ending.get_or_insert_with(Instant::now);
                 ended.first.get_or_insert(Error::Stopped { signal: StopSignal::new(signal) });
             }
         }
-        let mut failed = Vec::new();
-        for (rank, process) in started.iter_mut().enumerate().filter(|(_, process)| process.status.is_none()) {
-            process.status = process.child.try_wait().map_err(Error::user)?;
-            if let Some(status) = process.status.filter(|status| !status.success()) {
+        let (mut failed, until) = (Vec::new(), Instant::now() + OUTPUT_WAIT);
+        for (rank, process) in started.iter_mut().enumerate().filter(|(_, process)| process.status().is_none()) {
+            let status = process.look().map_err(Error::user)?;
+            if let Some(status) = status.filter(|status| !status.success()) {
                 // What it has started itself might hold its pipes.
-                process.signal(libc::SIGKILL);
-                process.readers.drain(..).for_each(|reader| drop(reader.join()));
+                process.end(until);
                 failed.push((rank, status));
             }
         }
@@ -118,8 +88,7 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
             ended.first = Some(match StopSignal::of_exit(status.code()) {
                 Some(signal) => Error::Stopped { signal },
                 None => {
-                    let said = started[rank].said.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-                    let said = said.iter().cloned().collect();
+                    let said = started[rank].said();
                     Error::ProcessFailed { rank: (!alone).then_some(rank), size, status: describe(status), said }
                 }
             });
@@ -127,7 +96,7 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
         if ended.first.is_some() {
             ended.lasted = ended.lasted.min(began.elapsed());
             let since = *ending.get_or_insert_with(|| {
-                started.iter().filter(|p| p.status.is_none()).for_each(|process| process.signal(SIGTERM));
+                started.iter().filter(|p| p.status().is_none()).for_each(|process| process.signal(SIGTERM));
                 Instant::now()
             });
             if since.elapsed() > grace {
@@ -136,24 +105,10 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
         }
         thread::sleep(POLL_INTERVAL);
     }
-    ended.refused = started.iter().any(|process| process.status.and_then(|status| status.code()) == Some(REFUSED));
-    drop(started);
+    ended.refused = started.iter().any(|process| process.status().and_then(|status| status.code()) == Some(REFUSED));
+    let until = Instant::now() + OUTPUT_WAIT;
+    started.iter_mut().for_each(|process| process.end(until));
     Ok(ended)
-}
-
-fn start(mut command: Command, rank: Option<usize>, size: usize) -> std::io::Result<Started> {
-    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
-    end_with_parent(&mut command);
-    let mut child = command.spawn()?;
-    let said = Arc::new(Mutex::new(VecDeque::new()));
-    let mut readers = Vec::new();
-    if let Some(out) = child.stdout.take() {
-        readers.push(relay(out, std::io::stdout(), rank, size, None)?);
-    }
-    if let Some(err) = child.stderr.take() {
-        readers.push(relay(err, std::io::stderr(), rank, size, Some(said.clone()))?);
-    }
-    Ok(Started { child, readers, said, status: None })
 }
 
 fn describe(status: ExitStatus) -> String {

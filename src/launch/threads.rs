@@ -1,6 +1,5 @@
 //! Runs ranks as threads of this process.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::OnceLock;
 use std::thread;
 use std::time::Duration;
@@ -11,7 +10,7 @@ use super::Rank;
 use crate::Error;
 use crate::comm::{Communicator, panic_message};
 use crate::comm::{WorldConfig, local};
-use crate::error::caught;
+use crate::error::{catch_told, caught, is_thrown};
 
 /// Prepares a world of `size` ranks that are threads of this process. [`Threads::run`] starts it.
 ///
@@ -148,7 +147,7 @@ where
         Err(problem) => return fail(Error::Launch { rank: index, size: comm.size(), problem: problem.to_string() }),
     };
     // Caught on the thread that it happens on, which knows the error of a panic that stands for one.
-    let run = || catch_unwind(AssertUnwindSafe(|| f(rank))).or_else(|panic| caught(&*panic).map(Err).ok_or(panic));
+    let run = || catch_told(is_thrown, || f(rank)).or_else(|panic| caught(&*panic).map(Err).ok_or(panic));
     match pool.install(run) {
         Ok(Ok(result)) => {
             // Said outright: a tape that burn has not cleared away yet may keep communicators alive.

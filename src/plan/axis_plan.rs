@@ -1,11 +1,11 @@
 //! What a plan says of one axis: rules for parameters and inputs.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::pattern::matches;
 use super::rule_text::RuleText;
 use crate::Error;
-use crate::forms::Table;
+use crate::forms::table_as;
 use crate::layout::Layout;
 
 /// What a plan says of one axis.
@@ -18,8 +18,8 @@ pub(crate) struct AxisPlan {
     pub(super) refused: Option<String>,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(into = "RuleText", try_from = "Table<RuleText>")]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(into = "RuleText")]
 pub(super) struct Rule {
     pub(super) pattern: String,
     pub(super) layout: Layout,
@@ -122,10 +122,16 @@ impl From<Rule> for RuleText {
     }
 }
 
-impl TryFrom<Table<RuleText>> for Rule {
+impl<'de> Deserialize<'de> for Rule {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        table_as::<RuleText, Self, D>(deserializer)
+    }
+}
+
+impl TryFrom<RuleText> for Rule {
     type Error = String;
 
-    fn try_from(Table(text): Table<RuleText>) -> Result<Self, String> {
+    fn try_from(text: RuleText) -> Result<Self, String> {
         let RuleText { pattern, shard, replicate, if_present: optional, padded } = text;
         let layout = match (shard, replicate) {
             (Some(dim), false) => Layout::Sharded(dim),

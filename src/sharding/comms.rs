@@ -1,7 +1,7 @@
 //! Who divides what with whom.
 
 use crate::Error;
-use crate::comm::{Communicator, Counters, GATHERED_PARAMETERS};
+use crate::comm::{Communicator, Counters};
 
 /// The communicators of sharded replicas. Each kind of traffic has one of its own, so that it is counted by itself and
 /// runs in the background beside the others.
@@ -19,11 +19,11 @@ pub struct ShardComms {
 
 impl ShardComms {
     /// Divides rows among `ranks` neighbours of a group of replicas, and replicates them over the others; among all of
-    /// the group without a number. Collective.
+    /// the group without a number. Errors call the group that carries parameters by `name`. Collective.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if `ranks` does not divide the group; those of [`Communicator::split`].
-    pub(crate) fn new(group: &Communicator, ranks: Option<usize>) -> Result<Self, Error> {
+    pub(crate) fn new(group: &Communicator, ranks: Option<usize>, name: &str) -> Result<Self, Error> {
         let (rank, size) = (group.rank(), group.size());
         let ranks = ranks.unwrap_or(size);
         if ranks == 0 || !size.is_multiple_of(ranks) {
@@ -35,9 +35,9 @@ impl ShardComms {
             return Err(Error::invalid("data_parallel", problem));
         }
         let (color, key) = ((rank / ranks) as u64, rank as i64);
-        let of_its_own = |name| group.split_named(name, color, key);
+        let of_its_own = |name: &str| group.split_named(name, color, key);
         let (parameters, gradients, control) =
-            (of_its_own(GATHERED_PARAMETERS)?, of_its_own("shard_gradients")?, of_its_own("shard_control")?);
+            (of_its_own(name)?, of_its_own("shard_gradients")?, of_its_own("shard_control")?);
         let copies = match ranks < size {
             true => Some(group.split_named("shard_copies", (rank % ranks) as u64, key)?),
             false => None,

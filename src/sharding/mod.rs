@@ -24,5 +24,5 @@ pub(crate) use comms::ShardComms;
 pub(crate) use group::{Member, groups};
 pub(crate) use owner::owners;
 pub(crate) use pack::Pack;
-pub(crate) use params::{ShardParam, ShardParams};
+pub(crate) use params::{ShardParam, ShardParams, UpdatedShards};
 pub(crate) use ranked::RankedParam;

@@ -173,23 +173,24 @@ impl Pack {
         op: ReduceOp,
         group: &Communicator,
     ) -> Result<Vec<PlainTensor>, Error> {
-        self.reduce_scatter_agreed(wholes, op, group, 0)
+        self.reduce_scatter_in(None, wholes, op, group, 0)
     }
 
     /// As [`reduce_scatter`](Self::reduce_scatter), where all ranks must bring the same number: which parameters these
-    /// are of.
+    /// are of. Into memory of a pool, if there is one.
     ///
     /// # Errors
     /// Those of [`Communicator::reduce_scatter`].
-    pub(crate) fn reduce_scatter_agreed(
+    pub(crate) fn reduce_scatter_in(
         &self,
+        pool: Option<&Arc<Pool>>,
         wholes: Vec<PlainTensor>,
         op: ReduceOp,
         group: &Communicator,
         number: u64,
     ) -> Result<Vec<PlainTensor>, Error> {
         self.in_collectives(wholes, |pack, wholes| {
-            Ok(pack.unpack_shards(group.reduce_scatter_agreed(pack.pack_wholes(wholes)?, op, number)?))
+            Ok(pack.unpack_shards(group.reduce_scatter_in(pool, pack.pack_wholes(wholes)?, op, number)?))
         })
     }
 
@@ -329,7 +330,10 @@ mod tests {
                     let (pool, rows) = (Arc::<Pool>::default(), Rows::new(&dims, 3).unwrap());
                     let bytes = rows.padded_dims().iter().product::<usize>() * 4;
                     let pack = Pack::new(vec![rows]);
-                    let shards = |first| pack.reduce_scatter(vec![numbers(first, &dims)], ReduceOp::Max, &rank);
+                    let scatter = |pool: Option<&Arc<Pool>>, first| {
+                        pack.reduce_scatter_in(pool, vec![numbers(first, &dims)], ReduceOp::Max, &rank, 1)
+                    };
+                    let shards = |first| scatter(None, first);
                     let gather =
                         |first| Ok::<_, Error>(pack.gather_in(Some(&pool), shards(first)?, &rank, 1)?.remove(0));
                     let (one, two) = (gather(1.0)?, gather(2.0)?);
@@ -341,6 +345,14 @@ mod tests {
                     assert_eq!((pool.free(), values(two)), (bytes, values(numbers(2.0, &dims))));
                     drop((gather(4.0)?, gather(5.0)?));
                     assert_eq!(pool.free(), 2 * bytes);
+                    // Of what is scattered a third is left, in memory that is used again as well.
+                    let sums = Arc::<Pool>::default();
+                    let (one, two) = (scatter(Some(&sums), 6.0)?.remove(0), scatter(Some(&sums), 7.0)?.remove(0));
+                    assert_eq!((sums.free(), values(one)), (0, values(scatter(None, 6.0)?.remove(0))));
+                    assert_eq!(sums.free(), bytes / 3);
+                    let three = scatter(Some(&sums), 8.0)?.remove(0);
+                    assert_eq!((sums.free(), values(three)), (0, values(scatter(None, 8.0)?.remove(0))));
+                    assert_eq!(values(two), values(scatter(None, 7.0)?.remove(0)));
                     Ok(())
                 })
                 .unwrap();

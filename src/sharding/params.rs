@@ -29,6 +29,14 @@ impl ShardParam {
 #[derive(Debug, Clone, Default)]
 pub struct ShardParams(pub(crate) Vec<ShardParam>);
 
+/// What an optimizer has made of a rank's shards.
+#[derive(Debug, Default)]
+pub struct UpdatedShards {
+    pub(crate) updated: ShardParams,
+    /// Those that had no gradient, as they were.
+    pub(crate) unchanged: ShardParams,
+}
+
 impl ShardParams {
     fn renew(self, renew: impl Fn(RankedParam) -> RankedParam) -> Self {
         Self(self.0.into_iter().map(|shard| ShardParam { param: renew(shard.param), ..shard }).collect())

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::recycled::Piece;
+use super::pieces::Piece;
 
 /// Memory whose places are lent, each to one tensor at a time. Whoever works out the places may err in who is still
 /// there: a place that is not free is not lent.

@@ -8,6 +8,7 @@ pub(crate) mod magnitude;
 mod measured_sum;
 mod ops;
 mod panel;
+mod pieces;
 mod product;
 mod recycled;
 mod squares;

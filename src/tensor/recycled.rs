@@ -6,11 +6,9 @@
 //! pieces for tensors that leave the step or whose end is not known, which are used again by the next of about their
 //! size.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, handle_alloc_error};
 use std::cell::RefCell;
-use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
-use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use burn::backend::flex::{FlexTensor, Layout as Strides};
@@ -18,15 +16,12 @@ use burn::tensor::{Bytes, DType, Shape};
 use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProperty};
 
 use super::block::Block;
+use super::pieces::{Piece, Pieces};
 
 /// What is smaller comes from the allocator, which keeps it.
 pub(crate) const FROM: usize = 256 << 10;
 /// A cache line, and the widest vector.
 pub(crate) const ALIGN: usize = 64;
-/// A piece that is not taken again while so many others are goes back to the system.
-const KEEP: u64 = 4096;
-/// All pieces may take this part more than tensors had at once at most.
-const SLACK: usize = 16;
 
 /// The memory that the captured steps of a thread take turns in. It goes back to the system with the last of them.
 #[derive(Debug, Default)]
@@ -37,113 +32,6 @@ pub(crate) struct Pool {
     /// How many tensors did not find their place free.
     #[cfg(test)]
     elsewhere: std::sync::atomic::AtomicUsize,
-}
-
-#[derive(Debug, Default)]
-struct Pieces {
-    /// By bytes; with the time since when.
-    free: BTreeMap<usize, Vec<(Piece, u64)>>,
-    /// How often a piece was taken.
-    time: u64,
-    /// Bytes of pieces that are free, and of those that tensors hold.
-    idle: usize,
-    used: usize,
-    /// The most that tensors held at once.
-    most: usize,
-}
-
-impl Pieces {
-    /// A piece of so many bytes or a few more, if there is one: not one that is much larger, which will be wanted for
-    /// what is.
-    fn take(&mut self, bytes: usize) -> Option<Piece> {
-        let size = *self.free.range(bytes..=bytes + bytes / 4).next()?.0;
-        let of_size = self.free.get_mut(&size)?;
-        let (piece, _) = of_size.pop()?;
-        if of_size.is_empty() {
-            self.free.remove(&size);
-        }
-        self.idle -= size;
-        Some(piece)
-    }
-
-    /// Gives pieces back to the system, those first that have been free for longest, until there is room for so many
-    /// bytes more: all take little more than tensors had at once at most. A step that wants large ones after many small
-    /// ones would hold both else. A little more, so that what is small and there for a moment does not cost a large one
-    /// in each step.
-    fn make_room(&mut self, bytes: usize) {
-        let most = self.most.max(self.used + bytes);
-        let most = most + most / SLACK;
-        while self.idle > 0 && self.used + self.idle + bytes > most {
-            let oldest = |of_size: &Vec<(Piece, u64)>| of_size.iter().map(|(_, since)| *since).min();
-            let Some(size) = self.free.iter().min_by_key(|(_, of_size)| oldest(of_size)).map(|(size, _)| *size) else {
-                return;
-            };
-            self.release(size, |of_size| {
-                let first = (0..of_size.len()).min_by_key(|at| of_size[*at].1);
-                first.into_iter().for_each(|at| drop(of_size.remove(at)));
-            });
-        }
-    }
-
-    /// Drops pieces of one size.
-    fn release(&mut self, size: usize, some: impl FnOnce(&mut Vec<(Piece, u64)>)) {
-        let Some(of_size) = self.free.get_mut(&size) else { return };
-        let before = of_size.len();
-        some(of_size);
-        self.idle -= size * (before - of_size.len());
-        if of_size.is_empty() {
-            self.free.remove(&size);
-        }
-    }
-}
-
-/// A piece of memory, given back to the system when it is dropped.
-#[derive(Debug)]
-pub(super) struct Piece {
-    allocated: NonNull<u8>,
-    layout: Layout,
-    /// From its first aligned byte on.
-    bytes: usize,
-}
-
-// SAFETY: a piece is bytes that nothing else refers to.
-unsafe impl Send for Piece {}
-// SAFETY: the same; it is changed through `&mut` only.
-unsafe impl Sync for Piece {}
-
-impl Piece {
-    /// Zeros, since kernels refer to elements before they write them: of a large piece pages that the system zeroes
-    /// when they are touched.
-    pub(super) fn zeroed(bytes: usize) -> Self {
-        Self::try_zeroed(bytes).unwrap_or_else(|layout| handle_alloc_error(layout))
-    }
-
-    /// The same, if there is memory for it. The allocator would write the zeros itself if it were asked for more than
-    /// its own alignment.
-    fn try_zeroed(bytes: usize) -> Result<Self, Layout> {
-        let layout = bytes.checked_add(ALIGN).and_then(|bytes| Layout::from_size_align(bytes, align_of::<u128>()).ok());
-        let layout = layout.expect("a tensor is smaller than the address space");
-        // SAFETY: its size is not 0.
-        let allocated = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or(layout)?;
-        Ok(Self { allocated, layout, bytes })
-    }
-
-    /// The first byte, at a multiple of 64.
-    pub(super) fn pointer(&self) -> *mut u8 {
-        let pointer = self.allocated.as_ptr();
-        pointer.wrapping_add(pointer.align_offset(ALIGN))
-    }
-
-    pub(super) fn size(&self) -> usize {
-        self.bytes
-    }
-}
-
-impl Drop for Piece {
-    fn drop(&mut self) {
-        // SAFETY: it was allocated with this layout, and is dropped once.
-        unsafe { dealloc(self.allocated.as_ptr(), self.layout) };
-    }
 }
 
 thread_local! {
@@ -172,25 +60,7 @@ impl Pool {
 
     /// The same for many bytes, if there is memory for them.
     fn large_room(self: &Arc<Self>, bytes: usize) -> Result<Room, Layout> {
-        let mut pieces = self.pieces();
-        pieces.time += 1;
-        let found = pieces.take(bytes);
-        let piece = match found {
-            Some(piece) => piece,
-            None => {
-                pieces.make_room(bytes);
-                Piece::try_zeroed(bytes)?
-            }
-        };
-        pieces.used += piece.size();
-        pieces.most = pieces.most.max(pieces.used);
-        if pieces.time.is_multiple_of(KEEP) {
-            let time = pieces.time;
-            let sizes: Vec<usize> = pieces.free.keys().copied().collect();
-            for size in sizes {
-                pieces.release(size, |of_size| of_size.retain(|(_, since)| since + KEEP > time));
-            }
-        }
+        let piece = self.pieces().lend(bytes)?;
         Ok(Room { place: Place::Piece(piece, Arc::downgrade(self)), bytes })
     }
 
@@ -299,11 +169,7 @@ impl Drop for Room {
             Place::Block(block, start) => block.take_back(start),
             Place::Piece(piece, pool) => {
                 let Some(pool) = pool.upgrade() else { return };
-                let mut pieces = pool.pieces();
-                let (time, size) = (pieces.time, piece.size());
-                pieces.used -= size;
-                pieces.idle += size;
-                pieces.free.entry(size).or_default().push((piece, time));
+                pool.pieces().take_back(piece);
             }
             Place::Nowhere => {}
         }
@@ -333,6 +199,7 @@ impl AllocationController for Room {
 
 #[cfg(test)]
 mod tests {
+    use super::super::pieces::{KEEP, SLACK};
     use super::*;
 
     fn filled(pool: &Arc<Pool>, bytes: usize, with: u8) -> Bytes {
@@ -399,6 +266,19 @@ mod tests {
             let all: Vec<Room> = (0..4).map(|_| pool.room(8 * FROM)).collect();
             drop(all);
         }
+    }
+
+    /// One gradient of some MiB, and at another time of each step a panel of 1 MiB.
+    #[test]
+    fn a_few_sizes_do_not_push_each_other_out() {
+        let pool = Pool::of_thread();
+        let mut places = Vec::new();
+        for _ in 0..3 {
+            drop(pool.room(4 * FROM));
+            places.push(pool.room(16 * FROM).pointer());
+            assert_eq!(pool.free(), 20 * FROM);
+        }
+        assert!(places.iter().all(|place| *place == places[0]));
     }
 
     #[test]

@@ -8,6 +8,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
 use super::dtype::{bits_of, dtype_of};
+use super::strided::can_lie_in_memory;
 
 /// A header is no longer than this, says the format.
 pub(super) const LONGEST: u64 = 100_000_000;
@@ -95,6 +96,11 @@ impl Said {
             let bytes =
                 size.map_or("more bytes than there can be".to_owned(), |bits| format!("{} bytes", bits.div_ceil(8)));
             return Err(format!("of dims {shape:?} and dtype {named} takes {bytes}, and is given {}", end - begin));
+        }
+        if !can_lie_in_memory(shape.iter().copied(), bits as u64) {
+            return Err(format!(
+                "of dims {shape:?} and dtype {named} takes more bytes than there can be, were none of its dims 0"
+            ));
         }
         let word = |number: u64| usize::try_from(number).map_err(|_| format!("has a size of {number}, too large here"));
         Ok(Entry {

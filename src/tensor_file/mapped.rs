@@ -213,6 +213,13 @@ mod tests {
         refused(r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"more":1}}"#, 4, "unknown field `more`");
         refused(r#"{"__metadata__":{},"__metadata__":{}}"#, 0, "`__metadata__` is there twice");
         refused("[]", 0, "a map from names to tensors");
+        // No bytes, and strides that are no numbers.
+        for shape in ["[0,4294967296,4294967296]", "[4611686018427387904,0,4]", "[2305843009213693952,0]"] {
+            let none = format!(r#"{{"a":{{"dtype":"F32","shape":{shape},"data_offsets":[0,0]}}}}"#);
+            refused(&none, 0, "takes more bytes than there can be");
+        }
+        let none = r#"{"a":{"dtype":"F32","shape":[0,4294967296,4],"data_offsets":[0,0]}}"#;
+        assert_eq!(says(none, none.len(), 0), Ok(()));
         // A dtype that burn lacks is no reason not to read the others.
         let odd = r#"{"a":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}"#;
         assert_eq!(says(odd, odd.len(), 4), Ok(()));

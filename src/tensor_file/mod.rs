@@ -22,5 +22,5 @@ pub(crate) use elements::Elements;
 pub(crate) use header::Entry;
 pub(crate) use mapped::TensorFile;
 pub(crate) use problem::file_error;
-pub(crate) use strided::{Loop, Side, copy_strided, row_major};
+pub(crate) use strided::{Loop, Side, can_lie_in_memory, copy_strided, row_major};
 pub(crate) use writer::{NewFile, NewTensor, PieceWriter};

@@ -23,6 +23,13 @@ pub(crate) struct Side {
     pub(crate) dtype: DType,
 }
 
+/// Whether a tensor of these dims, each element of so many bits, can lie in memory: one without elements as well, whose
+/// strides are numbers all the same.
+pub(crate) fn can_lie_in_memory(dims: impl IntoIterator<Item = u64>, bits: u64) -> bool {
+    let all = dims.into_iter().filter(|dim| *dim > 0).try_fold(bits, |product, dim| product.checked_mul(dim));
+    all.is_some_and(|bits| bits / 8 <= isize::MAX as u64)
+}
+
 /// The strides of a row-major tensor of these dims, in elements.
 pub(crate) fn row_major(dims: &[usize]) -> Vec<isize> {
     let mut strides = vec![1; dims.len()];

@@ -14,11 +14,11 @@ use crate::Error;
 use crate::data_parallel::{Join, JoinLoader};
 use crate::graph::{CheckedOptimizers, GradientLayout, RandomSource, SplitParam, TensorTree};
 use crate::params::{ParamSlice, SliceSource};
-use crate::sharding::{ShardComms, ShardParams};
+use crate::sharding::{ShardComms, ShardParams, UpdatedShards};
 use crate::step::{Loss, Step, StepCounters};
 
 /// Takes this rank's rows, and returns those that it has changed.
-pub type UpdateShards<'a> = dyn FnMut(ShardParams, &ShardComms) -> Result<ShardParams, Error> + 'a;
+pub type UpdateShards<'a> = dyn FnMut(ShardParams, &ShardComms) -> Result<UpdatedShards, Error> + 'a;
 
 pub(super) mod sealed {
     pub trait Sealed {}
@@ -156,8 +156,10 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// matrices whether the update of a part is the part of the update. Element-wise optimizers (SGD, Adam, AdamW, ...)
     /// update parts. What is not updated so (by Muon, LAMB, Adafactor, or where burn clips each gradient by its norm)
     /// is joined, each parameter on one of the ranks that hold parts of it, which updates it and sends the others
-    /// theirs; its state is whole there. Collective then, and with sharded replicas, which gather each other's rows.
-    /// What is put in the place of an optimizer between two calls (`optim = ..`) is not looked at again.
+    /// theirs; its state is whole there. Collective then, and with sharded replicas, which gather each other's rows;
+    /// and the first time, when ranks that hold different parts make sure that none has the moments of another. An
+    /// optimizer that is put in the place of another between two calls (`optim = ..`), or was given another state, is
+    /// met for the first time, on all ranks alike.
     ///
     /// A [`skipped`](Step::skipped) step leaves parameters and moments as they are.
     ///
@@ -186,7 +188,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
             let mut step = Some(ShardedStep { optim, lr: lr.into(), grads: step.grads, checked, split });
             return self.update_shards(&mut |shards, comms| match step.take() {
                 Some(step) => step.run(shards, comms),
-                None => Ok(ShardParams::default()),
+                None => Ok(UpdatedShards::default()),
             });
         }
         let (checked, split) = (self.checked_optimizers().clone(), self.split_params());

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::unread;
 use crate::Error;
 use crate::data_parallel::DataParallelConfig;
-use crate::forms::{Table, optional_table, read_text, table};
+use crate::forms::{Table, optional_table, read_text, table, with_forms};
 use crate::pipeline_parallel::PipelineConfig;
 use crate::sharding::Sharding;
 use crate::tensor_parallel::TensorParallelConfig;
@@ -229,13 +229,13 @@ impl Strategy {
     }
 
     fn of_json(text: &str) -> Result<Self, String> {
-        let Table(strategy): Table<Self> = serde_json::from_str(text).map_err(|problem| problem.to_string())?;
+        let Table(strategy): Table<Self> = with_forms(|| serde_json::from_str(text))?;
         unread::check(&strategy)?;
         Ok(strategy)
     }
 
     fn of_toml(text: &str) -> Result<Self, String> {
-        let strategy: Self = toml::from_str(text).map_err(|problem| problem.to_string())?;
+        let strategy: Self = with_forms(|| toml::from_str(text))?;
         unread::check(&strategy)?;
         Ok(strategy)
     }

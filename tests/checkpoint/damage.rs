@@ -161,6 +161,7 @@ fn indices_that_lie() {
     lies(&|index| index["model"][weight]["dtype"] = json!("F64"), &["`model/blocks.0.up.weight", "F32"]);
     lies(&|index| index["model"][weight]["dtype"] = json!("F33"), &["dtype F33"]);
     lies(&|index| index["model"][weight]["dims"] = json!([1u64 << 40, 1u64 << 40]), &["more than there can be"]);
+    lies(&|index| index["model"][weight]["dims"] = json!([0, 1u64 << 32, 1u64 << 32]), &["more than there can be"]);
     lies(&|index| drop(index["model"].as_object_mut().unwrap().remove(weight)), &["lacks", weight]);
     // Of one slice a tensor of any size might be made; and moments are as large as they say.
     let copy = |index: &mut Value| {

@@ -11,6 +11,7 @@ pub mod forwarding;
 pub mod llama;
 pub mod models;
 pub mod ports;
+pub mod priority;
 pub mod products;
 pub mod reference;
 pub mod rotary;

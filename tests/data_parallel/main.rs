@@ -5,6 +5,7 @@ mod common;
 
 mod batch_norm;
 mod changes;
+mod drift;
 mod parity;
 mod rules;
 mod sampler;

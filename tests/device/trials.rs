@@ -5,6 +5,8 @@ use std::panic::catch_unwind;
 use burn::tensor::{Device, DeviceKind, Tensor};
 use libtest_mimic::{Arguments, Trial};
 
+use crate::common::priority::ranks_come_last;
+
 pub fn gpu() -> Device {
     Device::wgpu(DeviceKind::DefaultDevice)
 }
@@ -31,6 +33,7 @@ impl Trials {
     }
 
     pub fn run(self) -> ! {
+        ranks_come_last();
         libtest_mimic::run(&Arguments::from_args(), self.trials).exit()
     }
 }

@@ -87,8 +87,10 @@ fn keys_that_one_replica_does_not_read_are_named() {
 #[test]
 fn the_batch_that_fits_is_found() {
     let directory = prepared();
+    // More than any trial takes.
+    directory.write("large.txt", "what fits is found out by trying\n".repeat(4000).as_bytes());
     let rows = |kilobytes: &str| {
-        let flags = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "auto", "--dp", "2", "--steps", "1"];
+        let flags = ["--data", "in:large.txt", "--seq", "64", "--batch", "auto", "--dp", "2", "--steps", "1"];
         let program = command(&directory, &[&flags[..], &["--json", "in:outcome.json"]].concat());
         let script = format!("ulimit -d {kilobytes} && exec \"$0\" \"$@\"");
         let mut limited = Command::new("sh");
@@ -98,10 +100,34 @@ fn the_batch_that_fits_is_found() {
         assert!(output.status.success() && told.contains("rows at once fit on a rank"), "{told}");
         // It takes a while: each trial is told, and what came of it.
         let count = |words: &str| told.lines().filter(|line| line.contains(words)).count();
-        assert!(count("--batch auto: tries ") >= 1 && count("--batch auto: at most 128 rows") == 1, "{told}");
+        let most = "--batch auto: at most 128 rows at once are looked for (8192 tokens on a replica)";
+        assert!(count("--batch auto: tries ") >= 1 && count(most) == 1, "{told}");
         assert!(count(" rows do not fit: ") < count("--batch auto: tries "), "{told}");
         outcome(&directory)["rows"].as_u64().unwrap()
     };
     let (little, more) = (rows("60000"), rows("100000"));
     assert!(2 <= little && little < more && more < 256, "{little}, {more}");
+}
+
+/// A batch is no more than an epoch, whatever would fit, and the rest of the flags are to suit it.
+#[cfg(target_os = "linux")]
+#[test]
+fn no_more_rows_are_tried_than_the_data_gives() {
+    let directory = prepared();
+    directory.write("few.jsonl", "{\"text\": \"a few words, and some more of them\"}\n".repeat(11).as_bytes());
+    let auto = |more: &[&str]| {
+        let flags = ["--data", "in:few.jsonl", "--seq", "64", "--unpacked", "--batch", "auto", "--dp", "2"];
+        let output = finetune(&directory, &[&flags[..], more].concat());
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, told) = auto(&["--json", "in:outcome.json"]);
+    let most = "at most 5 rows at once are looked for (an epoch of --data has 11 rows, for 2 micro-batches)";
+    assert!(code == Some(0) && told.contains(most) && !told.contains("tries 6 rows"), "{told}");
+    let outcome = outcome(&directory);
+    assert_eq!((outcome["rows"].as_u64(), numbers(&outcome, "losses").len()), (Some(10), 2));
+    // Two steps of the batch that is found.
+    let (code, told) = auto(&["--warmup", "3"]);
+    assert!(code == Some(2) && told.contains("--warmup 3 is more than the 2 steps of the whole run"), "{told}");
+    let (code, told) = auto(&["--steps", "2", "--grow-batch", "8"]);
+    assert!(code == Some(2) && told.contains("--grow-batch 8 is smaller than the 10 rows that --batch auto"), "{told}");
 }

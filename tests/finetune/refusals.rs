@@ -49,7 +49,7 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--engine", "eager", "--strategy", "in:nowhere.toml"], "--strategy"),
         (&["--steps", "3", "--epochs", "2"], "--epochs"),
         (&["--batch", "3", "--batch-tokens", "200"], "--batch"),
-        (&["--eval-every", "3"], "--eval"),
+        (&["--eval-every", "3"], "--eval-every needs --eval <FILE>, which is not given"),
         (&["--save-every", "3"], "--save"),
         (&["--lora-targets", "q_proj"], "--lora"),
         (&["--lora", "2", "--lora-targets", "q_proj,embed"], "`embed` is no projection"),

@@ -1,5 +1,7 @@
 //! What a user can bring that does not fit: each time an error that says what to do.
 
+use std::process::Command;
+
 use burn::module::{Module, Param, RunningState};
 use burn::nn::{BatchNorm, BatchNormConfig};
 use burn::prelude::*;
@@ -134,4 +136,56 @@ fn a_running_state_that_is_not_a_batch_norms() {
     };
     let problem = capture_step(&model, Numbers(1).tensor([6], &device), loss).unwrap_err().to_string();
     assert!(problem.contains("`state` is a `RunningState`"), "{problem}");
+}
+
+const SPEAKS: &str = "BURN_PARALLEL_TEST_SPEAKS";
+
+/// What the test below runs in a process of its own, to see what that prints.
+#[test]
+#[ignore = "is run by another test"]
+fn panics_during_a_capture() {
+    match std::env::var(SPEAKS).unwrap().as_str() {
+        "host" => a_host_read_of_an_activation(),
+        "device" => a_move_to_another_device(),
+        "outside" => a_tensor_from_outside(),
+        "model" => a_panic_of_the_model(),
+        // While another thread captures, and reads on the host, panics of this one are its own.
+        "thread" => std::thread::scope(|scope| {
+            scope.spawn(a_host_read_of_an_activation).join().unwrap();
+            let other = scope.spawn(|| {
+                problem(
+                    |m, x| {
+                        let panicked = std::thread::spawn(|| panic!("no concrete value, says another thread"));
+                        assert!(panicked.join().is_err());
+                        m.forward(x.clone()).mean() * x.mean().into_scalar::<f32>()
+                    },
+                    "reads a tensor on the host",
+                );
+            });
+            other.join().unwrap();
+        }),
+        other => panic!("{other}"),
+    }
+}
+
+/// burn tells of what cannot be recorded by panics: the error of it is all that is printed. What else panics, in the
+/// model or on another thread, is printed as ever, and everything where places are asked for.
+#[test]
+fn a_panic_that_becomes_an_error_says_nothing_else() {
+    let said = |what: &str, backtrace: &str| {
+        let mut itself = Command::new(std::env::current_exe().unwrap());
+        itself.args(["--exact", "errors::panics_during_a_capture", "--ignored", "--nocapture"]);
+        let output = itself.env(SPEAKS, what).env("RUST_BACKTRACE", backtrace).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success(), "{said}");
+        said
+    };
+    for what in ["host", "device", "outside"] {
+        let said = said(what, "0");
+        assert!(!said.contains("panicked at"), "{what}: {said}");
+    }
+    assert!(said("model", "0").contains("the model's own words"));
+    let thread = said("thread", "0");
+    assert!(thread.matches("panicked at").count() == 1 && thread.contains("says another thread"), "{thread}");
+    assert!(said("host", "1").contains("panicked at"));
 }

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use burn::tensor::{DType, TensorData};
-use burn_parallel::hf::{self, Mapping, SaveConfig, Saved};
+use burn_parallel::hf::{self, Mapping, SaveConfig, SavedDirectory};
 use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
@@ -14,7 +14,13 @@ use crate::golden::Name;
 use crate::{Dir, values};
 
 /// Loads a directory on a mesh, and writes it again.
-pub fn through(name: Name, from: &Path, axes: [usize; 3], to: &Path, config: &SaveConfig) -> Result<Vec<Saved>, Error> {
+pub fn through(
+    name: Name,
+    from: &Path,
+    axes: [usize; 3],
+    to: &Path,
+    config: &SaveConfig,
+) -> Result<Vec<SavedDirectory>, Error> {
     through_by(&name.strategy(axes), name, from, axes, to, config)
 }
 
@@ -25,7 +31,7 @@ pub fn through_by(
     axes: [usize; 3],
     to: &Path,
     config: &SaveConfig,
-) -> Result<Vec<Saved>, Error> {
+) -> Result<Vec<SavedDirectory>, Error> {
     launch::threads(axes.iter().product()).run(|world| {
         let model = name.fresh(&world.device().autodiff()).parallelize(&world, strategy)?;
         let model = model.load(&mut hf::open(from)?.mapped(Mapping::llama())?)?;

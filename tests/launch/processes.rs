@@ -221,6 +221,28 @@ fn those_who_do_not_listen_are_ended() {
     assert!(began.elapsed() < LIMIT);
 }
 
+/// One that has left its process group, and holds the output of a rank that has ended, well or not.
+#[test]
+fn a_daemon_of_a_rank_is_not_waited_for() {
+    for (code, said) in [(7, "<Some(1) of 3 with exit status 7: [\"[rank 1/3] the disk is full\"]>"), (0, "<all well>")]
+    {
+        let folder = Folder::new(&format!("daemon-{code}"));
+        let script = format!(
+            "if [ $RANK = 1 ]; then setsid sleep 60 & echo $! > {}/$RANK; echo the disk is full >&2; exit {code}; fi; \
+             if [ {code} = 7 ]; then sleep 1000; fi",
+            folder.path()
+        );
+        let began = Instant::now();
+        let (out, _) = run(&script);
+        let (waited, daemons) = (began.elapsed(), pids(&folder.0));
+        // SAFETY: no memory is involved.
+        let ended = daemons.iter().all(|daemon| unsafe { libc::kill(*daemon as i32, libc::SIGKILL) } == 0);
+        assert!(ended && daemons.len() == 1, "{daemons:?}");
+        assert!(waited < LIMIT, "the daemon was waited for, {waited:?}");
+        assert!(out.contains(said), "{out}");
+    }
+}
+
 #[test]
 fn signals_are_handed_on() {
     for (signal, name) in [(libc::SIGINT, "SIGINT"), (libc::SIGTERM, "SIGTERM")] {

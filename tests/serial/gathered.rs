@@ -179,7 +179,8 @@ fn two_groups_are_whole_by_default() {
         // Two groups, the gradients of two, and a gather and a reduction of one that are packed and taken apart.
         assert!(found < 8 * group, "{found} of groups of {group}");
         let eager = with(Sharding::Parameters, Engine::Eager) - activations - all / 2;
-        assert!(eager > all, "{eager} of {all}: burn keeps no views any more, and the docs are to say so");
+        // Of what burn keeps views nothing is gathered again.
+        assert!(eager > all - group, "{eager} of {all}: burn keeps no views any more, and the docs are to say so");
     }
     let _turn = crate::turn();
     let device = Device::flex().autodiff();
@@ -274,6 +275,8 @@ fn memory_of_two_groups_stays_between_steps() {
             .unwrap();
         found.into_inner()
     };
+    // What a process makes once is no part of it: this test may be the first.
+    stays(Keep::Pass);
     let (pass, micro_batch) = (stays(Keep::Pass), stays(Keep::MicroBatch));
     let more = pass - micro_batch;
     assert!(more > group && more < 2 * group + 2 * FEW, "{pass} and {micro_batch} with groups of {group}");

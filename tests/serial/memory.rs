@@ -26,6 +26,9 @@ thread_local! {
 /// Bytes that are held now, and that were at most.
 pub static HELD: AtomicIsize = AtomicIsize::new(0);
 pub static MOST: AtomicIsize = AtomicIsize::new(0);
+/// A size, and how often any thread has asked for so many bytes or up to a cache line more.
+pub static SIZE: AtomicUsize = AtomicUsize::new(usize::MAX);
+pub static OF_SIZE: AtomicUsize = AtomicUsize::new(0);
 /// How often any thread has asked for memory.
 pub static CALLS: AtomicUsize = AtomicUsize::new(0);
 
@@ -36,6 +39,9 @@ pub fn held() -> isize {
 
 fn asked(size: usize) {
     CALLS.fetch_add(1, Relaxed);
+    if size.checked_sub(SIZE.load(Relaxed)).is_some_and(|more| more <= 64) {
+        OF_SIZE.fetch_add(1, Relaxed);
+    }
     let _ = LARGEST.try_with(|largest| largest.set(largest.get().max(size)));
     change(size as isize);
 }

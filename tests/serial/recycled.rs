@@ -12,8 +12,9 @@ use burn::prelude::*;
 use burn_parallel::graph::{CustomOps, Executor, capture_step};
 use burn_parallel::prelude::*;
 use burn_parallel::tensor_parallel::TensorParallelConfig;
+use burn_parallel::train::Engine;
 
-use crate::memory::{LARGEST, MOST, Mlp, WHOLE, held};
+use crate::memory::{LARGEST, MOST, Mlp, OF_SIZE, SIZE, WHOLE, held};
 
 /// A weight has 4 MiB, as have the rows: all other tensors are smaller than a row of it.
 const ROWS: usize = 1024;
@@ -129,4 +130,38 @@ fn training_asks_for_no_large_memory_after_its_first_steps() {
             Ok(())
         })
         .unwrap();
+}
+
+/// Products write the gradients of weights into the memory in which a bucket is reduced, and with ZeRO 3 parameters are
+/// gathered, and rows of the sums made, where those of the step before were: no thread, those that communicate
+/// included, asks for memory of that size.
+#[test]
+fn gradients_are_averaged_without_a_copy() {
+    let _turn = crate::turn();
+    let captured = || Strategy::new().with_dp(2).with_engine(Engine::Captured);
+    let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters);
+    let ways = [("replicas", captured(), WHOLE), ("ZeRO 3", captured().with_data(divided.clone()), WHOLE)];
+    for (name, strategy, size) in ways.into_iter().chain([("rows", captured().with_data(divided), WHOLE / 2)]) {
+        SIZE.store(size, Relaxed);
+        let asked = launch::threads(2).threads_per_rank(1).run(|rank| {
+            let device = rank.device().autodiff();
+            let mut model = Mlp::new(&device).parallelize(&rank, &strategy)?;
+            let mut optim: ModuleOptimizer = SgdConfig::new().init_fused();
+            let x = rows(&device);
+            let mut asked = Vec::new();
+            for _ in 0..4 {
+                rank.barrier()?;
+                let before = OF_SIZE.load(Relaxed);
+                rank.barrier()?;
+                let step = model.step(x.clone(), |model, x| model.loss(x))?;
+                model = model.optimize(&mut optim, 0.01, step)?;
+                rank.barrier()?;
+                asked.push(OF_SIZE.load(Relaxed) - before);
+            }
+            Ok(asked)
+        });
+        SIZE.store(usize::MAX, Relaxed);
+        let asked = asked.unwrap().swap_remove(0);
+        assert!(asked[0] > 0 && asked[2..] == [0, 0], "{name}: asked for {size} bytes in steps: {asked:?}");
+    }
 }

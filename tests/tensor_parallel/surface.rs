@@ -1,5 +1,6 @@
 //! What a step of a split model takes and gives: closures that capture, inputs that differ, micro-batches, optimizers.
 
+use burn::grad_clipping::GradientClippingConfig;
 use burn::module::ParamGroup;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, LBFGSConfig, ModuleOptimizer, MuonConfig};
@@ -296,10 +297,22 @@ fn an_optimizer_is_not_known_by_its_place_alone() {
     // One that looks at whole parameters, of which each rank holds a part.
     let with_muon = |ranks| run(ranks, &|_| muon()).unwrap().remove(0);
     assert!(difference(&with_muon(1), &with_muon(2)) < 1e-4);
+    // The same one with another for the matrices.
+    let with_group = |ranks| {
+        let matrices = || ParamGroup::from_predicate("weight");
+        run(ranks, &|optim| optim.with_group(matrices(), MuonConfig::new().build(), None)).unwrap().remove(0)
+    };
+    assert!(difference(&with_group(1), &with_group(2)) < 1e-4);
     let refused = |change: Change<'_>, words: &str| {
         let error = run(2, change).expect_err(words).to_string();
         assert!(error.contains(words), "{error}");
     };
+    // The same state in one that clips each gradient by the norm of the whole: it was that of parts.
+    let clips = |optim: ModuleOptimizer| {
+        let clipping = Some(GradientClippingConfig::Norm(0.01));
+        AdamWConfig::new().with_grad_clipping(clipping).init().load_record(optim.to_record())
+    };
+    refused(&clips, "clips by their norm");
     // With a state of the same names and dims, whose ids are those of another model.
     let (whole, mut other): (_, ModuleOptimizer) = (layers(), AdamWConfig::new().init());
     let grads = burn::optim::GradientsParams::from_grads(square(&whole, rows(0, 4)).backward(), &whole);

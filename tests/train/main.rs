@@ -9,6 +9,7 @@ mod fused;
 mod grad_norm;
 mod noise;
 mod optimizers;
+mod others_moments;
 mod settings;
 mod walks;
 mod zero;

@@ -63,13 +63,14 @@ fn wrong_forms_in_a_file_are_told_which_there_are() {
         ("tensor.plan = { parameter = [] }", &["unknown field `parameter`"], &plans),
         (
             "tensor.plan = { parameters = [{ pattern = 'a', shards = 1 }] }",
-            &["unknown field `shards`", ", in `parameters`; the forms are "],
+            &["line 1, column 48", "unknown field `shards`", "; the forms are "],
             &plans,
         ),
         (
             "tensor.plan = { parameters = [{ pattern = 'a', shard = 1, replicate = true }] }",
             &[
-                "pattern `a` needs either `shard`, the number of a dim, or `replicate = true`, in `parameters`; the forms are ",
+                "line 1, column 31",
+                "pattern `a` needs either `shard`, the number of a dim, or `replicate = true`; the forms are ",
             ],
             &plans,
         ),
@@ -98,6 +99,36 @@ fn wrong_forms_in_a_file_are_told_which_there_are() {
     assert_eq!(of_json("{}").unwrap().to_string(), Strategy::new().to_string());
     says(&Strategy::read("/dev/null").unwrap_err(), &["/dev/null", "not a file"]);
     says(&Timetable::read("/dev/zero").unwrap_err(), &["/dev/zero", "not a file"]);
+}
+
+/// What is wrong deep in a file is shown there, in TOML and in JSON, and not where the table begins.
+#[test]
+fn what_is_wrong_in_a_table_is_shown_where_it_is() {
+    let plan = "tp = 2\n\n[tensor.plan]\nparameters = [\n  { pattern = 'a.*', shard = 1 },\n  RULE\n]\n";
+    let listed = "tp = 2\n\n[[tensor.plan.parameters]]\npattern = 'a.*'\nshard = 1\n[[tensor.plan.parameters]]\nRULE\n";
+    let cut = "pp = 2\n[pipeline]\nmicro_batches = 4\ncut = RULE\n";
+    for (toml, rule, words) in [
+        (plan, "{ pattern = 'b.*', shards = 1 }", ["line 6, column 22", "unknown field `shards`"]),
+        (plan, "{ pattern = 'b.*', shard = 'x' }", ["line 6, column 30", "invalid type: string"]),
+        (plan, "{ pattern = 'b.*' }", ["line 6, column 3", "pattern `b.*` needs either `shard`"]),
+        (plan, "{ shard = 1 }", ["line 6, column 3", "missing field `pattern`"]),
+        (plan, "{ pattern = 'b.*', replicate = true, padded = true }", ["line 6, column 3", "cannot be `padded`"]),
+        (listed, "pattern = 'b.*'\nshards = 1", ["line 8, column 1", "unknown field `shards`"]),
+        (listed, "pattern = 'b.*'", ["line 6, column 1", "pattern `b.*` needs either `shard`"]),
+        (cut, "{ before = ['a.*', 3] }", ["line 4, column 26", "invalid type: integer `3`"]),
+        (cut, "{ befor = ['a.*'] }", ["line 4, column 9", "unknown variant `befor`"]),
+    ] {
+        let toml = toml.replace("RULE", rule);
+        let error = toml.parse::<Strategy>().expect_err(&toml);
+        says(&error, &words);
+        says(&error, &["; the forms are "]);
+        assert_eq!(error.to_string().matches("the forms are").count(), 1, "{error}");
+    }
+    let json = "{\n\"tp\": 2,\n\"tensor\": {\"plan\": {\"parameters\": [\n{\"pattern\": \"a\", \"shards\": 1}]}}}";
+    says(&of_json(json).unwrap_err(), &["line 4", "unknown field `shards`", "; the forms are "]);
+    // Nor is one file told of the forms of another.
+    says(&"tensor = { plan = { parameter = 1 } }".parse::<Strategy>().unwrap_err(), &["the forms are"]);
+    assert!(!"replicas = 2".parse::<Strategy>().unwrap_err().to_string().contains("the forms are"));
 }
 
 #[test]

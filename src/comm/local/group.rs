@@ -2,9 +2,11 @@
 
 use std::collections::HashMap;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
+
+use crossbeam_utils::CachePadded;
 
 use super::barrier::Barrier;
 use super::mailbox::Mailboxes;
@@ -89,13 +91,72 @@ impl CallDescriptor {
 unsafe impl Send for CallDescriptor {}
 
 /// The failure of a world: the first error, and all groups that it ends.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct WorldFailure {
     error: OnceLock<Error>,
     groups: Mutex<Vec<Weak<Group>>>,
+    /// What each rank of the world holds.
+    holders: Box<[Holder]>,
+}
+
+/// What a rank holds of its world. Peers do not hear at once of a group that it has dropped: it may be on its way out
+/// with an error, and drops what it holds before its launcher can say why. They hear of it when the rank goes on, or
+/// holds nothing more.
+#[derive(Debug, Default)]
+struct Holder {
+    /// Whether peers are to hear of any group.
+    dropped: CachePadded<AtomicBool>,
+    held: Mutex<Held>,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    transports: usize,
+    /// Groups that peers are to hear of: the rank there, and whether it was in a panic.
+    dropped: Vec<(Weak<Group>, usize, bool)>,
 }
 
 impl WorldFailure {
+    pub fn new(size: usize) -> Self {
+        let holders = (0..size).map(|_| Holder::default()).collect();
+        Self { error: OnceLock::new(), groups: Mutex::default(), holders }
+    }
+
+    /// A rank of the world holds one more transport.
+    pub fn holds(&self, world_rank: usize) {
+        lock(&self.holders[world_rank].held).transports += 1;
+    }
+
+    /// A rank of the world has dropped its transport of a group.
+    pub fn drops(&self, world_rank: usize, group: &Arc<Group>, rank: usize, panicked: bool) {
+        let holder = &self.holders[world_rank];
+        let last = {
+            let mut held = lock(&holder.held);
+            held.transports -= 1;
+            held.dropped.push((Arc::downgrade(group), rank, panicked));
+            held.transports == 0
+        };
+        holder.dropped.store(true, Ordering::Release);
+        if last {
+            self.goes_on(world_rank);
+        }
+    }
+
+    /// A rank of the world calls something, or has ended: what it has dropped before it does without.
+    pub fn goes_on(&self, world_rank: usize) {
+        let holder = &self.holders[world_rank];
+        if holder.dropped.load(Ordering::Acquire) {
+            let dropped = {
+                let mut held = lock(&holder.held);
+                holder.dropped.store(false, Ordering::Release);
+                std::mem::take(&mut held.dropped)
+            };
+            for (group, rank, panicked) in dropped {
+                group.upgrade().into_iter().for_each(|group| group.leave(rank, panicked));
+            }
+        }
+    }
+
     pub fn error(&self) -> Option<&Error> {
         self.error.get()
     }
@@ -115,8 +176,20 @@ impl WorldFailure {
         lock(&self.groups).iter().filter_map(Weak::upgrade).collect()
     }
 
+    /// The members of a group that have dropped it, and gone on without a call since, with whether they were in a
+    /// panic.
+    pub fn dropped_by(&self, group: &Group) -> Vec<(usize, bool)> {
+        let of = |member: &usize| {
+            let held = lock(&self.holders[*member].held);
+            let mut found = held.dropped.iter().filter(|(dropped, ..)| std::ptr::eq(dropped.as_ptr(), group));
+            found.next().map(|(_, rank, panicked)| (*rank, *panicked))
+        };
+        group.members.iter().filter_map(of).collect()
+    }
+
     /// Takes a rank of the world out of all groups.
     pub fn leave(&self, world_rank: usize) {
+        self.goes_on(world_rank);
         for group in lock(&self.groups).iter().filter_map(Weak::upgrade) {
             if let Some(rank) = group.members.iter().position(|member| *member == world_rank) {
                 group.leave(rank, false);
@@ -250,7 +323,7 @@ mod tests {
     /// A split may have been committed when the world fails: nobody waits in the new group.
     #[test]
     fn a_group_that_is_made_after_the_end_has_ended() {
-        let world_failure = Arc::new(WorldFailure::default());
+        let world_failure = Arc::new(WorldFailure::new(2));
         let new =
             || Group::new("part".into(), vec![0, 1], world_failure.clone(), Duration::from_secs(1), Backoff::SLEEP);
         let before = new();

@@ -26,30 +26,37 @@ impl LocalTransport {
         missing: impl FnOnce() -> String,
     ) -> Error {
         let group = &*self.group;
+        let waited_for = |rank: usize| match call.operation {
+            Operation::Receive { from, .. } => rank == from,
+            _ => true,
+        };
+        let lost = |(rank, panicked): (usize, bool)| {
+            let ranks = (rank, group.members[rank]);
+            rank_lost(&group.name, ranks, panicked, call.to_string(), group.log())
+        };
         match why {
             Interrupted::Aborted => {
                 self.wait_for_failure(ERROR_WRITE_LIMIT);
             }
-            Interrupted::Expired => group.world_failure.fail(Error::Timeout {
-                group: group.name.clone(),
-                rank: self.rank,
-                operation: call.to_string(),
-                waited,
-                missing: missing(),
-                log: group.log(),
-            }),
+            Interrupted::Expired => {
+                let dropped = group.world_failure.dropped_by(group);
+                let dropped = dropped.into_iter().find(|(rank, _)| waited_for(*rank));
+                group.world_failure.fail(dropped.map(lost).unwrap_or_else(|| Error::Timeout {
+                    group: group.name.clone(),
+                    rank: self.rank,
+                    operation: call.to_string(),
+                    waited,
+                    missing: missing(),
+                    log: group.log(),
+                }));
+            }
             Interrupted::Left => {
-                let waited_for = |rank: usize| match call.operation {
-                    Operation::Receive { from, .. } => rank == from,
-                    _ => true,
-                };
                 let gone = lock(&group.left).iter().copied().find(|(rank, _)| waited_for(*rank));
                 // The list is unlocked here: failing notifies the eventcount, under whose lock receivers read the list.
                 if !self.wait_for_failure(GRACE)
-                    && let Some((rank, panicked)) = gone
+                    && let Some(gone) = gone
                 {
-                    let ranks = (rank, group.members[rank]);
-                    group.world_failure.fail(rank_lost(&group.name, ranks, panicked, call.to_string(), group.log()));
+                    group.world_failure.fail(lost(gone));
                 }
             }
         }

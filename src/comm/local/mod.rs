@@ -70,7 +70,7 @@ pub fn world(size: usize, config: WorldConfig) -> Result<Vec<Communicator>, Erro
     let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get());
     // With a core for each rank, spinning a few tens of microseconds saves two context switches a collective.
     let backoff = if size <= cores { Backoff { spins: 2000, yields: 20 } } else { Backoff { spins: 20, yields: 20 } };
-    let world_failure = Arc::new(WorldFailure::default());
+    let world_failure = Arc::new(WorldFailure::new(size));
     let group = Group::new(config.name, (0..size).collect(), world_failure, config.timeout, backoff);
     Ok((0..size).map(|rank| Communicator::new(LocalTransport::new(group.clone(), rank))).collect())
 }

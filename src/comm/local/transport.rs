@@ -34,6 +34,7 @@ pub(super) struct LocalTransport {
 
 impl LocalTransport {
     pub fn new(group: Arc<Group>, rank: usize) -> Arc<Self> {
+        group.world_failure.holds(group.members[rank]);
         Arc::new(Self {
             group,
             rank,
@@ -55,6 +56,16 @@ impl LocalTransport {
         self.exchange.fetch_add(1, Ordering::Relaxed)
     }
 
+    /// Before each call: the world has not failed, and the others hear of what this rank has dropped.
+    fn goes_on(&self) -> Result<(), Error> {
+        let world = &self.group.world_failure;
+        if let Some(error) = world.error() {
+            return Err(error.clone());
+        }
+        world.goes_on(self.group.members[self.rank]);
+        Ok(())
+    }
+
     /// Synchronizes with the others, checks that all call the same, and runs `work`, which returns the bytes it moved.
     fn synchronize<R>(
         &self,
@@ -72,9 +83,7 @@ impl LocalTransport {
     ) -> Result<(u64, R), Error> {
         let group = &*self.group;
         let mut next = lock(&self.sequence);
-        if let Some(error) = group.world_failure.error() {
-            return Err(error.clone());
-        }
+        self.goes_on()?;
         let call = descriptor.call();
         let mut call_timer = CallTimer::new(group, self.rank, call);
         // Counted before: should the work panic, the collective has taken place all the same.
@@ -104,10 +113,8 @@ impl LocalTransport {
     /// Puts a message into the queue of its receiver.
     pub(super) fn deliver(&self, to: usize, tag: u64, message: Arrival) -> Result<(), Error> {
         check_rank(self, to, "send")?;
+        self.goes_on()?;
         let group = &*self.group;
-        if let Some(error) = group.world_failure.error() {
-            return Err(error.clone());
-        }
         group.mailboxes.put(self.rank, to, tag, message);
         group.barrier.event_count.notify();
         Ok(())
@@ -116,10 +123,8 @@ impl LocalTransport {
     /// Waits for the oldest message of `from` with this `tag`.
     pub(super) fn take(&self, from: usize, tag: u64) -> Result<Arrival, Error> {
         check_rank(self, from, "recv")?;
+        self.goes_on()?;
         let group = &*self.group;
-        if let Some(error) = group.world_failure.error() {
-            return Err(error.clone());
-        }
         let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
         let mut message = group.mailboxes.take(from, self.rank, tag);
         if message.is_none() {
@@ -230,10 +235,8 @@ impl Transport for LocalTransport {
 
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         check_rank(self, from, "recv")?;
-        match self.group.world_failure.error() {
-            Some(error) => Err(error.clone()),
-            None => self.group.mailboxes.take(from, self.rank, tag).map(Arrival::into_host).transpose(),
-        }
+        self.goes_on()?;
+        self.group.mailboxes.take(from, self.rank, tag).map(Arrival::into_host).transpose()
     }
 
     fn timeout(&self) -> Duration {
@@ -302,6 +305,7 @@ impl Transport for LocalTransport {
 
 impl Drop for LocalTransport {
     fn drop(&mut self) {
-        self.group.leave(self.rank, self.panicked.load(Ordering::Relaxed));
+        let (group, panicked) = (&self.group, self.panicked.load(Ordering::Relaxed));
+        group.world_failure.drops(group.members[self.rank], group, self.rank, panicked);
     }
 }

@@ -107,6 +107,17 @@ impl MessagePassingTransport {
         &self.membership.0
     }
 
+    /// Before each call: the world has not failed, and the others hear of what this rank has dropped.
+    fn goes_on(&self) -> Result<(), Error> {
+        match self.world().failure() {
+            Some(error) => Err(error.clone()),
+            None => {
+                self.world().goes_on();
+                Ok(())
+            }
+        }
+    }
+
     /// Agrees with the others on their next collective. `prepare` is called before, if that is in shared memory.
     fn enter(
         &self,
@@ -115,9 +126,7 @@ impl MessagePassingTransport {
     ) -> Result<CommittedCollective<'_>, Error> {
         let (world, group) = (self.world(), &*self.group);
         let mut state = lock(&self.state);
-        if let Some(error) = world.failure() {
-            return Err(error.clone());
-        }
+        self.goes_on()?;
         world.last_group.store(group.id, Ordering::Relaxed);
         let number = group.history.begin(group.rank, &descriptor.call);
         let descriptor = CallDescriptor { attached: state.control_path.attached(), ..descriptor };
@@ -229,9 +238,7 @@ impl Transport for MessagePassingTransport {
 
     fn send(&self, to: usize, tag: u64, message: Message) -> Result<(), Error> {
         check_rank(self, to, "send")?;
-        if let Some(error) = self.world().failure() {
-            return Err(error.clone());
-        }
+        self.goes_on()?;
         point_to_point::send(self.world(), &self.group, to, tag, message)
     }
 
@@ -243,9 +250,7 @@ impl Transport for MessagePassingTransport {
 
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         check_rank(self, from, "recv")?;
-        if let Some(error) = self.world().failure() {
-            return Err(error.clone());
-        }
+        self.goes_on()?;
         let mut inbox = lock(&self.group.inboxes[from]);
         inbox.fill(self.world(), &self.group, from, tag)?;
         Ok(inbox.get(self.world(), from, tag)?.0)
@@ -295,6 +300,6 @@ impl Transport for MessagePassingTransport {
 
 impl Drop for MessagePassingTransport {
     fn drop(&mut self) {
-        self.world().leave(&self.group, self.panicked.load(Ordering::Relaxed));
+        self.world().drops(self.group.clone(), self.panicked.load(Ordering::Relaxed));
     }
 }

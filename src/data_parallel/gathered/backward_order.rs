@@ -2,9 +2,10 @@
 //!
 //! What burn asks for again depends on the number of rows: `Linear` multiplies either by its weight, which burn asks
 //! for again, or by a view of it, which burn keeps without gradient checkpointing. Ranks with different numbers of rows
-//! would gather different groups. So all of them gather every group that the forward used, in the reverse of the order
-//! in which it used them last, whoever needs it. The forward uses the same on all ranks. A group that it used several
-//! times, with others between, may be asked for as often on some ranks: all keep it from its gather to the end of the
+//! would gather different groups. So all of them come to every group that the forward used, in the reverse of the order
+//! in which it used them last, and gather it there, whoever needs it, unless none does
+//! ([`is_needed`](super::Gatherer::is_needed)). The forward uses the same on all ranks. A group that it used several
+//! times, with others between, may be asked for as often on some ranks: all gather it, and keep it to the end of the
 //! backward.
 
 use std::collections::{HashSet, VecDeque};
@@ -43,7 +44,13 @@ impl BackwardOrder {
         self.under_way
     }
 
-    /// Whether a group that is whole stays so to the end of the backward under way.
+    /// Whether the backward under way is still to come to a group.
+    pub fn comes_to(&self, group: usize) -> bool {
+        self.under_way && self.left.contains(&group)
+    }
+
+    /// Whether a group is gathered in the backward under way and stays whole to its end, as forward used it several
+    /// times.
     pub fn keeps(&self, group: usize) -> bool {
         self.under_way && self.several.contains(&group)
     }
@@ -65,11 +72,15 @@ impl BackwardOrder {
         }
     }
 
-    /// The backward is over. Returns those that others may need still.
+    /// This rank needs no more. Returns those that others may need still.
     pub fn rest(&mut self) -> Vec<usize> {
+        std::mem::take(&mut self.left).into()
+    }
+
+    /// The backward is over.
+    pub fn end(&mut self) {
         self.under_way = false;
         self.several.clear();
-        std::mem::take(&mut self.left).into()
     }
 
     /// Nobody knows what comes next.
@@ -115,6 +126,8 @@ mod tests {
         assert_eq!([0, 1, 2, 3].map(|group| order.keeps(group)), [true, false, false, false]);
         assert!(order.until(0) == [3] && order.has_passed(0) && order.has_passed(3) && !order.has_passed(2));
         assert_eq!(order.rest(), [2, 1]);
+        assert!(order.keeps(0) && !order.keeps(1));
+        order.end();
         assert!(!order.keeps(0) && !order.has_passed(0));
     }
 }

@@ -7,6 +7,7 @@ use std::time::Duration;
 use burn::module::ParamId;
 
 use super::backward_order::BackwardOrder;
+use super::checked::of_other_dims;
 use crate::Error;
 use crate::comm::{Communicator, Pending};
 use crate::graph::same_buffer;
@@ -68,6 +69,8 @@ pub(super) struct State {
     pub recent: [Option<usize>; 2],
     /// Which groups a backward comes to.
     pub backward: BackwardOrder,
+    /// The groups that some rank has needed in a backward.
+    pub needed: HashSet<usize>,
     /// Which group followed two others.
     pub follows: HashMap<[Option<usize>; 2], usize>,
     /// The rank that says what is gathered, while some have no data.
@@ -170,6 +173,13 @@ impl Gatherer {
         if let Some(error) = &state.failure {
             return Err(error.clone());
         }
+        let Gathered { path, rows, .. } = &self.params[place];
+        if shard.shape().as_slice() != rows.shard_dims() {
+            // In a forward of one's own, before any step looks at the model.
+            let error = of_other_dims(path, shard.shape().as_slice(), rows);
+            self.comms.control().fail(error.clone());
+            return Err(state.failure.insert(error).clone());
+        }
         let gathered = self.find(&mut state, place, &shard);
         gathered.inspect_err(|error| state.failure = Some(error.clone()))
     }
@@ -186,24 +196,24 @@ impl Gatherer {
         self.lock().backward.begin();
     }
 
-    /// Gathers what the backward that is over has not needed on this rank, and may need on others.
+    /// Gathers what the backward that is over has not needed on this rank, and others may need.
     ///
     /// # Errors
     /// What went wrong in the middle of the backward; those of
     /// [`Communicator::all_gather`](crate::comm::Communicator::all_gather).
     pub fn end_backward(&self) -> Result<(), Error> {
         let mut state = self.lock();
-        match &state.failure {
-            Some(error) => Err(error.clone()),
-            None => {
-                let rest = state.backward.rest();
-                match self.wants {
-                    // The others say themselves what they need.
-                    Some(_) => Ok(()),
-                    None => self.bring(&mut state, rest),
-                }
-            }
+        if let Some(error) = &state.failure {
+            return Err(error.clone());
         }
+        let rest = state.backward.rest();
+        let ended = match self.wants {
+            // The others say themselves what they need.
+            Some(_) => Ok(()),
+            None => self.bring(&mut state, rest),
+        };
+        state.backward.end();
+        ended
     }
 
     /// How long this rank had nothing to do but wait for what is gathered.

@@ -5,7 +5,7 @@ use std::time::Instant;
 use super::gatherer::{Ahead, FullParam, Gatherer, State};
 use super::wants::Want;
 use crate::Error;
-use crate::comm::Pending;
+use crate::comm::{Pending, ReduceOp};
 use crate::graph::same_buffer;
 use crate::sharding::{Keep, Pack};
 use crate::tensor::PlainTensor;
@@ -14,6 +14,9 @@ impl Gatherer {
     /// Gathers groups that others may need, as if this rank did.
     pub(super) fn bring(&self, state: &mut State, groups: Vec<usize>) -> Result<(), Error> {
         for group in groups {
+            if !self.is_needed(state, group, false)? {
+                continue;
+            }
             if !state.live.contains_key(&group) {
                 let shards = self.groups[group].0.iter().map(|place| state.shards[*place].clone()).collect();
                 let Some(shards) = shards else { continue };
@@ -24,12 +27,35 @@ impl Gatherer {
         Ok(())
     }
 
+    /// Whether any rank needs a group to which a backward has come. The ranks ask each other, in a small message, in
+    /// front of the first gather of a group in a backward, and of those that none has needed so far: an embedding, or a
+    /// layer whose inputs have no gradient.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::all_reduce`](crate::comm::Communicator::all_reduce).
+    pub(super) fn is_needed(&self, state: &mut State, group: usize, here: bool) -> Result<bool, Error> {
+        let there = state.live.contains_key(&group) || state.ahead.as_ref().is_some_and(|ahead| ahead.group == group);
+        // Ranks without data answer nothing.
+        let unasked = there || state.leader.is_some() || state.backward.keeps(group);
+        if unasked || state.needed.contains(&group) {
+            return Ok(true);
+        }
+        let began = Instant::now();
+        let needed = self.comms.control().all_reduce(vec![u64::from(here)], ReduceOp::Max)?[0] > 0;
+        state.waited += began.elapsed();
+        if needed {
+            state.needed.insert(group);
+        }
+        Ok(needed)
+    }
+
     pub(super) fn find(&self, state: &mut State, place: usize, shard: &PlainTensor) -> Result<PlainTensor, Error> {
         let group = self.group_of[place];
         let again = state.backward.has_passed(group);
-        if self.wants.is_none() {
+        if self.wants.is_none() && state.backward.comes_to(group) {
             let before = state.backward.until(group);
             self.bring(state, before)?;
+            self.is_needed(state, group, true)?;
         }
         let members = &self.groups[group].0;
         let index = members.iter().position(|member| *member == place).unwrap_or_default();

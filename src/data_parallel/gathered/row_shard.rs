@@ -43,6 +43,14 @@ impl std::fmt::Debug for GathererHandle {
 thread_local! {
     /// Whether parameters give their placeholders, with which their shards are taken off.
     static BARE: std::cell::Cell<bool> = const { std::cell::Cell::new(false) };
+    /// What gathers the rows that a visitor has come to last.
+    static LAST_VISITED: std::cell::Cell<*const Gatherer> = const { std::cell::Cell::new(std::ptr::null()) };
+}
+
+/// What gathers the rows that a visitor on this thread has come to last: a visitor itself sees the parameter alone. To
+/// be compared, not followed.
+pub(super) fn last_visited() -> *const Gatherer {
+    LAST_VISITED.get()
 }
 
 /// Runs something in which sharded parameters are what stands in for them: burn takes a reparameterization off a
@@ -133,6 +141,7 @@ impl Module for RowShard {
     }
 
     fn visit<Visitor: ModuleVisitor>(&self, visitor: &mut Visitor) {
+        LAST_VISITED.set(Arc::as_ptr(&self.link.gatherer));
         self.shard.visit(visitor);
         if let Some(adapter) = &self.adapter {
             visitor.enter_module(LoraAdapter::NAME, CONTAINER);

@@ -13,7 +13,7 @@ use super::gatherer::{Gathered, Gatherer};
 use super::row_shard::{GathererHandle, RowShard};
 use super::stand_in::stand_in;
 use crate::Error;
-use crate::comm::{Communicator, WANTED_PARAMETERS};
+use crate::comm::Communicator;
 use crate::data_parallel::config::DataParallelConfig;
 use crate::data_parallel::hook::HookGroup;
 use crate::data_parallel::reducer::Reducer;
@@ -59,7 +59,7 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     let found = DividedParams::of(&module, comms.ranks(), &adapters);
     let groups = groups(&found.members);
     let wants = match different {
-        true => Some(comms.parameters().split_named(WANTED_PARAMETERS, 0, comms.rank() as i64)?),
+        true => Some(comms.parameters().split_named("said", 0, comms.rank() as i64)?),
         false => None,
     };
     let gatherer = Arc::new(Gatherer::new(comms.clone(), wants, keep, found.params, groups));

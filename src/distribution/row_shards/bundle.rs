@@ -16,12 +16,14 @@ pub(super) struct Bundle {
     pub number: u64,
     pub reduce_dtype: Option<FloatDType>,
     /// The memory in which parameters are gathered that are dropped soon.
-    pub pool: Option<Arc<Pool>>,
+    pub gathered: Option<Arc<Pool>>,
+    /// That in which this rank's rows of gradients are made.
+    pub sums: Arc<Pool>,
 }
 
 impl Bundle {
     pub fn gather(&self, shards: Vec<PlainTensor>, comm: &Communicator) -> Result<Vec<PlainTensor>, Error> {
-        self.pack.gather_in(self.pool.as_ref(), shards, comm, self.number)
+        self.pack.gather_in(self.gathered.as_ref(), shards, comm, self.number)
     }
 
     /// This rank's rows of the sum of gradients, over the ranks that divide them and then over those that hold the same
@@ -38,7 +40,7 @@ impl Bundle {
             None => gradients,
         };
         let op = ReduceOp::PreMulSum(factor);
-        let mut sums = self.pack.reduce_scatter_agreed(sent, op, comm, self.number)?;
+        let mut sums = self.pack.reduce_scatter_in(Some(&self.sums), sent, op, comm, self.number)?;
         if let Some(copies) = copies {
             sums = copies.all_reduce_coalesced(sums, ReduceOp::Sum)?;
         }

@@ -55,7 +55,10 @@ pub(crate) struct RowShards {
     step: Arc<Mutex<StepState>>,
     /// The memory in which parameters are gathered for a pass: that of the group in use, and of the next. What is kept
     /// for longer goes back to the system, which would have nothing of it between steps else.
-    pool: Option<Arc<Pool>>,
+    gathered: Option<Arc<Pool>>,
+    /// The memory in which this rank's rows of gradients are made. In one with that of the others, which are there at
+    /// other times, they would push each other out.
+    sums: Arc<Pool>,
     /// For how many nanoseconds this rank had nothing to do but wait for what is exchanged.
     waited: Arc<AtomicU64>,
 }
@@ -97,7 +100,7 @@ impl RowShards {
         keep: Keep,
         reduce_dtype: Option<FloatDType>,
     ) -> Result<Self, Error> {
-        let comms = ShardComms::new(replicas, ranks)?;
+        let comms = ShardComms::new(replicas, ranks, GATHERED_PARAMETERS)?;
         let table = PlanTable::by_rows(model, AXIS, comms.ranks(), &|_| None);
         let all = PlanTable::by_rows(model, AXIS, comms.ranks(), later);
         agree_on_layouts(&all, replicas)?;
@@ -129,7 +132,8 @@ impl RowShards {
             comms,
             replicas: replicas.split_named(&control, 0, replicas.rank() as i64)?,
             step: Arc::default(),
-            pool: (keep == Keep::Pass).then(Arc::default),
+            gathered: (keep == Keep::Pass).then(Arc::default),
+            sums: Arc::default(),
             waited: Arc::default(),
         })
     }
@@ -343,8 +347,8 @@ impl RowShards {
         let unknown = || graph_error("replicas exchange a parameter that this one has not");
         // The highest bit is left to say where buffers are.
         let number = numbers.iter().fold(HASH, |hash, number| hashed(hash, *number as u64 + 1)) >> 1;
-        let (pack, pool) = (Pack::new(rows.ok_or_else(unknown)?), self.pool.clone());
-        Ok(Bundle { pack, number, reduce_dtype: self.reduce_dtype, pool })
+        let (pack, gathered, sums) = (Pack::new(rows.ok_or_else(unknown)?), self.gathered.clone(), self.sums.clone());
+        Ok(Bundle { pack, number, reduce_dtype: self.reduce_dtype, gathered, sums })
     }
 
     fn lock(&self) -> MutexGuard<'_, StepState> {

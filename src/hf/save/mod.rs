@@ -35,7 +35,7 @@ use crate::train::ParallelModule;
 /// What was saved, and what that took.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct Saved {
+pub struct SavedDirectory {
     /// The files of tensors, in order.
     pub files: Vec<String>,
     /// The tensors in them.
@@ -93,7 +93,7 @@ pub fn save<P: ParallelModule>(
     world: &Communicator,
     dir: impl AsRef<Path>,
     config: &SaveConfig,
-) -> Result<Saved, Error> {
+) -> Result<SavedDirectory, Error> {
     save_as("model", model, world, dir.as_ref(), || Ok(config.clone()))
 }
 
@@ -104,7 +104,7 @@ pub(super) fn save_as<P: ParallelModule>(
     world: &Communicator,
     dir: &Path,
     config: impl FnOnce() -> Result<SaveConfig, Error>,
-) -> Result<Saved, Error> {
+) -> Result<SavedDirectory, Error> {
     let group = world.split_named("hf::save", 0, world.rank() as i64)?;
     // What a rank finds wrong by itself is told before any waits for it.
     let prepared = attempt(|| {
@@ -143,8 +143,8 @@ pub(super) fn save_as<P: ParallelModule>(
     finished.map(|()| saved(&plan, done, brought))
 }
 
-fn saved(plan: &SavePlan, done: Exchanged, brought: Brought) -> Saved {
-    Saved {
+fn saved(plan: &SavePlan, done: Exchanged, brought: Brought) -> SavedDirectory {
+    SavedDirectory {
         files: plan.files.iter().map(|(name, _)| name.clone()).collect(),
         tensors: plan.tensors.len(),
         bytes: plan.tensors.iter().map(|tensor| tensor.bytes() as u64).sum(),

@@ -6,11 +6,11 @@ use burn_ir::{OperationIr, TensorId, TensorIr, TensorStatus};
 
 use super::split::StageGraph;
 use crate::graph::StepGraph;
-use crate::graph::buffers::plan_memory;
 use crate::graph::fused::{Kernels, fuse};
 use crate::graph::instruction::{Instruction, Item};
 use crate::graph::liveness::with_lifetimes;
 use crate::graph::operation::{bytes, is_view};
+use crate::graph::plan_memory::plan_memory;
 
 /// The three passes of a stage as programs, and the kernels that they run if groups of operations are to be fused.
 pub(super) fn sections(graph: &StepGraph, part: &StageGraph, fusion: bool) -> ([Vec<Instruction>; 3], Kernels) {

@@ -3,10 +3,10 @@
 mod joined;
 mod moments;
 mod optimizer_error;
+mod other_ranks;
 mod own_parts;
 mod panicked;
 mod parts;
-mod recognise;
 mod sharded;
 mod split;
 mod update;

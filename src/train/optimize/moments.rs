@@ -5,10 +5,11 @@ use std::collections::HashSet;
 use burn::module::{Module, ParamGroup, ParamId};
 use burn::optim::ModuleOptimizer;
 use burn_pack::Reader;
+use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 
 use super::optimizer_error::optimizer_error;
 use crate::Error;
-use crate::optim::{StateNames, portions, without};
+use crate::optim::{MOST_AT_ONCE, ParamState, StateNames, portions, without};
 use crate::params::visit_floats;
 
 /// A parameter that an optimizer may have moments of.
@@ -19,8 +20,13 @@ struct Param {
     bytes: usize,
 }
 
+/// A number for the moments that an optimizer has of each parameter of which it has any but zeros: equal ones have the
+/// same.
+#[derive(Debug, Default)]
+pub(super) struct Moments(Vec<(ParamId, u64)>);
+
 /// Demands that an optimizer has moments of no other parameters than those of `local`, of their dims, and `others`.
-/// Copies those of `local`, a few at a time, if there are any.
+/// Copies them, a few at a time, if there are any.
 ///
 /// # Errors
 /// [`Error::Optimizer`] with the first that does not fit.
@@ -28,7 +34,7 @@ pub(super) fn check<M: Module>(
     optim: &ModuleOptimizer,
     local: &M,
     others: impl IntoIterator<Item = ParamId>,
-) -> Result<(), Error> {
+) -> Result<Moments, Error> {
     let (mut params, mut seen) = (Vec::new(), HashSet::new());
     visit_floats(local, &mut |param| {
         if seen.insert(param.id()) {
@@ -37,15 +43,16 @@ pub(super) fn check<M: Module>(
             params.push(Param { id: param.id(), path: param.path(), dims, bytes });
         }
     });
+    let others: Vec<ParamId> = others.into_iter().filter(|id| seen.insert(*id)).collect();
     let unreadable = |problem: String| optimizer_error(format!("its state cannot be read: {problem}"));
-    let known = params.iter().map(|param| param.id).chain(others).collect();
+    let known = seen.into_iter().collect();
     if let Some(path) = stranger(optim, known).map_err(unreadable)? {
         return Err(optimizer_error(format!(
             "it has moments of `{path}` by an id that no parameter here has: load the state that was saved with this model, into an \
              optimizer of its own for each rank of a split or a pipeline, and the model's record before the model is wrapped"
         )));
     }
-    let mut names = StateNames::default();
+    let (mut names, mut moments) = (StateNames::default(), Moments::default());
     for portion in portions(&params, |param| param.bytes) {
         let ids: Vec<ParamId> = portion.iter().map(|param| param.id).collect();
         let states = names.read(optim, &ids).map_err(unreadable)?;
@@ -58,13 +65,37 @@ pub(super) fn check<M: Module>(
                 if !fits {
                     return Err(optimizer_error(format!(
                         "its moment `{moment}` of `{path}` has dims {shape:?}, but this rank holds {dims:?} of that: each rank \
-                         loads the state of its own parts"
+                         loads the state of its own parts; of what it updates as a whole, as Muon does and what clips by their \
+                         norm, one rank has the state of the whole, as a checkpoint gives it"
                     )));
                 }
             }
         }
+        moments.add(&states);
     }
-    Ok(())
+    for ids in others.chunks(MOST_AT_ONCE) {
+        moments.add(&names.read(optim, ids).map_err(unreadable)?);
+    }
+    Ok(moments)
+}
+
+impl Moments {
+    fn add<'a>(&mut self, states: impl IntoIterator<Item = (&'a ParamId, &'a ParamState)>) {
+        for (id, state) in states {
+            let mut number = None;
+            for (name, data) in state.moments.iter().filter(|(_, data)| data.as_bytes().iter().any(|byte| *byte != 0)) {
+                let before = number.unwrap_or(id.val());
+                number = Some(xxh3_64_with_seed(data.as_bytes(), before ^ xxh3_64(name.as_bytes())));
+            }
+            self.0.extend(number.map(|number| (*id, number)));
+        }
+    }
+
+    /// A number for the moments of some parameters; 0 if there are none. Whatever the order.
+    pub fn of(&self, ids: &HashSet<ParamId>) -> u64 {
+        let mine = self.0.iter().filter(|(id, _)| ids.contains(id));
+        mine.fold(0, |all: u64, (_, number)| all.wrapping_add(*number))
+    }
 }
 
 /// The path of a parameter that is none of these, and of which an optimizer has moments.

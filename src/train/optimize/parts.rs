@@ -3,7 +3,6 @@
 //! The optimizer may be another one for each parameter: small ones of the same ids and paths stand in for them.
 
 use std::collections::{HashMap, HashSet};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
@@ -12,6 +11,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use super::panicked::Updated;
 use crate::Error;
 use crate::comm::panic_message;
+use crate::error::catch_told;
 use crate::graph::SplitParam;
 
 /// The size of every dim of a small parameter; even, to be halved.
@@ -56,8 +56,8 @@ pub(super) fn whole<M: Module>(
 fn whole_along<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[SplitParam]) -> Result<HashSet<ParamId>, Error> {
     let by_id: HashMap<ParamId, &SplitParam> = split.iter().map(|param| (param.id, param)).collect();
     let attempt = |part| {
-        let run = AssertUnwindSafe(|| train(optim, local, &by_id, part));
-        catch_unwind(run).map_err(|panic| Updated::of_parts(split).error(optim, &panic_message(&*panic)))
+        catch_told(|_| true, || train(optim, local, &by_id, part))
+            .map_err(|panic| Updated::of_parts(split).error(optim, &panic_message(&*panic)))
     };
     let (whole, halves) = (attempt(Probed::Whole)?, [attempt(Probed::Half(0))?, attempt(Probed::Half(1))?]);
     let looks_at_the_whole = |param: &&SplitParam| {

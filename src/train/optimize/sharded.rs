@@ -1,20 +1,21 @@
 //! The step of an optimizer on sharded replicas: each rank updates its rows.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::joined::{Joined, PartWithGradient};
+use super::other_ranks::{divided, groups_of};
 use super::panicked::Updated;
-use super::recognise::{Met, address};
 use super::update::update;
 use super::whole::{Dealt, OwnUpdate};
 use super::{moments, parts};
 use crate::Error;
+use crate::comm::Communicator;
 use crate::graph::{CheckedOptimizers, SplitParam};
-use crate::sharding::{ShardComms, ShardParam, ShardParams};
+use crate::sharding::{ShardComms, ShardParam, ShardParams, UpdatedShards};
 
 /// One step of an optimizer on this rank's rows.
 pub(in crate::train) struct ShardedStep<'a> {
@@ -28,13 +29,13 @@ pub(in crate::train) struct ShardedStep<'a> {
 }
 
 impl ShardedStep<'_> {
-    /// Updates the rows of the parameters that have gradients, and returns these. Parameters whose update depends on
-    /// the whole of them, as Muon's does, are dealt out: each is gathered on one rank, over the replicas and then over
-    /// the axes that split it, updated there, and its rows are sent back. Collective.
+    /// Updates the rows of the parameters that have gradients: in place those that nobody else holds. Parameters whose
+    /// update depends on the whole of them, as Muon's does, are dealt out: each is gathered on one rank, over the
+    /// replicas and then over the axes that split it, updated there, and its rows are sent back. Collective.
     ///
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
-    pub fn run(self, shards: ShardParams, comms: &ShardComms) -> Result<ShardParams, Error> {
+    pub fn run(self, shards: ShardParams, comms: &ShardComms) -> Result<UpdatedShards, Error> {
         let Self { optim, lr, mut grads, checked, split } = self;
         let held: Vec<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
         let mut gradients = Vec::new();
@@ -45,11 +46,11 @@ impl ShardedStep<'_> {
             }
             None => false,
         };
-        let shards = ShardParams(shards.0.into_iter().filter(|shard| with_gradient(shard)).collect());
+        let (shards, unchanged): (Vec<_>, Vec<_>) = shards.0.into_iter().partition(|shard| with_gradient(shard));
+        let (shards, unchanged) = (ShardParams(shards), ShardParams(unchanged));
         let ids: HashSet<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
-        let met = Met::new(optim, &checked);
-        let mut new = !met.known;
-        let whole = checked.whole(address(optim), &ids, || {
+        let mut new = !checked.is_known(optim);
+        let whole = checked.whole(optim, &ids, || {
             new = true;
             find_whole(optim, &shards, &split)
         })?;
@@ -65,15 +66,23 @@ impl ShardedStep<'_> {
             comms.control().fail(error.clone());
         };
         if new {
-            moments::check(optim, &all, held).inspect_err(fail)?;
+            let moments = moments::check(optim, &all, held.iter().copied()).inspect_err(fail)?;
+            let axes: HashMap<ParamId, Vec<&Communicator>> =
+                split.iter().map(|param| (param.id, groups_of(param))).collect();
+            let groups = |id: &ParamId| {
+                let others = axes.get(id).into_iter().flatten().copied();
+                (*id, std::iter::once(comms.control()).chain(others).collect::<Vec<_>>())
+            };
+            let divided = divided(held.iter().map(groups));
+            divided.iter().try_for_each(|divided| divided.check(&moments, (&all, &work.grads))).inspect_err(fail)?;
         }
         let tried = new.then(|| Updated::of(&all, &work.grads));
-        let met = met.with_witness(&all, &work.grads);
         let updated = update(all, optim, lr, work.grads, tried).inspect_err(fail)?;
-        met.remember(optim);
+        checked.remember(optim);
         let (owned, rest): (Vec<_>, Vec<_>) = updated.0.into_iter().partition(|shard| ours.contains(&shard.param.id()));
         let parts = joined.divide(owned)?;
-        dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms)
+        let updated = dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms)?;
+        Ok(UpdatedShards { updated, unchanged })
     }
 }
 

@@ -8,9 +8,9 @@ use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::Device;
 
 use super::joined::Joined;
+use super::other_ranks::{divided, groups_of};
 use super::own_parts::own_parts;
 use super::panicked::Updated;
-use super::recognise::{Met, address};
 use super::update::update;
 use super::{moments, parts};
 use crate::Error;
@@ -38,9 +38,8 @@ impl SplitStep<'_> {
     pub fn run<M: Module, L: Module>(self, model: M, local: impl Fn(&M) -> &L) -> Result<M, Error> {
         let Self { optim, lr, mut grads, checked, split } = self;
         let ids: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
-        let met = Met::new(optim, &checked);
-        let mut new = !met.known;
-        let whole = checked.whole(address(optim), &ids, || {
+        let mut new = !checked.is_known(optim);
+        let whole = checked.whole(optim, &ids, || {
             new = true;
             parts::whole(optim, local(&model), &split)
         })?;
@@ -50,12 +49,11 @@ impl SplitStep<'_> {
         };
         if parts.is_empty() {
             if new {
-                moments::check(optim, local(&model), [])?;
+                check_moments(optim, local(&model), &grads, &split)?;
             }
             let tried = new.then(|| Updated::of(local(&model), &grads));
-            let met = met.with_witness(local(&model), &grads);
             let updated = update(model, optim, lr, grads, tried)?;
-            met.remember(optim);
+            checked.remember(optim);
             return Ok(updated);
         }
         let groups: Vec<_> = split.iter().filter_map(|param| param.over.as_ref()?.axes.first()).collect();
@@ -64,15 +62,27 @@ impl SplitStep<'_> {
         let (owned, joined) = Joined::join(parts, &split, &mut grads)?;
         let all = WithOwned { owned, model };
         if new {
-            moments::check(optim, &all, []).inspect_err(fail)?;
+            check_moments(optim, &all, &grads, &split).inspect_err(fail)?;
         }
         let tried = new.then(|| Updated::of(&all, &grads));
-        let met = met.with_witness(&all, &grads);
         let WithOwned { owned, model } = update(all, optim, lr, grads, tried).inspect_err(fail)?;
-        met.remember(optim);
+        checked.remember(optim);
         let values = joined.divide(owned.0)?.into_iter().map(|part| (part.param.id(), part.param.value())).collect();
         Ok(params::replace_values(model, values))
     }
+}
+
+/// Demands that an optimizer that is new here has moments of this rank's parts, and nothing else. Collective over the
+/// ranks that hold parts of one parameter.
+fn check_moments<M: Module>(
+    optim: &ModuleOptimizer,
+    local: &M,
+    grads: &GradientsParams,
+    split: &[SplitParam],
+) -> Result<(), Error> {
+    let moments = moments::check(optim, local, [])?;
+    let divided = divided(split.iter().map(|param| (param.id, groups_of(param))));
+    divided.iter().try_for_each(|divided| divided.check(&moments, (local, grads)))
 }
 
 /// A model, and before it the parameters that this rank updates as wholes: an optimizer gives each its gradient, and

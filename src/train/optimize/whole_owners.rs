@@ -9,7 +9,7 @@ use super::joined::owned;
 use super::parts;
 use super::sharded::find_whole;
 use crate::Error;
-use crate::sharding::ShardParams;
+use crate::sharding::UpdatedShards;
 use crate::train::ParallelModule;
 
 /// The parameters that this optimizer updates as a whole on one of the ranks that hold parts or rows of them, and
@@ -22,10 +22,10 @@ pub(crate) fn whole_owners<P: ParallelModule>(
     optim: &ModuleOptimizer,
 ) -> Result<HashMap<ParamId, bool>, Error> {
     let (checked, split) = (model.checked_optimizers().clone(), model.split_params());
-    let (address, owned) = (std::ptr::from_ref(optim).addr(), owned(&split));
+    let owned = owned(&split);
     let split_ids: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
     if model.shards().is_none() {
-        let whole = match checked.known_whole(address, &split_ids) {
+        let whole = match checked.known_whole(optim, &split_ids) {
             Some(known) => (*known).clone(),
             None => parts::whole(optim, model.local(), &split)?,
         };
@@ -35,7 +35,7 @@ pub(crate) fn whole_owners<P: ParallelModule>(
     // Nothing is updated, so nothing travels.
     model.clone().update_shards(&mut |shards, comms| {
         let ids: HashSet<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
-        let whole = match checked.known_whole(address, &ids) {
+        let whole = match checked.known_whole(optim, &ids) {
             Some(known) => (*known).clone(),
             None => find_whole(optim, &shards, &split)?,
         };
@@ -44,7 +44,7 @@ pub(crate) fn whole_owners<P: ParallelModule>(
             let here = shard.owner == comms.rank() && (!split_ids.contains(&id) || owned.contains(&id));
             owners.insert(id, here);
         }
-        Ok(ShardParams::default())
+        Ok(UpdatedShards { unchanged: shards, ..UpdatedShards::default() })
     })?;
     Ok(owners)
 }

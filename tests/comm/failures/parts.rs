@@ -95,3 +95,60 @@ fn a_rank_that_leaves_a_part_of_the_world() {
         says(&error, &["rank 0 left group `world/0` while barrier"]);
     }
 }
+
+/// A rank drops what it holds before its launcher can say why it has ended.
+#[test]
+fn why_a_rank_leaves_a_part_is_told_however_long_it_takes() {
+    for size in [3, 4] {
+        let error = failure(size, LONG, Some(0), |rank| {
+            let part = rank.split(rank.rank() as u64 % 2, 0)?;
+            match rank.rank() {
+                0 => {
+                    drop(part);
+                    thread::sleep(Duration::from_millis(300));
+                    Err(Error::user("the disk is full"))
+                }
+                2 => part.barrier(),
+                _ => rank.barrier(),
+            }
+        });
+        assert!(matches!(&error, Error::RankFailed { rank: 0, .. }), "{error:?}");
+        says(&error, &["rank 0 failed: the disk is full"]);
+    }
+}
+
+/// One that goes on without a part of the world is missed there: with its next call, or after the time-out.
+#[test]
+fn a_rank_that_goes_on_without_a_part_is_missed_there() {
+    type Call = fn(&Rank) -> Result<(), Error>;
+    let goes_on: [Call; 4] = [
+        |rank| rank.barrier(),
+        |rank| rank.recv::<Vec<u8>>(1, 7).map(drop),
+        |rank| {
+            rank.send(vec![1u8], 1, 7)?;
+            while rank.failure().is_none() {
+                thread::sleep(Duration::from_millis(10));
+            }
+            Ok(())
+        },
+        |rank| {
+            while rank.failure().is_none() {
+                thread::sleep(Duration::from_millis(10));
+            }
+            Ok(())
+        },
+    ];
+    for (number, goes_on) in goes_on.into_iter().enumerate() {
+        let timeout = if number == 3 { SHORT } else { LONG };
+        let error = failure(3, timeout, Some(0), move |rank| {
+            let part = rank.split(0, 0)?;
+            if rank.rank() == 0 {
+                drop(part);
+                return goes_on(rank);
+            }
+            part.barrier()
+        });
+        assert!(matches!(&error, Error::RankLost { rank: 0, .. }), "{number}: {error:?}");
+        says(&error, &["rank 0 left group `world/0` while barrier"]);
+    }
+}

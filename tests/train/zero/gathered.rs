@@ -309,14 +309,14 @@ impl Deep {
     }
 }
 
-/// Every group is gathered for forward, and again for backward, but for the one that is in use where these meet: the
-/// same in the first step, which knows of no order, and in those that gather ahead. Nothing is gathered that is not
-/// used.
+/// Every group is gathered for forward, and again for backward, but for the one that is in use where these meet, and
+/// for the first, whose input has no gradient: the same in the first step, which knows of no order, and in those that
+/// gather ahead. Nothing is gathered that is not used.
 #[test]
 fn groups_are_gathered_once_a_pass() {
     let model = Deep::new(&Device::flex().autodiff());
     for size in [2, 4] {
-        for (keep, groups) in [(Keep::Pass, 2 * DEEP - 1), (Keep::MicroBatch, DEEP), (Keep::Step, DEEP)] {
+        for (keep, groups) in [(Keep::Pass, 2 * DEEP - 2), (Keep::MicroBatch, DEEP), (Keep::Step, DEEP)] {
             launch::threads(size)
                 .run(|rank| {
                     let mut model = wrap(&rank, &model, gathered(keep))?;
@@ -488,4 +488,45 @@ fn a_loss_of_nothing_takes_part() {
     for keep in [Keep::Pass, Keep::MicroBatch] {
         all_same(&format!("{keep:?}"), &expected, &run(3, gathered(keep)), 3e-5);
     }
+}
+
+/// What no backward has needed is not gathered again, and whether any does is asked in 8 bytes from each rank; once one
+/// does, it is. Of a `Linear` with many rows of three dims burn keeps a view; with few it asks for the weight.
+#[test]
+fn what_no_backward_needs_is_not_gathered_again() {
+    let whole = Deep::new(&Device::flex().autodiff());
+    let loss = |model: &Deep, x: Tensor<3>| {
+        model.layers.iter().fold(x, |x, layer| layer.forward(x).tanh().narrow(2, 0, 128)).powi_scalar(2).mean()
+    };
+    let input = |few: bool, seed: usize| {
+        let x = crate::common::dense::Dense::fractions(if few { &[5, 3, 128] } else { &[2, 32, 128] }, seed as u64);
+        x.tensor::<3>(&Device::flex().autodiff(), burn::tensor::DType::F32)
+    };
+    // How many groups are gathered in each step, how often and with how many bytes the ranks ask for something, and
+    // what comes of it all. In the third step one of the ranks has few rows.
+    let run = |config: DataParallelConfig| {
+        let ran = launch::threads(3).timeout(Duration::from_secs(20)).run(|rank| {
+            let mut model = wrap(&rank, &whole, config.clone())?;
+            let (mut optim, mut counts) = (optimizer("sgd"), Vec::new());
+            for step in 0..4 {
+                let before = model.counters();
+                let done = model.step(input((step, rank.rank()) == (2, 1), 3 * step + rank.rank()), loss)?;
+                let counted = model.counters() - before;
+                let asked = counted.control.of("all_reduce");
+                counts.push([counted.parameters.of("all_gather").calls, asked.calls, asked.bytes]);
+                model = model.optimize(&mut optim, 1e-2, done)?;
+            }
+            Ok((counts, values(&model.assemble()?)))
+        });
+        ran.unwrap().remove(0)
+    };
+    let (expected, kept, pass) =
+        (run(config(Sharding::None)).1, run(gathered(Keep::MicroBatch)), run(gathered(Keep::Pass)));
+    all_same("three ranks", &expected, &pass.1, 3e-5);
+    // The ranks ask once for each group that none has needed so far, but for the last, which is whole still.
+    let asked =
+        |(pass, kept): (&[u64; 3], &[u64; 3])| [pass[0], pass[1] - kept[1], (pass[2] - kept[2]) / (pass[1] - kept[1])];
+    let counts: Vec<_> = pass.0.iter().zip(&kept.0).map(asked).collect();
+    // One number is reduced by one of the three ranks: it takes in two, and gives two.
+    assert_eq!(counts, [[5, 4, 32], [5, 4, 32], [8, 4, 32], [8, 1, 32]]);
 }

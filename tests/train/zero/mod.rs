@@ -5,6 +5,7 @@ mod crash;
 mod gathered;
 mod generation;
 mod parity;
+mod replaced;
 mod rules;
 mod splits;
 mod unused;

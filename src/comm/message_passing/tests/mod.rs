@@ -1,5 +1,6 @@
 //! Tests with malformed messages, short memory, and an endpoint that fails halfway.
 
+mod dropped_groups;
 mod failing_endpoint;
 mod malformed_messages;
 mod memory_endpoint;

@@ -53,6 +53,11 @@ pub(in crate::comm) struct World {
     groups: Mutex<Vec<Weak<Group>>>,
     /// Groups that this rank has left, for the reports on later failures.
     left_groups: Mutex<VecDeque<LeftGroup>>,
+    /// Groups that this rank has dropped, and whether it was in a panic: the others hear of them when it goes on, or
+    /// ends (see [`departed`](crate::comm::departed)).
+    dropped: Mutex<Vec<(Arc<Group>, bool)>>,
+    /// Whether there are any.
+    has_dropped: AtomicBool,
     /// Members that have left groups which this rank is still to make.
     early_leaves: Mutex<Vec<(u64, Left)>>,
     next_group: AtomicU64,
@@ -115,6 +120,8 @@ impl World {
             failure: OnceLock::new(),
             groups: Mutex::default(),
             left_groups: Mutex::default(),
+            dropped: Mutex::default(),
+            has_dropped: AtomicBool::new(false),
             early_leaves: Mutex::default(),
             next_group: AtomicU64::new(1),
             transfers: Mutex::default(),
@@ -243,8 +250,26 @@ impl World {
         (0..self.endpoint.size()).for_each(|to| self.send_control(to, message));
     }
 
+    /// This rank has dropped a group.
+    pub(in crate::comm::message_passing) fn drops(&self, group: Arc<Group>, panicked: bool) {
+        lock(&self.dropped).push((group, panicked));
+        self.has_dropped.store(true, Ordering::Release);
+    }
+
+    /// Before each call, and at the end: tells the others of the groups that this rank has dropped.
+    pub(in crate::comm::message_passing) fn goes_on(&self) {
+        if self.has_dropped.load(Ordering::Acquire) {
+            let dropped = {
+                let mut dropped = lock(&self.dropped);
+                self.has_dropped.store(false, Ordering::Release);
+                std::mem::take(&mut *dropped)
+            };
+            dropped.iter().for_each(|(group, panicked)| self.leave(group, *panicked));
+        }
+    }
+
     /// Tells the others of a group that this rank has left it.
-    pub(in crate::comm::message_passing) fn leave(&self, group: &Group, panicked: bool) {
+    fn leave(&self, group: &Group, panicked: bool) {
         if group.leaves() {
             return;
         }

@@ -22,6 +22,7 @@ const LAST_BYTES: Duration = Duration::from_millis(200);
 impl World {
     /// Announces that this rank is done with the world, whoever still holds a communicator.
     pub fn announce_end(&self) {
+        self.goes_on();
         if !self.end_announced.swap(true, Ordering::AcqRel) {
             self.broadcast_control(&ControlMessage::Finished);
         }
@@ -29,6 +30,7 @@ impl World {
 
     /// Leaves all groups, and is done with the world.
     pub fn leave_world(&self) {
+        self.goes_on();
         self.groups().iter().for_each(|group| self.leave(group, false));
         self.announce_end();
     }

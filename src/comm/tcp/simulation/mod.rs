@@ -16,6 +16,7 @@
 mod failures;
 mod message_endpoint;
 mod network;
+mod operations;
 mod schedule;
 mod scripts;
 mod wakes;

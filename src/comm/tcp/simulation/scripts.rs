@@ -8,12 +8,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::network::Random;
+use super::operations::{KINDS, Step, perform};
 use super::{Plan, RankContext, Simulation};
 use crate::Error;
+use crate::comm::Communicator;
 use crate::comm::message_passing::Thresholds;
 use crate::comm::message_passing::message_store::MessageStore;
 use crate::comm::tcp::frame::Limits;
-use crate::comm::{Communicator, ReduceOp, part};
 
 /// Longer than anything takes, in the time of the simulation.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -71,117 +72,15 @@ fn bytes(random: &mut Random, plan: &Plan, ranks: usize) -> usize {
     bytes.min(MOST / ranks)
 }
 
-/// One operation of a group, the same on all its ranks.
-#[derive(Debug, Clone, Copy)]
-struct Step {
-    kind: usize,
-    bytes: usize,
-    root: usize,
-    seed: u64,
-    /// Nanoseconds that one rank computes before.
-    slow: (usize, u64),
-}
-
 fn steps(random: &mut Random, plan: &Plan, ranks: usize, count: usize) -> Vec<Step> {
     let step = |_| Step {
-        kind: random.below(11),
+        kind: random.below(KINDS),
         bytes: bytes(random, plan, ranks),
         root: random.below(ranks),
         seed: random.next(),
         slow: (random.below(2 * ranks), random.below(3_000_000) as u64),
     };
     (0..count).map(step).collect()
-}
-
-/// Places after which a rank's numbers repeat themselves.
-const PERIOD: usize = 256;
-
-/// So many bytes with a period: nearly all of them are copied, since a loop over bytes is slow without optimisation.
-fn periodic(len: usize, byte: impl Fn(usize) -> u8) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(len);
-    for place in 0..len.min(PERIOD) {
-        bytes.push(byte(place));
-    }
-    while bytes.len() < len {
-        // Whole periods, until the last copy.
-        bytes.extend_from_within(..bytes.len().min(len - bytes.len()));
-    }
-    bytes
-}
-
-fn number(place: usize) -> usize {
-    place.wrapping_mul(place + 7)
-}
-
-/// What a rank adds to the [`number`] of each place.
-fn offset(seed: u64, rank: usize) -> usize {
-    (seed as usize).wrapping_add(rank * 101)
-}
-
-fn input(seed: u64, rank: usize, len: usize) -> Vec<u8> {
-    let offset = offset(seed, rank);
-    periodic(len, |place| offset.wrapping_add(number(place)) as u8)
-}
-
-fn sum(seed: u64, ranks: usize, len: usize) -> Vec<u8> {
-    let offsets = (0..ranks).fold(0, |sum: usize, rank| sum.wrapping_add(offset(seed, rank)));
-    periodic(len, |place| offsets.wrapping_add(ranks.wrapping_mul(number(place))) as u8)
-}
-
-#[track_caller]
-fn same(found: &[u8], expected: &[u8], what: &str) -> Result<(), Error> {
-    match found == expected {
-        true => Ok(()),
-        false => Err(Error::user(format!("{what}: wrong bytes"))),
-    }
-}
-
-/// One rank's share of an operation, and whether what comes of it is right.
-fn perform(comm: &Communicator, context: &RankContext, step: &Step) -> Result<(), Error> {
-    let (size, rank) = (comm.size(), comm.rank());
-    let Step { kind, bytes: len, root, seed, slow } = *step;
-    if slow.0 == rank {
-        context.compute(slow.1);
-    }
-    let mine = || input(seed, rank, len);
-    let all = || (0..size).map(|rank| input(seed, rank, len)).collect::<Vec<_>>().concat();
-    match kind {
-        0 => comm.barrier(),
-        1 => same(&comm.all_reduce(mine(), ReduceOp::Sum)?, &sum(seed, size, len), "all_reduce"),
-        2 => same(
-            &comm.reduce_scatter(mine(), ReduceOp::Sum)?,
-            &sum(seed, size, len)[part(len, size, rank)],
-            "reduce_scatter",
-        ),
-        3 => same(&comm.broadcast(mine(), root)?, &input(seed, root, len), "broadcast"),
-        4 => match comm.reduce(mine(), ReduceOp::Sum, root)? {
-            Some(result) => same(&result, &sum(seed, size, len), "reduce"),
-            None => Ok(()),
-        },
-        5 => match comm.gather(mine(), root)? {
-            Some(result) => same(&result, &all(), "gather"),
-            None => Ok(()),
-        },
-        6 => {
-            let result = comm.scatter((rank == root).then(mine), root)?;
-            same(&result, &input(seed, root, len)[part(len, size, rank)], "scatter")
-        }
-        7 => {
-            let parts: Vec<_> = (0..size).map(|from| input(seed, from, len)[part(len, size, rank)].to_vec()).collect();
-            same(&comm.all_to_all(mine())?, &parts.concat(), "all_to_all")
-        }
-        8 => {
-            // Round the ring, two messages of two tags, received the other way round.
-            let (next, previous) = ((rank + 1) % size, (rank + size - 1) % size);
-            comm.send(mine(), next, seed)?;
-            comm.send(vec![rank as u64], next, !seed)?;
-            if comm.recv::<Vec<u64>>(previous, !seed)? != [previous as u64] {
-                return Err(Error::user("the second message: wrong"));
-            }
-            same(&comm.recv::<Vec<u8>>(previous, seed)?, &input(seed, previous, len), "recv")
-        }
-        _ => same(&comm.all_gather(mine())?, &all(), "all_gather"),
-    }
 }
 
 /// What the ranks of a group do, and what became of it.
