@@ -10,12 +10,13 @@ const BLOCK: usize = 4;
 /// Rows of a panel that a thread writes.
 const OF_THREAD: usize = 64;
 
-/// A panel, row by row: its first element, and how many rows and columns it has.
+/// A panel, row by row: its first element, how many rows and columns it has, and how far apart rows are.
 #[derive(Clone, Copy)]
 pub(super) struct Panel<T> {
     pub(super) first: *mut T,
     pub(super) rows: usize,
     pub(super) columns: usize,
+    pub(super) apart: usize,
 }
 
 /// Some rows of a panel of what lies column by column.
@@ -46,8 +47,9 @@ impl<T: Copy + Sync> Panel<T> {
 impl<T: Copy> Turning<T> {
     /// The rows of a thread, from one on.
     fn rows(&self, from: usize) -> Self {
-        let Panel { first, rows, columns } = self.panel;
-        let panel = Panel { first: first.wrapping_add(from * columns), rows: OF_THREAD.min(rows - from), columns };
+        let Panel { first, rows, apart, .. } = self.panel;
+        let first = first.wrapping_add(from * apart);
+        let panel = Panel { first, rows: OF_THREAD.min(rows - from), ..self.panel };
         Self { panel, source: self.source.wrapping_add(from), apart: self.apart }
     }
 }
@@ -55,7 +57,7 @@ impl<T: Copy> Turning<T> {
 impl<T: Copy> Loops for Turning<T> {
     #[inline(always)]
     fn run(self) {
-        let Panel { first, rows, columns } = self.panel;
+        let Panel { first, rows, columns, apart } = self.panel;
         let (whole_rows, whole_columns) = (rows / BLOCK * BLOCK, columns / BLOCK * BLOCK);
         for row in (0..whole_rows).step_by(BLOCK) {
             for column in (0..whole_columns).step_by(BLOCK) {
@@ -67,7 +69,7 @@ impl<T: Copy> Loops for Turning<T> {
                     };
                     let block: [[T; BLOCK]; BLOCK] = [read(0), read(1), read(2), read(3)];
                     for (place, line) in turned(block).into_iter().enumerate() {
-                        let at = first.add((row + place) * columns + column);
+                        let at = first.add((row + place) * apart + column);
                         at.cast::<[T; BLOCK]>().write_unaligned(line);
                     }
                 }
@@ -78,7 +80,7 @@ impl<T: Copy> Loops for Turning<T> {
             for column in from..columns {
                 // SAFETY: one element of both.
                 unsafe {
-                    *first.add(row * columns + column) = *self.source.offset(column as isize * self.apart).add(row)
+                    *first.add(row * apart + column) = *self.source.offset(column as isize * self.apart).add(row)
                 };
             }
         }

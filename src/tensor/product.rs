@@ -6,7 +6,6 @@
 //! stay in the caches.
 
 use std::cell::Cell;
-use std::mem::MaybeUninit;
 use std::ops::{Add, Range};
 use std::sync::Arc;
 
@@ -30,6 +29,21 @@ const OF_PANEL: usize = 256 * 1024;
 thread_local! {
     /// A panel's memory, which stays with the thread: that of steps is for what is there for longer.
     static PANEL: Cell<Vec<u64>> = const { Cell::new(Vec::new()) };
+}
+
+/// Gives work the memory of a panel of so many elements. What this thread does while it waits within that finds none,
+/// and takes memory of its own.
+fn with_panel<T>(elements: usize, work: impl FnOnce(*mut T)) {
+    let mut memory = PANEL.take();
+    let words = (elements * size_of::<T>()).div_ceil(size_of::<u64>());
+    memory.resize(memory.len().max(words), 0);
+    work(memory.as_mut_ptr().cast());
+    PANEL.set(memory);
+}
+
+/// Whether what is beside a product is split over threads as well.
+fn on_threads(parallelism: gemm::Parallelism) -> bool {
+    !matches!(parallelism, gemm::Parallelism::None) && rayon::current_num_threads() > 1
 }
 
 /// Elements of a row that are transposed at once: with as many of all rows they fit into the first cache.
@@ -100,7 +114,7 @@ impl<T: Multiplied> Product<'_, T> {
     /// The factors have their elements. `out` has a place for each element that nobody else has, and there is something
     /// in it if that is added to.
     pub(crate) unsafe fn write(&self, out: *mut T, row_stride: usize, parallelism: gemm::Parallelism) {
-        let Self { rows, inner, columns, ref right, pool, .. } = *self;
+        let Self { rows, inner, columns, ref right, .. } = *self;
         if rows * columns == 0 {
             return;
         }
@@ -111,31 +125,48 @@ impl<T: Multiplied> Product<'_, T> {
             // SAFETY: as the caller says.
             return unsafe { self.by_panels(out, row_stride, parallelism) };
         }
-        if !(is_packed_slowly && FEW_ROWS.contains(&rows)) {
+        if is_packed_slowly && FEW_ROWS.contains(&rows) {
             // SAFETY: the same.
-            return unsafe { self.gemm(out, [row_stride as isize, 1], self.adds, parallelism) };
+            return unsafe { self.by_columns(out, row_stride, parallelism) };
         }
-        // Column by column, so that `gemm` reads the matrix along its memory.
-        let room = pool.room(rows * columns * size_of::<T>());
-        let by_column = room.pointer().cast::<MaybeUninit<T>>();
-        // SAFETY: the room has so many elements, for which it is aligned, and nothing else refers to it; they are all
-        // written before they are read.
-        unsafe {
-            self.gemm(by_column.cast(), [1, rows as isize], false, parallelism);
-            if !self.adds && row_stride == columns {
-                let by_column = Strided { first: by_column.cast_const().cast(), row: 1, column: rows as isize };
-                return Panel { first: out, rows, columns }.fill(by_column, false);
-            }
-            for begin in (0..columns).step_by(TILE) {
-                for row in 0..rows {
-                    for column in begin..columns.min(begin + TILE) {
-                        let (value, place) = (*by_column.add(column * rows + row), out.add(row * row_stride + column));
-                        let value = value.assume_init();
-                        *place = if self.adds { *place + value } else { value };
+        // SAFETY: the same.
+        unsafe { self.gemm(out, [row_stride as isize, 1], self.adds, parallelism) }
+    }
+
+    /// As [`write`](Self::write), column by column, so that `gemm` reads the right matrix along its memory.
+    ///
+    /// # Safety
+    /// That of `write`.
+    unsafe fn by_columns(&self, out: *mut T, row_stride: usize, parallelism: gemm::Parallelism) {
+        let Self { rows, inner, columns, left, right, adds, pool } = *self;
+        let width = (OF_PANEL / rows).min(columns);
+        with_panel(rows * width, |first: *mut T| {
+            for begin in (0..columns).step_by(width) {
+                let columns = width.min(columns - begin);
+                let right = right.turned().below(begin).turned();
+                let product = Product { rows, inner, columns, left, right, adds: false, pool };
+                let by_column = Strided { first: first.cast_const(), row: 1, column: rows as isize };
+                // SAFETY: the memory has so many elements, for which it is aligned, and nothing else refers to it; they
+                // are all written before they are read. The rest is as the caller says, of some columns.
+                unsafe {
+                    let out = out.add(begin);
+                    product.gemm(first, [1, rows as isize], false, parallelism);
+                    if !adds {
+                        let whole = Panel { first: out, rows, columns, apart: row_stride };
+                        whole.fill(by_column, on_threads(parallelism));
+                        continue;
+                    }
+                    for begin in (0..columns).step_by(TILE) {
+                        for row in 0..rows {
+                            for column in begin..columns.min(begin + TILE) {
+                                let place = out.add(row * row_stride + column);
+                                *place = *place + *first.add(column * rows + row);
+                            }
+                        }
                     }
                 }
             }
-        }
+        });
     }
 
     /// As [`write`](Self::write), where the right matrix lies column by column.
@@ -146,32 +177,29 @@ impl<T: Multiplied> Product<'_, T> {
         let Self { rows, inner, columns, left, right, adds, pool } = *self;
         let depth = DEPTH.min(inner);
         let width = (OF_PANEL / depth).min(columns);
-        // A product that this thread makes while it waits within this one finds none, and takes memory of its own.
-        let mut memory = PANEL.take();
-        memory.resize(memory.len().max((depth * width * size_of::<T>()).div_ceil(size_of::<u64>())), 0);
-        let first: *mut T = memory.as_mut_ptr().cast();
-        let on_threads = !matches!(parallelism, gemm::Parallelism::None) && rayon::current_num_threads() > 1;
-        for column in (0..columns).step_by(width) {
-            for row in (0..inner).step_by(depth) {
-                let panel = Panel { first, rows: depth.min(inner - row), columns: width.min(columns - column) };
-                let product = Product {
-                    rows,
-                    inner: panel.rows,
-                    columns: panel.columns,
-                    left: left.turned().below(row).turned(),
-                    right: Strided { first: first.cast_const(), row: panel.columns as isize, column: 1 },
-                    adds: adds || row > 0,
-                    pool,
-                };
-                // SAFETY: the memory has the elements of a panel, for which it is aligned, and nothing else refers to
-                // it. The rest is as the caller says, of a part of the matrix.
-                unsafe {
-                    panel.fill(right.below(row).turned().below(column).turned(), on_threads);
-                    product.gemm(out.add(column), [row_stride as isize, 1], product.adds, parallelism);
+        with_panel(depth * width, |first: *mut T| {
+            for column in (0..columns).step_by(width) {
+                for row in (0..inner).step_by(depth) {
+                    let columns = width.min(columns - column);
+                    let panel = Panel { first, rows: depth.min(inner - row), columns, apart: columns };
+                    let product = Product {
+                        rows,
+                        inner: panel.rows,
+                        columns: panel.columns,
+                        left: left.turned().below(row).turned(),
+                        right: Strided { first: first.cast_const(), row: panel.columns as isize, column: 1 },
+                        adds: adds || row > 0,
+                        pool,
+                    };
+                    // SAFETY: the memory has the elements of a panel, for which it is aligned, and nothing else refers
+                    // to it. The rest is as the caller says, of a part of the matrix.
+                    unsafe {
+                        panel.fill(right.below(row).turned().below(column).turned(), on_threads(parallelism));
+                        product.gemm(out.add(column), [row_stride as isize, 1], product.adds, parallelism);
+                    }
                 }
             }
-        }
-        PANEL.set(memory);
+        });
     }
 
     /// As [`write`](Self::write), on one thread, to a matrix as it lies.

@@ -201,6 +201,9 @@ mod tests {
                 let right = numbers([271, 243], dtype).swap_dims(0, 1);
                 compare(&format!("{rows} {dtype:?}"), numbers([rows, 243], dtype), right);
             }
+            // Of more columns than there are at once.
+            let right = numbers([3001, 24], dtype).swap_dims(0, 1);
+            compare(&format!("wide {dtype:?}"), numbers([190, 24], dtype), right);
         }
     }
 
