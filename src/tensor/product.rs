@@ -5,6 +5,7 @@
 //! multiplied without packing, and for others such a matrix is put the right way round first, in [panels](Panel) that
 //! stay in the caches.
 
+use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::ops::{Add, Range};
 use std::sync::Arc;
@@ -26,6 +27,11 @@ const CLASHING: usize = 2048;
 /// the second cache.
 const DEPTH: usize = 512;
 const OF_PANEL: usize = 256 * 1024;
+thread_local! {
+    /// A panel's memory, which stays with the thread: that of steps is for what is there for longer.
+    static PANEL: Cell<Vec<u64>> = const { Cell::new(Vec::new()) };
+}
+
 /// Elements of a row that are transposed at once: with as many of all rows they fit into the first cache.
 const TILE: usize = 64;
 
@@ -140,8 +146,10 @@ impl<T: Multiplied> Product<'_, T> {
         let Self { rows, inner, columns, left, right, adds, pool } = *self;
         let depth = DEPTH.min(inner);
         let width = (OF_PANEL / depth).min(columns);
-        let room = pool.room(depth * width * size_of::<T>());
-        let first: *mut T = room.pointer().cast();
+        // A product that this thread makes while it waits within this one finds none, and takes memory of its own.
+        let mut memory = PANEL.take();
+        memory.resize(memory.len().max((depth * width * size_of::<T>()).div_ceil(size_of::<u64>())), 0);
+        let first: *mut T = memory.as_mut_ptr().cast();
         let on_threads = !matches!(parallelism, gemm::Parallelism::None) && rayon::current_num_threads() > 1;
         for column in (0..columns).step_by(width) {
             for row in (0..inner).step_by(depth) {
@@ -155,14 +163,15 @@ impl<T: Multiplied> Product<'_, T> {
                     adds: adds || row > 0,
                     pool,
                 };
-                // SAFETY: the room has the elements of a panel, for which it is aligned, and nothing else refers to it.
-                // The rest is as the caller says, of a part of the matrix.
+                // SAFETY: the memory has the elements of a panel, for which it is aligned, and nothing else refers to
+                // it. The rest is as the caller says, of a part of the matrix.
                 unsafe {
                     panel.fill(right.below(row).turned().below(column).turned(), on_threads);
                     product.gemm(out.add(column), [row_stride as isize, 1], product.adds, parallelism);
                 }
             }
         }
+        PANEL.set(memory);
     }
 
     /// As [`write`](Self::write), on one thread, to a matrix as it lies.
