@@ -45,9 +45,11 @@ step "GPU features: tests ${tests[*]}, and the check program on the software Vul
 checked=$(mktemp -d)
 cargo run "${features[@]}" --example gpu_check -- --device wgpu --quick --json "$checked/json" &> "$checked/said" &
 check=$!
+trap 'code=$?; kill "$check" 2> /dev/null || true; cat "$checked/said"; rm -rf "$checked"; end_script "$code"' EXIT
 failed=0 code=0
 cargo test "${features[@]}" "${tests[@]/#/--test=}" || failed=$?
 wait "$check" || code=$?
+trap end_script EXIT
 cat "$checked/said"
 rm -rf "$checked"
 [ "$failed" = 0 ] || exit "$failed"

@@ -1,13 +1,15 @@
 //! The optimizers that were found to suit a model.
 //!
 //! burn gives an optimizer no identity, and another may come to be where one was: in the same variable, of another
-//! kind, or with a state that was loaded since. So one that is met again is recognised by its place in memory and by
-//! what stands there: where its groups are, and the map of its states with the seed that each map draws. Whatever is
-//! put in its place, or made of it by a method that takes it, differs in that.
+//! kind, or with a state that was loaded since. So one that is met again is recognised by what it consists of: where
+//! its groups are, the map of its states with the seed that each map draws, and how it clips. That moves with it, and
+//! whatever is put in its place, or made of it by a method that takes it, differs in it. (On all ranks alike: what is
+//! new to one of them is looked at together.)
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use burn::grad_clipping::GradientClipping;
 use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
 
@@ -18,11 +20,13 @@ use crate::comm::lock::lock;
 const WORDS: usize = 3 + 5;
 
 /// Which optimizer it is, until somebody changes it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub struct Identity {
     address: usize,
     /// `None` if burn has changed what it consists of: then it is not recognised.
     words: Option<[u64; WORDS]>,
+    /// By its norm or by value, and the bits of the most. It is set where the words stay.
+    clipping: Option<(bool, u32)>,
 }
 
 impl Identity {
@@ -31,10 +35,19 @@ impl Identity {
             && align_of::<ModuleOptimizer>() == align_of::<[u64; WORDS]>()
             && size_of::<usize>() == size_of::<u64>();
         let place = std::ptr::from_ref(optim);
-        // SAFETY: it is as large as the words that it consists of, so there is nothing between them that was never
-        // written; any bits are numbers.
+        // SAFETY: it is as large and aligned as the words that burn 0.22 makes it of, so there is nothing between them
+        // that was never written; any bits are numbers.
         let words = KNOWN.then(|| unsafe { place.cast::<[u64; WORDS]>().read() });
-        Self { address: place.addr(), words }
+        let clipping = optim.grad_clipping().map(|clipping| match clipping {
+            GradientClipping::Norm(most) => (true, most.to_bits()),
+            GradientClipping::Value(most) => (false, most.to_bits()),
+        });
+        Self { address: place.addr(), words, clipping }
+    }
+
+    /// Whether it is the same optimizer, wherever it is now.
+    fn is(self, other: Self) -> bool {
+        self.words.is_some() && (self.words, self.clipping) == (other.words, other.clipping)
     }
 }
 
@@ -55,7 +68,7 @@ struct Checked {
 
 impl Checked {
     fn is(&self, identity: Identity) -> bool {
-        identity.words.is_some() && self.identity == Some(identity)
+        self.identity.is_some_and(|known| known.is(identity))
     }
 }
 
@@ -64,11 +77,14 @@ impl CheckedOptimizers {
     /// place is forgotten.
     pub fn is_known(&self, optim: &ModuleOptimizer) -> bool {
         let (identity, mut known) = (Identity::of(optim), self.lock());
-        let same = known.get(&identity.address).is_some_and(|checked| checked.is(identity));
-        if !same {
+        let found = known.iter().find_map(|(address, checked)| checked.is(identity).then_some(*address));
+        // What was at its place is there no longer.
+        let moved = found.filter(|address| *address != identity.address).and_then(|address| known.remove(&address));
+        if found.is_none() || moved.is_some() {
             known.remove(&identity.address);
         }
-        same
+        known.extend(moved.map(|checked| (identity.address, checked)));
+        found.is_some()
     }
 
     /// Remembers an optimizer that suits the model, after its step.
@@ -105,7 +121,7 @@ impl CheckedOptimizers {
     /// all of `params`.
     pub fn known_whole(&self, optim: &ModuleOptimizer, params: &HashSet<ParamId>) -> Option<Arc<HashSet<ParamId>>> {
         let (identity, known) = (Identity::of(optim), self.lock());
-        let found = known.get(&identity.address).filter(|known| known.is(identity));
+        let found = known.values().find(|known| known.is(identity));
         found.filter(|known| known.params.is_superset(params)).map(|known| known.whole.clone())
     }
 
@@ -139,7 +155,11 @@ mod tests {
             checked.remember(&optim);
         }
         type Change = fn(ModuleOptimizer) -> ModuleOptimizer;
-        let changes: [Change; 4] = [
+        let moved = Box::new(optim);
+        assert!(checked.is_known(&moved));
+        optim = *moved;
+        let changes: [Change; 5] = [
+            |optim| optim.with_grad_clipping(GradientClipping::Norm(1.0)),
             |optim| AdamWConfig::new().init().load_record(optim.to_record()),
             |optim| {
                 let record = optim.to_record();

@@ -7,7 +7,7 @@ use super::{read_files, text};
 fn wide(source: &str, columns: usize) -> Vec<(usize, &str)> {
     let breakable = |line: &str| {
         let comment = line.trim_start().strip_prefix("//")?.trim_start_matches(['/', '!']).trim_start();
-        Some(!comment.starts_with('|') && !(comment.starts_with('[') && comment.contains("]: ")))
+        Some(!(comment.starts_with('|') || comment.starts_with('[') && comment.contains("]: ")))
     };
     let numbered = source.lines().enumerate();
     let wide = numbered.filter(|(_, line)| line.chars().count() > columns && breakable(line) == Some(true));
