@@ -19,8 +19,9 @@ use crate::memory::{LARGEST, MOST, Mlp, OF_SIZE, SIZE, WHOLE, held};
 /// A weight has 4 MiB, as have the rows: all other tensors are smaller than a row of it.
 const ROWS: usize = 1024;
 
-/// What `gemm` packs factors in, some of which it keeps, and what burn keeps for each operation.
-const BESIDE: isize = 5 << 20;
+/// What `gemm` packs factors in, some of which it keeps, a panel of 1 MiB in which a product turns one, and what burn
+/// keeps for each operation.
+const BESIDE: isize = 6 << 20;
 
 fn rows(device: &Device) -> Tensor<2> {
     Tensor::ones([ROWS, 1024], device)
