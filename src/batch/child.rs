@@ -80,8 +80,16 @@ fn read(mut errors: impl Read, kept: &Mutex<Vec<u8>>) {
 }
 
 /// What programs say that are refused memory, or whose device is.
-const REFUSED: [&str; 5] =
-    ["memory allocation of", "Cannot allocate memory", "os error 12", "failed to spawn thread", "out of memory"];
+const REFUSED: [&str; 7] = [
+    "memory allocation of",
+    "memory allocation failed",
+    "Cannot allocate memory",
+    "os error 12",
+    "failed to spawn thread",
+    "out of memory",
+    // Of [`Error::OutOfMemory`].
+    "has no memory for the",
+];
 
 fn answer(name: &str, status: ExitStatus, said: &str) -> Result<Trial, Error> {
     if status.success() {
@@ -93,7 +101,10 @@ fn answer(name: &str, status: ExitStatus, said: &str) -> Result<Trial, Error> {
         // Killed by the system.
         (None, Some(9)) => Ok(Trial::TooLarge("the system killed the trial".into())),
         (None, _) => {
-            let last = said.trim().lines().last().unwrap_or("it said nothing");
+            // With what is indented below it.
+            let lines: Vec<&str> = said.trim().lines().collect();
+            let from = lines.iter().rposition(|line| !line.starts_with(' ')).unwrap_or(0);
+            let last = if lines.is_empty() { "it said nothing".into() } else { lines[from..].join("\n") };
             Err(Error::user(format!("a trial of {name} failed ({status}), not for want of memory: {last}")))
         }
     }
