@@ -64,11 +64,14 @@ pub struct GrowthFlags {
 }
 
 impl GrowthFlags {
-    /// What is wrong with these flags for a batch that begins with so many rows. Of what a trial tries whoever has
-    /// started it looks at the outcome.
+    /// The most rows that the batch grows to. In a trial it does not grow: that is of rows that are to be found yet.
+    fn most(&self) -> Option<usize> {
+        self.grow_batch.filter(|_| env::var_os(TRIAL).is_none())
+    }
+
+    /// What is wrong with these flags for a batch that begins with so many rows.
     pub fn check(&self, batch: usize) -> Result<(), String> {
-        match self.grow_batch {
-            _ if env::var_os(TRIAL).is_some() => Ok(()),
+        match self.most() {
             Some(most) if most < batch => Err(format!("--grow-batch {most} is smaller than --batch {batch}")),
             _ => Ok(()),
         }
@@ -237,7 +240,7 @@ impl Batch {
     /// What the flags say, a run of so many steps that begins with so many rows; or what a checkpoint said before as
     /// far as the flags still do.
     pub fn begin(self, rows: usize, flags: GrowthFlags, steps: usize) -> Result<Self, Error> {
-        let grow = match (flags.grow_batch, self.grow) {
+        let grow = match (flags.most(), self.grow) {
             (None, _) => None,
             (Some(most), Some(grow)) => Some(grow.with_most(most)),
             (Some(most), None) => {

@@ -80,12 +80,14 @@ fn read(mut errors: impl Read, kept: &Mutex<Vec<u8>>) {
 }
 
 /// What programs say that are refused memory, or whose device is.
-const REFUSED: [&str; 7] = [
+const REFUSED: [&str; 8] = [
     "memory allocation of",
     "memory allocation failed",
     "Cannot allocate memory",
     "os error 12",
     "failed to spawn thread",
+    // Of a thread without memory for its stack: EAGAIN.
+    "os error 11",
     "out of memory",
     // Of [`Error::OutOfMemory`].
     "has no memory for the",
