@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . .ci/steps.sh
 
-if ! ldconfig -p | grep -q libvulkan_lvp && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+if ! ldconfig -p | grep libvulkan_lvp > /dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     step "a software Vulkan device (Debian's mesa-vulkan-drivers)"
     apt-get install -y --no-install-recommends mesa-vulkan-drivers libvulkan1 >/dev/null ||
         { apt-get update >/dev/null && apt-get install -y --no-install-recommends mesa-vulkan-drivers libvulkan1 >/dev/null; }
