@@ -32,5 +32,5 @@ DOC_TESTS=no cargo test "${features[@]}" --doc
 
 # What the features change: everything else has been tested without them.
 step "MPI and fine-tuning: transport suite, train_lm, finetune"
-cargo test "${features[@]}" --test transport_mpi --test finetune
-cargo test "${features[@]}" --test cli -- mpi ways_to_start
+.ci/test "${features[@]}" --test transport_mpi --test finetune
+.ci/test "${features[@]}" --test cli -- mpi ways_to_start

@@ -47,7 +47,7 @@ cargo run "${features[@]}" --example gpu_check -- --device wgpu --quick --json "
 check=$!
 trap 'code=$?; kill "$check" 2> /dev/null || true; cat "$checked/said"; rm -rf "$checked"; end_script "$code"' EXIT
 failed=0 code=0
-cargo test "${features[@]}" "${tests[@]/#/--test=}" || failed=$?
+.ci/test "${features[@]}" "${tests[@]/#/--test=}" || failed=$?
 wait "$check" || code=$?
 trap end_script EXIT
 cat "$checked/said"
