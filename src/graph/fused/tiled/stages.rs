@@ -6,7 +6,7 @@ use burn::tensor::DType;
 use burn_ir::{CustomOpIr, MatmulOpIr, TensorId, TensorIr};
 
 use super::super::super::operation::{Class, matmul, permute, reshape, swap_dims};
-use super::super::group::MOST;
+use super::super::fusion_group::MOST;
 use super::super::lower::lower;
 use super::program::Program;
 use super::web::{Role, Web};

@@ -6,7 +6,7 @@ use burn::tensor::DType;
 use burn_ir::{MatmulOpIr, OperationIr, TensorIr};
 
 use super::super::super::operation::{matmul, swap_dims};
-use super::super::group::MOST;
+use super::super::fusion_group::MOST;
 use super::super::work::{Work, is_wide};
 use super::program::Program;
 
