@@ -3,7 +3,7 @@
 use burn::tensor::DType;
 use burn_ir::ScalarIr;
 
-use super::loops::{Binary, Reduction, Unary};
+use super::loops::{Binary, RowReduction, Unary};
 
 /// How many elements of a value there are in a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -49,7 +49,7 @@ pub(super) enum BlockOp {
         x: Value,
     },
     Reduce {
-        op: Reduction,
+        op: RowReduction,
         out: Value,
         x: Value,
     },

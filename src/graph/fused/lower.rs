@@ -7,7 +7,7 @@ use burn::tensor::DType;
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::kernel::{BlockOp, Extent, Kernel, Output, Value, homes};
-use super::loops::{Binary, Reduction, Unary};
+use super::loops::{Binary, RowReduction, Unary};
 use super::work::{Work, is_wide};
 
 /// The kernel of `operations`, which run over `dims`, with its inputs and results; `wanted` are the tensors that others
@@ -171,7 +171,7 @@ impl Lowering<'_> {
             Work::PlaceOfMax(tensor) => {
                 let x = self.read(tensor)?;
                 let x = self.spread(x, Extent::Full);
-                let of = self.reduce(Reduction::Max, x, of_16_bits(tensor.dtype));
+                let of = self.reduce(RowReduction::Max, x, of_16_bits(tensor.dtype));
                 let out = self.value(Extent::Row);
                 self.make(BlockOp::PlaceOf { out, x, of }, out, None)
             }
@@ -226,7 +226,7 @@ impl Lowering<'_> {
         })
     }
 
-    fn reduce(&mut self, op: Reduction, x: Value, to: Option<DType>) -> Value {
+    fn reduce(&mut self, op: RowReduction, x: Value, to: Option<DType>) -> Value {
         let same = |done: &BlockOp| match *done {
             BlockOp::Reduce { op: other, out, x: of } => (of == x && other == op).then_some(out),
             _ => None,

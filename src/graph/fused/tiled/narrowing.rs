@@ -17,7 +17,7 @@ use burn::tensor::DType;
 
 use super::super::block::Source;
 use super::super::kernel::{BlockOp, Extent, Kernel, Value, homes};
-use super::super::loops::{Binary, Reduction, Unary};
+use super::super::loops::{Binary, RowReduction, Unary};
 use super::super::work::rounded;
 
 /// The difference from which on an exponential is 0, in `f32` and what is computed in it, and in `f64`.
@@ -148,8 +148,8 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
             }
             BlockOp::Reduce { op, out, x } => {
                 states[out] = match (op, states[x]) {
-                    (Reduction::Sum, State::Zero) => State::Same,
-                    (Reduction::Max, State::Filled(fill)) => {
+                    (RowReduction::Sum, State::Zero) => State::Same,
+                    (RowReduction::Max, State::Filled(fill)) => {
                         tops.push((place, out, fill));
                         State::Top(fill)
                     }
