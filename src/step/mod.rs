@@ -17,6 +17,6 @@ pub use noise::{GradientNoise, NoNoise};
 pub use report::RunReport;
 pub use step::{LossValue, NotFinite, Step};
 
-pub(crate) use closure::{Identity, StepFn};
+pub(crate) use closure::{ClosureIdentity, StepFn};
 pub(crate) use loss::{LossParts, Weight};
 pub(crate) use noise::{NoisePart, NoiseState};
