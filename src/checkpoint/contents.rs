@@ -103,7 +103,7 @@ pub(super) struct Contents {
     pub(super) scalars: ParamScalars,
     /// Those of whose moments there are slices, by name.
     pub(super) optimizers: BTreeMap<String, HeldOptimizer>,
-    /// Counts the bytes that are written.
+    /// How far the save is: told of the bytes that are written.
     pub(super) progress: Progress,
 }
 
