@@ -7,11 +7,11 @@
 //! parameters together: those of a block, of one dtype (`groups`).
 
 mod comms;
-mod group;
 mod keep;
 mod level;
 mod owner;
 mod pack;
+mod param_groups;
 mod params;
 mod ranked;
 mod rows;
@@ -21,8 +21,8 @@ pub use level::Sharding;
 pub use rows::Rows;
 
 pub(crate) use comms::ShardComms;
-pub(crate) use group::{Member, groups};
 pub(crate) use owner::owners;
 pub(crate) use pack::Pack;
+pub(crate) use param_groups::{Member, groups};
 pub(crate) use params::{ShardParam, ShardParams, UpdatedShards};
 pub(crate) use ranked::RankedParam;
