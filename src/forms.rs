@@ -6,6 +6,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::path::Path;
 
+use burn::tensor::FloatDType;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -57,6 +58,18 @@ where
 {
     let table: Option<Table<T>> = Option::deserialize(deserializer)?;
     Ok(table.map(|Table(value)| value))
+}
+
+/// A field that is the name of a float dtype, in capitals or not, or is not there.
+pub(crate) fn optional_float<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<FloatDType>, D::Error> {
+    let Some(name) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
+    Ok(Some(match name.to_ascii_lowercase().as_str() {
+        "bf16" => FloatDType::BF16,
+        "f16" => FloatDType::F16,
+        "f32" => FloatDType::F32,
+        "f64" => FloatDType::F64,
+        _ => return Err(de::Error::custom(format!("`{name}` is no float dtype: take `BF16`, `F16`, `F32` or `F64`"))),
+    }))
 }
 
 /// A field that is a list of tables.

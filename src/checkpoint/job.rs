@@ -182,7 +182,7 @@ fn index(
             (index.files.len() - 1, told.checksums.into_iter())
         }));
     }
-    index.made_under = options.made_under.clone();
+    index.made_under = options.strategy.clone();
     index.schedulers = snapshot.schedulers.clone();
     index.values = snapshot.values.clone();
     for (optimizer, params) in all_scalars {

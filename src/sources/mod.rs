@@ -1,7 +1,8 @@
-//! Tests of the sources themselves: what files import, how wide comments are, whether the paths that the documentation
-//! names exist, and whether the gate runs every unit test.
+//! Tests of the sources themselves: what files import, how wide comments are, whether configs are alike, whether the
+//! paths that the documentation names exist, and whether the gate runs every unit test.
 
 mod comments;
+mod configs;
 mod features;
 mod imports;
 mod paths;
