@@ -116,18 +116,9 @@ impl<E: StepEngine> Replica<E> {
         let (loss, weight, noise) = total(&losses, sums.weight, noise, shards.replicas())?;
         let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
         let gradients = sums.gradients.into_iter().map(|(id, sum)| (id, sum.scale(factor))).collect();
-        Ok(Step {
-            loss: LossValue::known(loss),
-            weight,
-            grads: gradients_params(self.engine.local(), gradients),
-            outputs,
-            counters: self.counters() - before,
-            runs,
-            skipped: false,
-            grad_norm: None,
-            not_finite: None,
-            noise,
-        })
+        let grads = gradients_params(self.engine.local(), gradients);
+        let counters = self.counters() - before;
+        Ok(Step { outputs, counters, runs, ..Step::new(LossValue::known(loss), weight, grads, noise) })
     }
 
     /// Takes part in the micro-batch of the others.

@@ -287,18 +287,8 @@ impl<E: StepEngine> Replica<E> {
             reducer.begin(self.loss_weight);
         }
         let (loss, weight, grads) = self.finish(&reducer, ran)?;
-        Ok(Step {
-            loss,
-            weight,
-            grads,
-            outputs,
-            counters: self.counters() - before,
-            runs,
-            skipped: false,
-            grad_norm: None,
-            not_finite: None,
-            noise: self.noise,
-        })
+        let counters = self.counters() - before;
+        Ok(Step { outputs, counters, runs, ..Step::new(loss, weight, grads, self.noise) })
     }
 
     /// Registers everything that the model trains now with the reduction.
