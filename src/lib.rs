@@ -76,6 +76,7 @@ pub mod graph;
 pub mod hf;
 pub mod launch;
 pub mod layout;
+mod lock;
 pub mod mesh;
 mod nesting;
 pub mod optim;

@@ -43,7 +43,6 @@ pub mod fuzzing;
 mod group_names;
 pub(crate) mod host_buffer;
 pub mod local;
-pub(crate) mod lock;
 #[cfg(any(feature = "cuda", test))]
 mod message_header;
 mod message_passing;

@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use burn::backend::flex::FlexTensor;
 use burn::tensor::TensorData;
 
-use super::lock::lock;
 use super::pending::{OutstandingJob, OutstandingJobs};
 use super::{Message, Transport};
 use crate::Error;
+use crate::lock::lock;
 
 /// Tag of the answers, in the group that exists for them.
 const ANSWERS: u64 = 0;

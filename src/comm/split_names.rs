@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::lock::lock;
 
 /// Most bytes of a name that is kept.
 const LONGEST: usize = 48;
@@ -39,5 +41,5 @@ pub(super) fn name(number: u64) -> Option<String> {
 }
 
 fn known() -> MutexGuard<'static, BTreeMap<u64, Box<str>>> {
-    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&KNOWN)
 }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::panic::resume_unwind;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::backend::DispatchTensor;
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
@@ -22,6 +22,7 @@ use crate::graph::{
     CheckedOptimizers, ClipRecord, CustomOps, Executor, GradientLayout, GradientSink, MicroBatchResult, SplitParam,
     StepEngine, capture_step,
 };
+use crate::lock::lock;
 use crate::params::{self, ParamSlice, ShardedIds, SliceSource};
 use crate::sharding::Rows;
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
@@ -172,7 +173,7 @@ impl<M: Module> Eager<M> {
     }
 
     pub(super) fn synchronized(&self) -> MutexGuard<'_, Option<SyncBatchNorm>> {
-        self.synchronized.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.synchronized)
     }
 
     pub(super) fn change(self, change: impl FnOnce(M) -> Result<M, Error>) -> Result<Self, Error> {

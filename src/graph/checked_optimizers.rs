@@ -14,7 +14,7 @@ use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
 
 use crate::Error;
-use crate::comm::lock::lock;
+use crate::lock::lock;
 
 /// What burn's optimizer consists of: a vector, and a map, which has four words and a seed.
 const WORDS: usize = 3 + 5;

@@ -10,13 +10,13 @@ use super::PipelineConfig;
 use super::schedule::Timetable;
 use super::state::PipelineState;
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
     CheckedOptimizers, ClipRecord, ComparedCall, GradientLayout, GradientSink, MicroBatchResult, RandomSource,
     SameInputs, SplitParam, StepEngine, TensorTree, read_params,
 };
+use crate::lock::lock;
 use crate::nesting::refuse_wrapping;
 use crate::params::{self, ParamSlice, SliceSource, one_device};
 use crate::partition::ShardReport;

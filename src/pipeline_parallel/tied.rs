@@ -203,7 +203,7 @@ mod tests {
     use burn::tensor::Tensor;
 
     use super::*;
-    use crate::comm::lock::lock;
+    use crate::lock::lock;
     use crate::prelude::*;
 
     /// Groups are made for the model, and not for the shapes that come: on a network each is a communicator.

@@ -1,9 +1,10 @@
 //! One piece of memory in which the tensors of a step have their places.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::pieces::Piece;
+use crate::lock::lock;
 
 /// Memory whose places are lent, each to one tensor at a time. Whoever works out the places may err in who is still
 /// there: a place that is not free is not lent.
@@ -51,7 +52,7 @@ impl Arena {
     }
 
     fn lent(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
-        self.lent.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.lent)
     }
 }
 

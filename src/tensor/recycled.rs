@@ -9,7 +9,7 @@
 use std::alloc::{Layout, handle_alloc_error};
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use burn::backend::flex::{FlexTensor, Layout as Strides};
 use burn::tensor::{Bytes, DType, Shape};
@@ -17,6 +17,7 @@ use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProper
 
 use super::arena::Arena;
 use super::pieces::{Piece, Pieces};
+use crate::lock::lock;
 
 /// What is smaller comes from the allocator, which keeps it.
 pub(crate) const FROM: usize = 256 << 10;
@@ -67,7 +68,7 @@ impl Pool {
     /// Room in the arena, of which the step needs `size` bytes, from `start` on; elsewhere if somebody is still there.
     pub(crate) fn room_at(self: &Arc<Self>, start: usize, bytes: usize, size: usize) -> Room {
         let arena = {
-            let mut arena = self.arena.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut arena = lock(&self.arena);
             // Of an arena that is too small tensors keep the rest alive.
             let large = arena.take().filter(|arena| arena.size() >= size);
             arena.insert(large.unwrap_or_else(|| Arc::new(Arena::new(size)))).clone()
@@ -118,7 +119,7 @@ impl Pool {
     }
 
     fn pieces(&self) -> MutexGuard<'_, Pieces> {
-        self.pieces.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pieces)
     }
 }
 

@@ -9,7 +9,6 @@ use burn::tensor::Device;
 
 use super::TensorParallelConfig;
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::{ModelSplit, RowShards};
@@ -17,6 +16,7 @@ use crate::graph::{
     CheckedOptimizers, ClipRecord, ComparedCall, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache,
     MicroBatchResult, RandomSource, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph, StepObserver,
 };
+use crate::lock::lock;
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, ParamSlice, SliceSource, one_device};
 use crate::partition::{Exchange, ShardReport};

@@ -14,9 +14,9 @@ use super::collectives;
 use super::group::{CallDescriptor, Group, SplitGroup};
 use crate::Error;
 use crate::comm::backoff::Backoff;
-use crate::comm::lock::lock;
 use crate::comm::transport::check_rank;
 use crate::comm::{Arrival, Call, CallLog, Extent, Message, Operation, Transfer, Transport};
+use crate::lock::lock;
 
 /// One rank's member of a group of threads.
 #[derive(Debug)]

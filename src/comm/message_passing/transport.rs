@@ -16,9 +16,9 @@ use super::wait::Wait;
 use super::world::{Membership, Proposal, World};
 use crate::Error;
 use crate::comm::departed::{GRACE, rank_lost};
-use crate::comm::lock::lock;
 use crate::comm::transport::check_rank;
 use crate::comm::{Call, CallLog, Extent, Message, Operation, Transfer, Transport};
+use crate::lock::lock;
 
 #[derive(Debug)]
 pub(super) struct MessagePassingTransport {

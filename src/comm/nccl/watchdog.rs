@@ -25,10 +25,10 @@ use super::messages::{SendQueue, WaitingMessage};
 use super::nccl_comm::NcclComm;
 use super::stream::Prepared;
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::pending::{OutstandingJob, OutstandingJobs};
 use crate::comm::sent_messages::OrphanedMessages;
 use crate::comm::{Call, DeviceTensor, Transport};
+use crate::lock::lock;
 
 /// How often open communicators are checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);

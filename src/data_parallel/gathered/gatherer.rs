@@ -1,7 +1,7 @@
 //! Makes full parameters of the rows of all ranks.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use burn::module::ParamId;
@@ -11,6 +11,7 @@ use super::checked::of_other_dims;
 use crate::Error;
 use crate::comm::{Communicator, Pending};
 use crate::graph::same_buffer;
+use crate::lock::lock;
 use crate::sharding::{Keep, Pack, Rows, ShardComms};
 use crate::tensor::PlainTensor;
 
@@ -242,7 +243,7 @@ impl Gatherer {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::message_passing::message_store::{Borrowed, Envelope, MessageStore};
 use crate::comm::message_passing::{Endpoint, EndpointInfo, RecvBytes, Request, SendBytes, Thresholds};
+use crate::lock::lock;
 
 /// What the endpoints of a world share.
 #[derive(Debug, Default)]

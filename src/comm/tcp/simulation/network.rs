@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::schedule::{Pause, pause};
-use crate::comm::lock::lock;
 use crate::comm::message_passing::{Clock, Thresholds};
 use crate::comm::tcp::frame::Limits;
 use crate::comm::tcp::network::{Network, Stream};
 use crate::comm::tcp::read_uninit::ReadUninit;
+use crate::lock::lock;
 
 /// Most nanoseconds that others run when a thread yields its core to them.
 const YIELD: usize = 20_000;

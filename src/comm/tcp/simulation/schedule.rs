@@ -11,10 +11,10 @@ use super::message_endpoint::MessageEndpoint;
 use super::network::{Conditions, Random, SimulatedNetwork, State, Streams};
 use crate::comm::Communicator;
 use crate::comm::WorldConfig;
-use crate::comm::lock::lock;
 use crate::comm::message_passing::message_store::MessageStore;
 use crate::comm::message_passing::{Endpoint, join_world};
 use crate::comm::tcp::endpoint::TcpEndpoint;
+use crate::lock::lock;
 
 /// Words of a coroutine's stack.
 const STACK: usize = 32 << 10;
