@@ -12,7 +12,7 @@ use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::tensor::{Device, Tensor};
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, DataPosition, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, DataPosition, TrainState};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Parallel;
@@ -74,7 +74,7 @@ impl World {
                 let waiting = waiting[world.rank()].lock().expect("nobody panics").take().expect("one for each");
                 let pristine = wrapped(&world, (1, ranks), Sharding::None)?;
                 let before = values(pristine.local());
-                let mut checkpoints = Checkpointer::new(&world, root, CheckpointOptions::new())?;
+                let mut checkpoints = Checkpointer::new(&world, root, CheckpointConfig::new())?;
                 while waiting.recv().is_ok() {
                     let (mut model, mut position) = (pristine.clone(), DataPosition::default());
                     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
@@ -187,8 +187,8 @@ fn write_seeds(seeds: &Path) {
             let gave = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
             model = model.optimize(&mut optim, 0.01, gave)?;
             let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
-            let options = CheckpointOptions::new().with_strategy(name);
-            Checkpointer::new(&world, &root, options)?.save(1, state.with_value("position", &mut position))
+            let config = CheckpointConfig::new().with_strategy(name);
+            Checkpointer::new(&world, &root, config)?.save(1, state.with_value("position", &mut position))
         });
         run.expect("the model trains");
         let read = |name: &str| fs::read(root.join(STEP).join(name));

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -25,7 +25,7 @@ fn saved(net: &Net) -> Dir {
         let mut optim = optimizer();
         let (mut model, _) = train(axes.wrap(&world, net)?, &mut optim, (0, 1))?;
         let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
-        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(1, state)
+        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(1, state)
     });
     run.unwrap();
     dir
@@ -35,7 +35,7 @@ fn saved(net: &Net) -> Dir {
 fn restore(dir: &Dir, net: &Net) -> Result<(), String> {
     let run = launch::threads(1).run(|world| {
         let (mut model, mut optim) = (Axes::new(1, 1, 1).wrap(&world, net)?, optimizer());
-        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
         let restored = checkpoints.restore_step(1, TrainState::new(&mut model).with_optimizer("adamw", &mut optim));
         Ok(match restored {
             Ok(_) => Ok(()),

@@ -38,8 +38,8 @@ fn every_config_comes_back_from_a_file() {
     comes_back(&PipelineConfig::new(8).with_cut(Cut::before(["layers.6.*"])).with_whole_input("1"));
     comes_back(&PartitionOptions::new("tp", 4, 1).with_sequence_dim(1));
     comes_back(&AdapterConfig::new(8, 16.0));
-    let options = CheckpointOptions::new().with_keep_last(3).with_keep_every(100).with_allow_missing(["head.*"]);
-    comes_back(&options.with_allow_unexpected(["old.*"]).with_strategy("dp = 2"));
+    let config = CheckpointConfig::new().with_keep_last(3).with_keep_every(100).with_allow_missing(["head.*"]);
+    comes_back(&config.with_allow_unexpected(["old.*"]).with_strategy("dp = 2"));
     comes_back(&SaveConfig::new(Mapping::new().rule(Rule::new("a.*.weight", "b.*.weight").transposed())));
     let config = SaveConfig::new(Mapping::llama()).with_dtype(DType::BF16).with_shard_bytes(1 << 30);
     comes_back(&config.with_files_of("base").with_overwrite(true).with_merged_adapters(16.0).with_file("a", "text"));
@@ -51,7 +51,7 @@ fn what_a_file_leaves_out_has_its_default() {
     let same = |found: &dyn std::fmt::Debug, expected: &dyn std::fmt::Debug| {
         assert_eq!(format!("{found:?}"), format!("{expected:?}"));
     };
-    same(&read::<CheckpointOptions>("{}").unwrap(), &CheckpointOptions::new());
+    same(&read::<CheckpointConfig>("{}").unwrap(), &CheckpointConfig::new());
     same(&read::<SaveConfig>("{\"mapping\": {}}").unwrap(), &SaveConfig::new(Mapping::new()));
     same(&read::<WorldConfig>("{}").unwrap(), &WorldConfig::from_env().unwrap());
     let half = read::<SaveConfig>("{\"mapping\": {}, \"dtype\": \"f16\"}").unwrap();

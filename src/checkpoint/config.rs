@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// ranks.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct CheckpointOptions {
+pub struct CheckpointConfig {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) keep_last: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -18,9 +18,9 @@ pub struct CheckpointOptions {
     pub(super) strategy: Option<String>,
 }
 
-impl Config for CheckpointOptions {}
+impl Config for CheckpointConfig {}
 
-impl CheckpointOptions {
+impl CheckpointConfig {
     /// Keeps all, and reads strictly.
     pub fn new() -> Self {
         Self::default()
