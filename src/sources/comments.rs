@@ -1,5 +1,5 @@
-//! Tests that every file begins with what it is for, and that lines of comments are no wider than rustfmt makes those of
-//! code.
+//! Tests that every file begins with what it is for, and that lines of comments are no wider than rustfmt makes those
+//! of code.
 
 use super::{read_files, text};
 
