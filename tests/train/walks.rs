@@ -112,5 +112,19 @@ fn a_step_goes_over_the_parameters_a_few_times() {
         ("split replicas", of(4, &split.clone().with_dp(2))),
         ("replicas of a split pipeline", of(8, &split.clone().with_dp(2).with_pp(2, pipeline()))),
     ];
-    assert_eq!(found, []);
+    // Of each: a step of one micro-batch, one of three, and the update.
+    let expected = [
+        ("one device", [[3, 3], [5, 3]]),
+        ("replicas", [[3, 3], [5, 3]]),
+        ("captured replicas", [[4, 3], [8, 3]]),
+        ("ZeRO 1", [[3, 2], [5, 2]]),
+        ("ZeRO 2", [[3, 2], [5, 2]]),
+        ("ZeRO 3", [[3, 3], [7, 3]]),
+        ("eager ZeRO 3", [[5, 3], [9, 3]]),
+        ("split", [[4, 3], [8, 3]]),
+        ("pipeline", [[4, 3], [8, 3]]),
+        ("split replicas", [[4, 3], [8, 3]]),
+        ("replicas of a split pipeline", [[4, 3], [8, 3]]),
+    ];
+    assert_eq!(found, expected);
 }

@@ -42,7 +42,7 @@ mod wants;
 mod wrap;
 
 pub(super) use assemble::{assemble, hollow, shards_of};
-pub(super) use checked::check_rows;
+pub(super) use checked::checked_rows;
 pub(super) use gatherer::Gatherer;
 pub(super) use logical::Logical;
 pub(super) use wrap::shard_parameters;
