@@ -112,19 +112,22 @@ fn a_step_goes_over_the_parameters_a_few_times() {
         ("split replicas", of(4, &split.clone().with_dp(2))),
         ("replicas of a split pipeline", of(8, &split.clone().with_dp(2).with_pp(2, pipeline()))),
     ];
-    // Of each: a step of one micro-batch, one of three, and the update.
-    let expected = [
-        ("one device", [[3, 3], [5, 3]]),
-        ("replicas", [[3, 3], [5, 3]]),
-        ("captured replicas", [[4, 3], [8, 3]]),
+    // The walks of a step of one micro-batch, of one of three, and of the update after each.
+    let most = [
+        ("one device", [[3, 1], [5, 1]]),
+        ("replicas", [[3, 1], [5, 1]]),
+        ("captured replicas", [[4, 1], [8, 1]]),
         ("ZeRO 1", [[3, 2], [5, 2]]),
         ("ZeRO 2", [[3, 2], [5, 2]]),
         ("ZeRO 3", [[3, 3], [7, 3]]),
         ("eager ZeRO 3", [[5, 3], [9, 3]]),
-        ("split", [[4, 3], [8, 3]]),
-        ("pipeline", [[4, 3], [8, 3]]),
-        ("split replicas", [[4, 3], [8, 3]]),
-        ("replicas of a split pipeline", [[4, 3], [8, 3]]),
+        ("split", [[4, 1], [8, 1]]),
+        ("pipeline", [[4, 1], [8, 1]]),
+        ("split replicas", [[4, 1], [8, 1]]),
+        ("replicas of a split pipeline", [[4, 1], [8, 1]]),
     ];
-    assert_eq!(found, expected);
+    for ((what, found), (_, most)) in found.into_iter().zip(most) {
+        let few = found.iter().flatten().zip(most.iter().flatten()).all(|(found, most)| found <= most);
+        assert!(few, "{what}: {found:?} walks, and {most:?} are known to do");
+    }
 }
