@@ -12,6 +12,7 @@ use crate::Dir;
 use crate::common::reference::{optimizer, values};
 use crate::net::{Axes, Net, train};
 use crate::sealed::{self, put_index, sealed};
+use crate::wrong_json::wrong;
 
 const STEP: &str = "step-000000001";
 const INDEX: &str = "step-000000001/checkpoint.json";
@@ -187,6 +188,28 @@ fn indices_that_lie() {
     let scalar = |index: &mut Value, value: Value| index["optimizers"]["adamw"][weight]["scalars"]["__rank"] = value;
     lies(&|index| scalar(index, json!({ "float": "x" })), &["which is no number"]);
     lies(&|index| scalar(index, json!({ "uint": 99 })), &["adamw"]);
+    assert_eq!(restore(&dir, &net), Ok(()));
+}
+
+/// The index with any one thing wrong, and its own checksum right: an error that names the checkpoint and changes
+/// nothing, or values.
+#[test]
+fn any_value_may_be_another() {
+    let net = Net::new();
+    let dir = saved(&net);
+    let index = fs::read(dir.path().join(INDEX)).unwrap();
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 150,
+        failure_persistence: None,
+        ..Default::default()
+    });
+    let outcome = runner.run(&(any::<usize>(), any::<usize>()), |(place, what)| {
+        put_index(&dir.path().join(STEP), &wrong(&index, place, what).unwrap());
+        let _ = restore(&dir, &net);
+        Ok(())
+    });
+    outcome.unwrap();
+    put_index(&dir.path().join(STEP), &index);
     assert_eq!(restore(&dir, &net), Ok(()));
 }
 
