@@ -141,6 +141,28 @@ fn pipelines_are_loaded_before_and_after_they_are_prepared() {
     }
 }
 
+/// The same where replicas divide the rows of all parameters among themselves (ZeRO 3).
+#[test]
+fn stages_of_divided_parameters_read_their_rows() {
+    for prepared in [true, false] {
+        launch::threads(4)
+            .run(|world| {
+                let (name, device) = (Name::Qwen2, world.device().autodiff());
+                let data = DataParallelConfig::new().with_sharding(Sharding::Parameters);
+                let mut model = name.fresh(&device).parallelize(&world, &name.strategy([2, 2, 1]).with_data(data))?;
+                let share = (model.mesh().coordinate("dp")?, 2);
+                if prepared {
+                    model.prepare(batch(name, &device), Llama::loss)?;
+                }
+                let mut model = model.load(&mut hf::open(name.folder())?.mapped(Mapping::llama())?)?;
+                name.golden().check(&mut model, share, 2e-5)?;
+                assert_eq!(model.counters().pipeline.of("broadcast").calls, 0);
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
 /// What is not what was read any more is sent.
 #[test]
 fn what_changes_before_the_first_step_counts() {
