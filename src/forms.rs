@@ -103,8 +103,8 @@ fn told_of_forms<E: de::Error>(problem: E, forms: &'static str) -> E {
         FORMS.set(Some(Some(forms)));
         return problem;
     }
-    // Somebody reads by serde alone. A new error of TOML has the place of the table; JSON looks for the place at the end
-    // of the text.
+    // Somebody reads by serde alone. A new error of TOML has the place of the table; JSON looks for its place at the
+    // end of the text.
     let text = problem.to_string();
     let (said, place) = text.split_at(text.rfind(" at line ").unwrap_or(text.len()));
     let said: Vec<&str> = said.lines().collect();
