@@ -89,22 +89,39 @@ where
 }
 
 thread_local! {
-    /// The forms of the field whose table was wrong the last time on this thread. The error of the table goes on as it
-    /// is, with the place in the text that it knows: words added to it here would take that away.
-    static FORMS: Cell<Option<&'static str>> = const { Cell::new(None) };
+    /// Within [`with_forms`] on this thread, the forms of the field whose table was wrong, once there is one. The error
+    /// of the table goes on as it is, with the place in the text that it knows: words added to it would take that away.
+    static FORMS: Cell<Option<Option<&'static str>>> = const { Cell::new(None) };
 }
 
-/// Reads a text. If a table is wrong where a name might be as well, the error also says which forms there are.
+/// Reads a text. If a table is wrong where a name might be as well, the error also says which forms there are, at the
+/// place of what is wrong.
 pub(crate) fn with_forms<T, E: fmt::Display>(read: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
-    FORMS.set(None);
-    read().map_err(|problem| {
+    FORMS.set(Some(None));
+    let read = read();
+    let forms = FORMS.take().flatten();
+    read.map_err(|problem| {
         // TOML's end with a line.
         let problem = problem.to_string();
-        match FORMS.take() {
+        match forms {
             None => problem,
             Some(forms) => format!("{}; the forms are {forms}", problem.trim_end()),
         }
     })
+}
+
+/// The error of a table, with the forms that there are.
+fn told_of_forms<E: de::Error>(problem: E, forms: &'static str) -> E {
+    if FORMS.get().is_some() {
+        FORMS.set(Some(Some(forms)));
+        return problem;
+    }
+    // Somebody reads by serde alone. A new error of TOML has the place of the table; JSON looks for its place at the
+    // end of the text.
+    let text = problem.to_string();
+    let (said, place) = text.split_at(text.rfind(" at line ").unwrap_or(text.len()));
+    let said: Vec<&str> = said.lines().collect();
+    E::custom(format!("{}; the forms are {forms}{place}", said.join(", ")))
 }
 
 /// A field that is a name or a table. `forms` says which there are; `named` gives what a name stands for, or why it is
@@ -138,7 +155,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for NameOrTable<T> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
-        T::deserialize(MapAccessDeserializer::new(map)).inspect_err(|_| FORMS.set(Some(self.forms)))
+        T::deserialize(MapAccessDeserializer::new(map)).map_err(|problem| told_of_forms(problem, self.forms))
     }
 }
 

@@ -162,6 +162,8 @@ fn compare<P: ParallelModule>(
         }
     }
     missing.sort_unstable();
+    let lacks_optimizer = missing.iter().any(|name| name.starts_with("optimizers/"));
+    let optimizers = index.optimizers.keys().filter(|_| lacks_optimizer).cloned().collect();
     let mut problems = Vec::new();
     let mut list = |names: Vec<String>, words: &str| {
         if !names.is_empty() {
@@ -169,6 +171,7 @@ fn compare<P: ParallelModule>(
         }
     };
     list(missing, "it lacks (`with_allow_missing` leaves such as they are)");
+    list(optimizers, "it has the optimizers");
     list(unexpected, "it has what the model does not (`with_allow_unexpected` leaves such out)");
     list(misfits, "parameters are of other dims:");
     if problems.is_empty() {

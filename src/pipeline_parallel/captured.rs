@@ -234,7 +234,7 @@ impl PipelineState {
             self.cut = cuts.first().cloned();
             if let Some(model) = local.take() {
                 let held = self.hold(model);
-                *local = Some(self.tied_params.share(held)?);
+                *local = Some(self.share(held)?);
             }
         }
         graphs.iter().zip(&cuts).try_for_each(|(graph, cut)| self.check_holders(graph, cut))?;

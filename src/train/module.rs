@@ -204,7 +204,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
 
     /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and
     /// lazy parameters are never made whole: so a model is loaded that no rank could hold. Not collective; every rank
-    /// has the same store.
+    /// has the same store. A pipeline that was not [prepared](crate::pipeline_parallel::Pipelined::prepare) reads the
+    /// rest in its first step: what several stages share.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has;

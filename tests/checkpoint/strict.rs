@@ -127,6 +127,7 @@ fn optimizers_of_another_kind_and_names_that_are_not_there() {
             let state = TrainState::new(&mut model).with_optimizer("adam", &mut optim);
             let error = checkpoints.restore(state).unwrap_err().to_string();
             assert!(error.contains("lacks") && error.contains("optimizers/adam"), "{error}");
+            assert!(error.contains("it has the optimizers optim"), "{error}");
             let state = TrainState::new(&mut model).with_value("number", &mut text);
             let error = checkpoints.restore(state).unwrap_err().to_string();
             assert!(error.contains("value `number`") && error.contains("string"), "{error}");

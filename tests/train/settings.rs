@@ -117,6 +117,25 @@ fn what_is_wrong_in_a_table_is_shown_where_it_is() {
     assert!(!"replicas = 2".parse::<Strategy>().unwrap_err().to_string().contains("the forms are"));
 }
 
+/// Nor does it matter who reads: serde alone, or burn's `Config`.
+#[test]
+fn forms_are_told_by_serde_alone() {
+    let by_config = |error: burn::config::ConfigError| error.to_string();
+    let rules = r#"{"parameters": [{"pattern": "a", "shards": 1}]}"#;
+    let json = format!("{{\n\"plan\": {rules}}}");
+    let cut = "{\"micro_batches\": 2,\n\"cut\": {\"befor\": []}}";
+    let strategy = format!("[tensor]\nplan = {}", rules.replace(": ", " = "));
+    for (said, words) in [
+        (serde_json::from_str::<TensorParallelConfig>(&json).unwrap_err().to_string(), ["line 2", "field `shards`"]),
+        (by_config(TensorParallelConfig::load_binary(json.as_bytes()).unwrap_err()), ["line 2", "field `shards`"]),
+        (by_config(PipelineConfig::load_binary(cut.as_bytes()).unwrap_err()), ["line 2", "variant `befor`"]),
+        (toml::from_str::<Strategy>(&strategy).unwrap_err().to_string(), ["line 2", "field `shards`"]),
+    ] {
+        assert!(words.iter().all(|word| said.contains(word)), "{said}");
+        assert_eq!(said.matches("; the forms are `").count(), 1, "{said}");
+    }
+}
+
 #[test]
 fn right_forms_are_taken() {
     for (name, dtype) in [
