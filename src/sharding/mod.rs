@@ -6,6 +6,7 @@
 //! parameter, so norms, optimizers and checkpoints see rows of a matrix. Collectives carry the shards of several
 //! parameters together: those of a block, of one dtype (`groups`).
 
+mod brought;
 mod comms;
 mod group;
 mod keep;
@@ -20,6 +21,7 @@ pub use keep::Keep;
 pub use level::Sharding;
 pub use rows::Rows;
 
+pub(crate) use brought::Brought;
 pub(crate) use comms::ShardComms;
 pub(crate) use group::{Member, groups};
 pub(crate) use owner::owners;
