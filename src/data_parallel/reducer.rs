@@ -15,7 +15,7 @@ use crate::Error;
 use crate::comm::{Communicator, Counters, GATHERED_PARAMETERS, WANTED_PARAMETERS};
 use crate::params::unknown_params;
 use crate::sharding::{ShardComms, Sharding};
-use crate::tensor::PlainTensor;
+use crate::tensor::{PlainTensor, Pool};
 
 pub(crate) struct Reducer {
     known: RwLock<KnownParams>,
@@ -26,6 +26,8 @@ pub(crate) struct Reducer {
     pub(super) config: DataParallelConfig,
     /// Among whom gradients and the state of optimizers are divided, if they are.
     pub(super) shards: Option<ShardComms>,
+    /// The memory in which this rank's rows of large gradients are made, in every step again.
+    pub(super) sums: Arc<Pool>,
     /// Where the model was when it was wrapped.
     device: Device,
     step: Mutex<ReductionState>,
@@ -57,7 +59,8 @@ impl Reducer {
             _ => Some(ShardComms::new(group, config.sharding_ranks, parameters_group(&config))?),
         };
         let known = RwLock::default();
-        let reducer = Self { known, data, control, config, shards, device, step: Mutex::default() };
+        let (sums, step) = (Arc::default(), Mutex::default());
+        let reducer = Self { known, data, control, config, shards, sums, device, step };
         reducer.learn(|known| *known = KnownParams::new(structure));
         Ok(reducer)
     }

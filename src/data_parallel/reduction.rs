@@ -123,7 +123,7 @@ impl Reducer {
                 .collect();
             let extra = match &self.shards {
                 None => self.data.all_reduce_coalesced(extra, ReduceOp::PreMulSum(factor))?,
-                Some(shards) => reduce_scatter(extra, factor, None, shards)?,
+                Some(shards) => reduce_scatter(extra, factor, None, (shards, &self.sums))?,
             };
             for (param, extra) in late_params.into_iter().zip(extra) {
                 let sum = accumulate(gradients.remove(&param), extra);

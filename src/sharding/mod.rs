@@ -24,6 +24,7 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+mod brought;
 mod comms;
 mod keep;
 mod level;
@@ -38,6 +39,7 @@ pub use keep::Keep;
 pub use level::Sharding;
 pub use rows::Rows;
 
+pub(crate) use brought::Brought;
 pub(crate) use comms::ShardComms;
 pub(crate) use owner::owners;
 pub(crate) use pack::Pack;
