@@ -200,7 +200,8 @@ pub trait Transport: Debug + Send + Sync {
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error>;
 
     /// Takes the oldest message of `from` with this `tag` if it has arrived, and does not wait for it. Transports of
-    /// device data on top of this one need it.
+    /// device data on top of this one need it: their threads poll. So it does not show that the rank itself goes on, as
+    /// its other calls do, by which peers learn that it has dropped a group.
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         let _ = (from, tag);
         let problem = "it cannot poll for a message: implement `Transport::try_receive`";

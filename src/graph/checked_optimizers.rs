@@ -13,6 +13,7 @@ use burn::grad_clipping::GradientClipping;
 use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
 
+use super::updates::Updates;
 use crate::Error;
 use crate::lock::lock;
 
@@ -51,9 +52,12 @@ impl OptimizerIdentity {
     }
 }
 
-/// The optimizers that were found to suit a model, by where they are in memory.
+/// The optimizers that were found to suit a model, by where they are in memory, and what they were called with.
 #[derive(Debug, Clone, Default)]
-pub struct CheckedOptimizers(Arc<Mutex<HashMap<usize, Checked>>>);
+pub struct CheckedOptimizers {
+    known: Arc<Mutex<HashMap<usize, Checked>>>,
+    updates: Updates,
+}
 
 /// What is known of an optimizer.
 #[derive(Debug, Default)]
@@ -125,8 +129,13 @@ impl CheckedOptimizers {
         found.filter(|known| known.params.is_superset(params)).map(|known| known.whole.clone())
     }
 
+    /// The updates that the model has had.
+    pub fn updates(&self) -> &Updates {
+        &self.updates
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<usize, Checked>> {
-        lock(&self.0)
+        lock(&self.known)
     }
 }
 

@@ -20,6 +20,7 @@
 //! [`Processes::restarts`] starts lost ranks again; [`StopSignals`] tells all ranks that a cluster is about to end
 //! them.
 
+mod bounded;
 mod end_with_parent;
 mod environment;
 mod process;

@@ -237,7 +237,8 @@ impl<M: Module> StepEngine for Pipelined<M> {
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatchResult, Error> {
-        let comparison = self.same_inputs.start(ComparedCall::Step, &inputs)?;
+        let updates = self.checked_optimizers.updates();
+        let comparison = self.same_inputs.start(ComparedCall::Step, &inputs, updates)?;
         let shards = lock(&self.state).row_shards.clone();
         let divisor = unit.unwrap_or(1.0);
         if let Some(shards) = &shards {
@@ -287,7 +288,8 @@ impl<M: Module> StepEngine for Pipelined<M> {
         F: FnMut(&M, I) -> O,
         O: TensorTree + Clone + Send + 'static,
     {
-        let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs)?;
+        let updates = self.checked_optimizers.updates();
+        let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs, updates)?;
         let outputs = self.run_forward(inputs, forward)?;
         comparison.finish()?;
         Ok(outputs)

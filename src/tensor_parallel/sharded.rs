@@ -199,7 +199,8 @@ impl<M: Module> StepEngine for Sharded<M> {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatchResult, Error> {
         let signature = self.split.of_step(&self.local)?;
-        let comparison = self.same_inputs.start(ComparedCall::Step, &inputs)?;
+        let updates = self.checked_optimizers.updates();
+        let comparison = self.same_inputs.start(ComparedCall::Step, &inputs, updates)?;
         let (inputs, rows) = rows(inputs)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
@@ -247,7 +248,8 @@ impl<M: Module> StepEngine for Sharded<M> {
         O: TensorTree + Clone + Send + 'static,
     {
         let signature = self.split.of_forward(&self.local)?;
-        let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs)?;
+        let updates = self.checked_optimizers.updates();
+        let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs, updates)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
         let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;

@@ -166,9 +166,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// # The same on all ranks
     /// The learning rate and the optimizer, with its settings and its state, must be the same on all ranks (of a state
     /// that is divided each has its part), and a new optimizer takes the place of the old one on all of them after the
-    /// same step. Learning rates and settings are not compared: others on one rank train wrong, without an error.
-    /// [`compare_every`](crate::data_parallel::DataParallelConfig::with_compare_every), which is off by default, finds
-    /// it by the parameters of replicas that divide nothing; it does not compare the ranks of a split or a pipeline.
+    /// same step. The next step is an [`Error::Optimizer`] on all ranks if they were not, which names the ranks: the next
+    /// of all for replicas; for the ranks of a split or a pipeline, the next in which they compare inputs. Of rates and
+    /// optimizers by groups of parameters those are compared that parameters of no group have.
     ///
     /// # Errors
     /// [`Error::Optimizer`], which names a parameter if the optimizer was tried on one by itself; [`Error::Schedule`]

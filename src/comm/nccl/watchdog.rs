@@ -52,7 +52,7 @@ impl CommHandle {
 
 impl Drop for CommHandle {
     fn drop(&mut self) {
-        // Not with its own group: peers must see at once that this rank has left that.
+        // Not with its own group: peers must see that this rank has left that.
         let raw = self.lock().take(&self.watchdog.host);
         if !raw.is_over() {
             self.watchdog.close_in_background(raw);

@@ -32,6 +32,7 @@ mod backward_order;
 mod checked;
 mod gatherer;
 mod gathers;
+mod group_numbers;
 mod leader;
 mod logical;
 mod merge;
