@@ -9,8 +9,8 @@ use super::input_comparison::{InputComparison, Turn};
 use super::updates::Updates;
 use crate::Error;
 use crate::comm::Communicator;
-use crate::comm::lock::lock;
 use crate::graph::named_tensors;
+use crate::lock::lock;
 use crate::tensor::{PlainTensor, TensorTree};
 
 /// How often inputs are compared that must be read back from a device.

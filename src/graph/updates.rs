@@ -11,7 +11,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::Error;
 use crate::comm::Communicator;
-use crate::comm::lock::lock;
+use crate::lock::lock;
 
 /// So many updates are kept to be told: more than lie between two comparisons where inputs are on devices.
 const KEPT: usize = 128;
