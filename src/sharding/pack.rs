@@ -87,15 +87,8 @@ impl Pack {
     }
 
     /// Gathers the shards of all ranks of a group into whole tensors: one collective, and one more for each large
-    /// parameter. Moves `(n - 1) / n` of the bytes of the wholes, zeros included.
-    ///
-    /// # Errors
-    /// Those of [`Communicator::all_gather`].
-    pub(crate) fn gather(&self, shards: Vec<PlainTensor>, group: &Communicator) -> Result<Vec<PlainTensor>, Error> {
-        self.gather_agreed(shards, group, 0)
-    }
-
-    /// As [`gather`](Self::gather), where all ranks must bring the same number: which parameters they gather.
+    /// parameter. Moves `(n - 1) / n` of the bytes of the wholes, zeros included. All ranks must bring the same number:
+    /// which parameters they gather.
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`].
@@ -128,7 +121,7 @@ impl Pack {
         })
     }
 
-    /// As [`gather`](Self::gather), on one rank of the group; the others get nothing.
+    /// As [`gather_agreed`](Self::gather_agreed), on one rank of the group; the others get nothing.
     ///
     /// # Errors
     /// Those of [`Communicator::gather`].
@@ -163,8 +156,8 @@ impl Pack {
     }
 
     /// Reduces the whole tensors of all ranks of a group into shards, in memory of a pool, if there is one: as many
-    /// collectives as [`gather`](Self::gather), which move as many bytes. All ranks must bring the same number: which
-    /// parameters these are of.
+    /// collectives as [`gather_agreed`](Self::gather_agreed), which move as many bytes. All ranks must bring the same
+    /// number: which parameters these are of.
     ///
     /// # Errors
     /// Those of [`Communicator::reduce_scatter`].
@@ -272,7 +265,7 @@ mod tests {
                         for (shard, rows) in shards.iter().zip(&pack.members) {
                             assert_eq!(shard.shape().to_vec(), rows.shard_dims());
                         }
-                        let wholes = pack.gather(shards, &rank)?;
+                        let wholes = pack.gather_agreed(shards, &rank, 0)?;
                         let counted = rank.counters() - before;
                         let bytes = ((ranks - 1) * pack.shard_elements() * 4) as u64;
                         for operation in ["reduce_scatter", "all_gather"] {
@@ -299,7 +292,7 @@ mod tests {
                 let wholes = || dims.iter().map(|dims| numbers(10.0, dims)).collect::<Vec<_>>();
                 let before = rank.counters();
                 let shards = reduce_scatter(&pack, wholes(), &rank)?;
-                let found = pack.gather(shards, &rank)?;
+                let found = pack.gather_agreed(shards, &rank, 0)?;
                 let counted = rank.counters() - before;
                 for operation in ["reduce_scatter", "all_gather"] {
                     assert_eq!(counted.of(operation).calls, 3);
