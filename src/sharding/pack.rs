@@ -87,8 +87,8 @@ impl Pack {
     }
 
     /// Gathers the shards of all ranks of a group into whole tensors: one collective, and one more for each large
-    /// parameter. All ranks must bring the same number: which parameters they gather. Moves `(n - 1) / n` of the bytes of
-    /// the wholes, zeros included.
+    /// parameter. Moves `(n - 1) / n` of the bytes of the wholes, zeros included. All ranks must bring the same number:
+    /// which parameters they gather.
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`].
@@ -156,8 +156,8 @@ impl Pack {
     }
 
     /// Reduces the whole tensors of all ranks of a group into shards, in memory of a pool, if there is one: as many
-    /// collectives as [`gather_agreed`](Self::gather_agreed), which move as many bytes. All ranks must bring the same number: which
-    /// parameters these are of.
+    /// collectives as [`gather_agreed`](Self::gather_agreed), which move as many bytes. All ranks must bring the same
+    /// number: which parameters these are of.
     ///
     /// # Errors
     /// Those of [`Communicator::reduce_scatter`].
