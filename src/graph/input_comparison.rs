@@ -6,9 +6,6 @@ use crate::Error;
 use crate::comm::{Communicator, Pending};
 use crate::tensor::PlainTensor;
 
-/// How many numbers a rank tells before the digests of its inputs: its turn, their number, and that of its updates.
-const HEAD: usize = 3;
-
 /// Which runs a rank compares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Turn {
@@ -22,15 +19,17 @@ pub(super) enum Turn {
 pub(crate) struct InputComparison {
     run: ComparedCall,
     updates: Updates,
-    /// The path and dims of each input.
-    inputs: Vec<(String, Vec<usize>)>,
-    found: Vec<(Communicator, Pending<Vec<u64>>)>,
+    /// The path of each input.
+    paths: Vec<String>,
+    /// What the ranks of groups have told, and of others what they are telling.
+    told: Vec<(Communicator, Vec<u64>)>,
+    running: Vec<(Communicator, Pending<Vec<u64>>)>,
 }
 
 impl InputComparison {
     /// One in which nothing is compared.
     pub(super) fn new(run: ComparedCall, updates: Updates) -> Self {
-        Self { run, updates, inputs: Vec::new(), found: Vec::new() }
+        Self { run, updates, paths: Vec::new(), told: Vec::new(), running: Vec::new() }
     }
 
     /// Tells the ranks of some groups what this one has.
@@ -43,22 +42,38 @@ impl InputComparison {
         inputs: Vec<(String, PlainTensor)>,
         groups: &[Communicator],
     ) -> Result<(), Error> {
-        let mut told = Vec::with_capacity(HEAD + inputs.len());
-        told.extend([turn as u64, inputs.len() as u64, self.updates.digest(Compared::Parts)]);
+        let mut told = vec![turn as u64, self.updates.digest(Compared::Parts), inputs.len() as u64];
         for (path, input) in inputs {
-            self.inputs.push((path, input.shape().to_vec()));
+            self.paths.push(path);
+            told.push(input.shape().len() as u64);
+            told.extend(input.shape().iter().map(|dim| *dim as u64));
             told.push(input.digest()?);
         }
         for group in groups {
             let mine = told.clone();
-            self.found.push((group.clone(), group.start(move |group| group.all_gather(mine))));
+            self.running.push((group.clone(), group.start(move |group| group.all_gather(mine))));
         }
         Ok(())
     }
 
     #[cfg(test)]
-    pub(super) fn is_running(&self) -> bool {
-        !self.found.is_empty()
+    pub(super) fn is_empty(&self) -> bool {
+        self.running.is_empty() && self.told.is_empty()
+    }
+
+    /// Waits for the others, and compares inputs alone: for more the others would have to be here.
+    ///
+    /// # Errors
+    /// As [`finish`](Self::finish).
+    pub(super) fn compare_inputs(&mut self) -> Result<(), Error> {
+        let mut outcome = Ok(());
+        for (group, running) in std::mem::take(&mut self.running) {
+            let told = running.wait()?;
+            // They run the step already, and wait for this rank in it.
+            outcome = outcome.and(self.same_inputs(&group, &told).inspect_err(|error| group.fail(error.clone())));
+            self.told.push((group, told));
+        }
+        outcome
     }
 
     /// Waits for the others.
@@ -67,10 +82,15 @@ impl InputComparison {
     /// On all ranks of a group: [`Error::InvalidArgument`] with the first rank and input that differ;
     /// [`Error::Optimizer`] with what differs in the updates before; those of [`Communicator`].
     pub(crate) fn finish(mut self) -> Result<(), Error> {
-        let (mut outcome, found) = (Ok(()), std::mem::take(&mut self.found));
-        let several = found.len() > 1;
-        for (group, found) in found {
-            let compared = self.compare(&group, &found.wait()?);
+        for (group, running) in std::mem::take(&mut self.running) {
+            self.told.push((group, running.wait()?));
+        }
+        let (mut outcome, several) = (Ok(()), self.told.len() > 1);
+        for (group, told) in &self.told {
+            let ranks = by_rank(told);
+            let alike = ranks.iter().all(|told| told.updates == ranks[0].updates);
+            let updated = if alike { Ok(()) } else { self.updates.explain(Compared::Parts, group) };
+            let compared = updated.and_then(|()| self.same_inputs(group, told));
             // Ranks of other groups may wait for one of these.
             outcome = outcome.and(compared.inspect_err(|error| {
                 if several {
@@ -81,37 +101,31 @@ impl InputComparison {
         outcome
     }
 
-    /// Compares what the ranks of a group have told. Collective, if it is not the same.
-    fn compare(&self, group: &Communicator, told: &[u64]) -> Result<(), Error> {
-        let ranks = by_rank(told);
+    /// Demands that the ranks of a group have told of the same inputs.
+    fn same_inputs(&self, group: &Communicator, told: &[u64]) -> Result<(), Error> {
+        let (ranks, name) = (by_rank(told), group.group());
         let Some(first) = ranks.first() else { return Ok(()) };
-        if ranks.iter().any(|told| told.updates != first.updates) {
-            self.updates.explain(Compared::Parts, group)?;
-        }
         for (rank, told) in ranks.iter().enumerate() {
             let problem = if told.turn != first.turn {
                 let of = |turn| if turn == Turn::OnHost as u64 { "the host alone" } else { "a device" };
                 format!(
-                    "rank {rank} of group `{}` was given inputs on {}, and rank 0 on {}: the ranks that share a model compute on \
+                    "rank {rank} of group `{name}` was given inputs on {}, and rank 0 on {}: the ranks that share a model compute on \
                      devices of one kind, and make their inputs there",
-                    group.group(),
                     of(told.turn),
                     of(first.turn),
                 )
-            } else if told.digests.len() != first.digests.len() {
-                format!(
-                    "rank {rank} of group `{}` was given {} inputs, and rank 0 {}: {SAME}",
-                    group.group(),
-                    told.digests.len(),
-                    first.digests.len(),
-                )
-            } else if let Some(input) =
-                (0..told.digests.len()).find(|input| told.digests[*input] != first.digests[*input])
+            } else if told.inputs.len() != first.inputs.len() {
+                let [theirs, firsts] = [told, first].map(|told| told.inputs.len());
+                format!("rank {rank} of group `{name}` was given {theirs} inputs, and rank 0 {firsts}: {SAME}")
+            } else if let Some(place) = (0..told.inputs.len()).find(|place| told.inputs[*place] != first.inputs[*place])
             {
-                let dims = self.dims_of(input, rank, group)?;
-                let path = self.inputs.get(input).map_or("", |(path, _)| path);
-                let group = group.group();
-                format!("rank {rank} of group `{group}` was given another input `{path}` than rank 0{dims}: {SAME}")
+                let path = self.paths.get(place).map_or("", String::as_str);
+                let [(theirs, _), (firsts, _)] = [told.inputs[place], first.inputs[place]];
+                let dims = match theirs == firsts {
+                    true => String::new(),
+                    false => format!(", of dims {theirs:?} and not {firsts:?}"),
+                };
+                format!("rank {rank} of group `{name}` was given another input `{path}` than rank 0{dims}: {SAME}")
             } else {
                 continue;
             };
@@ -123,21 +137,6 @@ impl InputComparison {
         }
         Ok(())
     }
-
-    /// The dims of an input on a rank and on the first, in words, if they are not the same. Collective.
-    fn dims_of(&self, input: usize, rank: usize, group: &Communicator) -> Result<String, Error> {
-        /// More dims than tensors have.
-        const MOST: usize = 16;
-        let own = self.inputs.get(input).map(|(_, dims)| dims.as_slice()).unwrap_or_default();
-        let mut told = vec![u64::MAX; MOST];
-        told.iter_mut().zip(own).for_each(|(told, dim)| *told = *dim as u64);
-        let all = group.all_gather(told)?;
-        let dims = |rank: usize| -> Vec<u64> {
-            all.chunks(MOST).nth(rank).into_iter().flatten().copied().take_while(|dim| *dim != u64::MAX).collect()
-        };
-        let (theirs, first) = (dims(rank), dims(0));
-        Ok(if theirs == first { String::new() } else { format!(", of dims {theirs:?} and not {first:?}") })
-    }
 }
 
 const SAME: &str = "the ranks that share a model pass the same whole inputs, each of them; replicas with inputs of their own are along \
@@ -147,15 +146,24 @@ const SAME: &str = "the ranks that share a model pass the same whole inputs, eac
 struct Told<'a> {
     turn: u64,
     updates: u64,
-    digests: &'a [u64],
+    /// The dims and the digest of each input.
+    inputs: Vec<(&'a [u64], u64)>,
 }
 
 fn by_rank(mut told: &[u64]) -> Vec<Told<'_>> {
     let mut ranks = Vec::new();
-    while let [turn, inputs, updates, rest @ ..] = told {
-        let (digests, others) = rest.split_at((*inputs as usize).min(rest.len()));
-        ranks.push(Told { turn: *turn, updates: *updates, digests });
-        told = others;
+    while let [turn, updates, count, rest @ ..] = told {
+        let (mut inputs, mut rest) = (Vec::new(), rest);
+        while inputs.len() < *count as usize
+            && let Some((rank, behind)) = rest.split_first()
+        {
+            let (dims, behind) = behind.split_at((*rank as usize).min(behind.len()));
+            let (digest, behind) = behind.split_first().map_or((0, behind), |(digest, behind)| (*digest, behind));
+            inputs.push((dims, digest));
+            rest = behind;
+        }
+        ranks.push(Told { turn: *turn, updates: *updates, inputs });
+        told = rest;
     }
     ranks
 }

@@ -217,7 +217,7 @@ fn all_ranks_of_a_split_have_the_error_of_one() {
         if rank.rank() == 1 {
             // Moments of what is no part of the model.
             let grads = burn::optim::GradientsParams::from_grads(
-                whole.forward(Tensor::ones([1, 3], &device())).sum().backward(),
+                whole.forward(Tensor::<2>::ones([1, 3], &device())).sum().backward(),
                 &whole,
             );
             drop(optim.step(0.1, whole, grads));
