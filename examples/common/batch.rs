@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::device::Compute;
 use super::flags::up_to;
 use super::mesh::Axes;
+use super::program::unsuited;
 use super::start::{Launch, Start};
 
 /// Tells a child of `--batch auto` how many rows to try.
@@ -157,7 +158,7 @@ pub fn known_to_fit<M: Module, I: TensorTree + Clone>(
     }
     let pieces = strategy.pipeline.as_ref().filter(|_| pp > 1).map_or(1, |pipeline| pipeline.micro_batches);
     let known = launch::threads(ranks).run(|rank| {
-        let mut model = make(&rank.device().autodiff())?.parallelize(&rank, strategy)?;
+        let mut model = make(&rank.device().autodiff())?.parallelize(&rank, strategy).map_err(unsuited)?;
         rows_within_on_all(bytes, most, &rank, |rows| {
             let own = RankMemory::of(&mut model, 2, batch(rows * pieces), &loss)?.total();
             Ok(rank.all_reduce(vec![own as u64], ReduceOp::Sum)?[0] as usize)

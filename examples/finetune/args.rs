@@ -336,6 +336,7 @@ impl Args {
         }
         if let Some(json) = &flags.json {
             writable(json, Some(&flags.data))?;
+            writable(json, flags.eval.as_deref())?;
         }
         flags.saving.check(folder)?;
         places(flags.saving.save.as_deref(), flags.saving.resume.as_deref())?;
@@ -375,7 +376,7 @@ impl Args {
             prompt: prompt.filter(|_| kept),
             json: flags.json.filter(|_| kept),
             peak: flags.peak.map(|peak| peak * 1e12),
-            dry_run: flags.dry_run,
+            dry_run: flags.dry_run && kept,
             start,
         })
     }

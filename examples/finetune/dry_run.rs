@@ -40,6 +40,9 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
         let whole = spread_by_plan(args)?;
         said.push(format!("The plan over {} ranks:\n\n{whole}", args.axes.tp));
     }
+    if let Some(cut) = model.report().cut {
+        said.push(format!("The cut into {} stages:\n\n{cut}", cut.stages.len()));
+    }
     let bytes = all.chunks(3).enumerate().map(|(rank, bytes)| {
         let (parameters, gradients, optimizer) = (bytes[0], bytes[1], bytes[2]);
         row(

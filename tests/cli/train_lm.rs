@@ -229,6 +229,11 @@ fn a_strategy_in_a_file_is_what_the_flags_say() {
     refused(&["--strategy", "/dev/zero"], "/dev/zero: it is not a file");
     let forward = b"pp = 2\n[pipeline]\nmicro_batches = 2\nschedule = { forward_only = { stages_per_rank = 1 } }\n";
     refused(&["--strategy", &folder.write("forward.toml", forward)], "no backward pass");
+    // What the model says to it comes when ranks have started.
+    let cut = b"pp = 2\n[pipeline]\nmicro_batches = 2\ncut = { before = ['nowhere.*'] }\n";
+    let output = train_lm(&["--strategy", &folder.write("cut.toml", cut)]);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && stderr.contains("pattern `nowhere.*` of the cut"), "{stderr}");
 }
 
 #[test]

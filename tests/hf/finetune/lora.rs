@@ -102,7 +102,12 @@ fn adapters_train_alike_on_every_mesh() {
 /// Where Python with `peft` is there, which `BURN_PARALLEL_PYTHON` says: the adapters of the directory, and the merged
 /// one, have the same logits there, and other than the base.
 fn peft_has_the_same_logits(dir: &Dir) {
-    let Some(python) = std::env::var_os("BURN_PARALLEL_PYTHON") else { return };
+    let Some(python) = std::env::var_os("BURN_PARALLEL_PYTHON") else {
+        println!(
+            "SKIPPED, not passed: what Python's peft makes of the adapters, which BURN_PARALLEL_PYTHON would name"
+        );
+        return;
+    };
     let script = r#"
 import sys
 import torch
