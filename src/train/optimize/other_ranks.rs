@@ -48,9 +48,9 @@ pub(super) fn divided<'a>(params: impl Iterator<Item = (ParamId, Vec<&'a Communi
 }
 
 impl Divided<'_> {
-    /// Demands that no two ranks have the same `moments` of these parameters, but where the gradients of their parts, or
-    /// the parts themselves, are the same as well. A rank that has an error in their place brings that, and all get it.
-    /// Collective over the groups.
+    /// Demands that no two ranks have the same `moments` of these parameters, but where the gradients of their parts,
+    /// or the parts themselves, are the same as well. A rank that has an error in their place brings that, and all get
+    /// it. Collective over the groups.
     ///
     /// # Errors
     /// [`Error::Optimizer`], the same on all ranks; those of [`Communicator::all_gather`].
