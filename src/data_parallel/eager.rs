@@ -17,7 +17,7 @@ use super::reducer::Reducer;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
-use crate::error::{catch_told, is_thrown};
+use crate::error::{catch_quietly, is_thrown};
 use crate::graph::{
     CheckedOptimizers, ClipRecord, CustomOps, Executor, GradientLayout, GradientSink, MicroBatchResult, SplitParam,
     StepEngine, capture_step,
@@ -138,7 +138,7 @@ impl<M: Module> Eager<M> {
     fn forward_gathering<T>(&self, forward: impl FnOnce() -> T) -> Result<T, Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(forward()) };
         gatherer.set_shards(self.rows_of(gatherer)?);
-        catch_told(is_thrown, forward).map_err(|panic| match gatherer.failure() {
+        catch_quietly(is_thrown, forward).map_err(|panic| match gatherer.failure() {
             Some(error) => error,
             None => resume_unwind(panic),
         })
