@@ -11,7 +11,7 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Device, Gradients, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
-use super::gathered::{Gatherer, assemble, checked_rows, hollow, shards_of};
+use super::gathered::{Gatherer, assemble, checked_rows, meta_whole, shards_of};
 use super::hook::{HookGroup, detach, listening};
 use super::reducer::Reducer;
 use crate::Error;
@@ -221,7 +221,7 @@ impl<M: Module> StepEngine for Eager<M> {
         keeps: bool,
     ) -> Result<usize, Error> {
         let module = match &self.gatherer {
-            Some(gatherer) => hollow(&self.module, gatherer),
+            Some(gatherer) => meta_whole(&self.module, gatherer),
             None => self.module.clone(),
         };
         let whole = params::meta_module(&module, &|_, _| None);
