@@ -18,7 +18,7 @@ use super::plan::TensorKey;
 use super::{checkpoint_error, unreadable};
 use crate::Error;
 use crate::comm::panic_message;
-use crate::error::catch_told;
+use crate::error::catch_quietly;
 use crate::lock::lock;
 use crate::optim::{ASKED, ParamState, StateNames, Widened, record_of};
 use crate::params::ParamSlice;
@@ -157,7 +157,7 @@ impl Loads {
 
 fn load(optimizer: &str, into: &ModuleOptimizer, record: OptimizerRecord) -> Result<ModuleOptimizer, Error> {
     // burn panics where tensors are not of the rank that it is told.
-    let loaded = catch_told(|_| true, || into.clone().load_record(record));
+    let loaded = catch_quietly(|_| true, || into.clone().load_record(record));
     loaded.map_err(|panic| {
         checkpoint_error(format!(
             "optimizer `{optimizer}` does not take what the checkpoint has of it: {}",

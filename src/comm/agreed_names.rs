@@ -1,5 +1,5 @@
-//! Names of the numbers that ranks agree on, which say what a group is split for, or what is gathered: so errors and logs
-//! have a name to say.
+//! Names of the numbers that ranks agree on, which say what a group is split for, or what is gathered: so errors and
+//! logs have a name to say.
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};

@@ -107,8 +107,9 @@ pub enum Transfer<'a, 'b> {
     /// Buffers that hold this rank's contribution before and the result after: all-reduce, reduce, broadcast. Several
     /// buffers are reduced as one collective, without being copied together.
     InPlace(&'a mut [BufferMut<'b>]),
-    /// A contribution and an output for the result: all the others. A rank that only receives passes an empty input. The
-    /// input of an all-gather may lie in the output, where the result has it: it is neither copied nor written over then.
+    /// A contribution and an output for the result: all the others. A rank that only receives passes an empty input.
+    /// The input of an all-gather may lie in the output, where the result has it: it is neither copied nor written over
+    /// then.
     OutOfPlace {
         /// This rank's contribution.
         input: BufferRef<'b>,

@@ -4,7 +4,8 @@
 //! rows of the sum of the gradients over all replicas, which are added up here. What is left are a few numbers.
 //!
 //! 1. Before each micro-batch the replicas tell each other how many rows theirs has, if they have one, and whether more
-//!    come; and make sure that they have updated the model alike. The rows of the first are the unit in which all gradients of the step are summed.
+//!    come; and make sure that they have updated the model alike. The rows of the first are the unit in which all
+//!    gradients of the step are summed.
 //! 2. They make sure that all exchange the same in it. A replica that has none, or uses other parameters than others,
 //!    takes part in what it does not exchange itself with nothing of its own ([`RowShards::agree`]).
 //! 3. After the last one losses and weights are summed: the gradients are divided by the weight.

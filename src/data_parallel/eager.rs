@@ -11,13 +11,13 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Device, Gradients, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
-use super::gathered::{Gatherer, assemble, checked_rows, hollow, shards_of};
+use super::gathered::{Gatherer, assemble, checked_rows, meta_whole, shards_of};
 use super::hook::{HookGroup, detach, listening};
 use super::reducer::Reducer;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
-use crate::error::{catch_told, is_thrown};
+use crate::error::{catch_quietly, is_thrown};
 use crate::graph::{
     CheckedOptimizers, ClipRecord, CustomOps, Executor, GradientLayout, GradientSink, MicroBatchResult, SplitParam,
     StepEngine, capture_step,
@@ -138,7 +138,7 @@ impl<M: Module> Eager<M> {
     fn forward_gathering<T>(&self, forward: impl FnOnce() -> T) -> Result<T, Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(forward()) };
         gatherer.set_shards(self.rows_of(gatherer)?);
-        catch_told(is_thrown, forward).map_err(|panic| match gatherer.failure() {
+        catch_quietly(is_thrown, forward).map_err(|panic| match gatherer.failure() {
             Some(error) => error,
             None => resume_unwind(panic),
         })
@@ -221,7 +221,7 @@ impl<M: Module> StepEngine for Eager<M> {
         keeps: bool,
     ) -> Result<usize, Error> {
         let module = match &self.gatherer {
-            Some(gatherer) => hollow(&self.module, gatherer),
+            Some(gatherer) => meta_whole(&self.module, gatherer),
             None => self.module.clone(),
         };
         let whole = params::meta_module(&module, &|_, _| None);

@@ -7,8 +7,8 @@
 //! and the buckets before it are on their way, the bucket is started on the communicator's background thread. Every
 //! rank starts the same collectives in the same order, whatever the order in which its gradients arrive:
 //!
-//! 1. the *head*: the weights of all ranks are summed, which gives each rank's factor in the average; and it is made sure
-//!    that all have updated the model alike;
+//! 1. the *head*: the weights of all ranks are summed, which gives each rank's factor in the average; and it is made
+//!    sure that all have updated the model alike;
 //! 2. the buckets, in order; what a rank has no gradient for counts as zero;
 //! 3. the *tail*: the losses are summed; and it is agreed which parameters were used anywhere, so that one that no rank
 //!    used gets no gradient at all, as on a single device, and which gradients came late.

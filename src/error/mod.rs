@@ -5,10 +5,10 @@
 //! *same* error, so an [`Error`] never holds anything that differs from rank to rank.
 
 mod describe;
+mod quiet;
 mod show;
 mod stop_signal;
 mod thrown;
-mod told;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,9 +16,9 @@ use std::time::Duration;
 use burn::tensor::DType;
 
 use self::describe::{advice, describe_calls, last_words, left_behind, rank_failed};
+pub(crate) use self::quiet::catch_quietly;
 pub use self::stop_signal::StopSignal;
 pub(crate) use self::thrown::{caught, is_thrown, throw};
-pub(crate) use self::told::catch_told;
 use crate::comm::{Call, CallLog, ReduceOp};
 
 /// What went wrong: the same error on every rank of the group.

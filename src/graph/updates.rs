@@ -1,8 +1,8 @@
 //! What `optimize` was given on each rank: the ranks that train one model find out in their next step if it was not the
 //! same.
 //!
-//! Each rank makes one number of all its updates so far, which goes with what the ranks of a step tell each other in any
-//! case. Only where the numbers differ do they tell each other the updates themselves.
+//! Each rank makes one number of all its updates so far, which goes with what the ranks of a step tell each other in
+//! any case. Only where the numbers differ do they tell each other the updates themselves.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};

@@ -53,8 +53,8 @@ impl ShardComms {
         Self { next: next.clone(), ..self }
     }
 
-    /// A rank that was given a new optimizer meets the others, who must have been given one too: else they are where the
-    /// call of this rank does not match theirs, and its name tells why. Collective.
+    /// A rank that was given a new optimizer meets the others, who must have been given one too: else they are where
+    /// the call of this rank does not match theirs, and its name tells why. Collective.
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`].

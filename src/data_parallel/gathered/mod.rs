@@ -42,7 +42,7 @@ mod stand_in;
 mod wants;
 mod wrap;
 
-pub(super) use assemble::{assemble, hollow, shards_of};
+pub(super) use assemble::{assemble, meta_whole, shards_of};
 pub(super) use checked::checked_rows;
 pub(super) use gatherer::Gatherer;
 pub(super) use logical::Logical;

@@ -8,7 +8,7 @@ use burn_ir::{OperationIr, TensorId};
 use super::StageRun;
 use crate::Error;
 use crate::comm::panic_message;
-use crate::error::catch_told;
+use crate::error::catch_quietly;
 use crate::graph::bind::{fits, is_on};
 use crate::graph::graph_error;
 use crate::graph::instruction::Instruction;
@@ -216,7 +216,7 @@ impl StageRun {
             }
             Ok(given)
         };
-        match catch_told(|_| true, run) {
+        match catch_quietly(|_| true, run) {
             Ok(outcome) => outcome,
             Err(payload) => {
                 let at = match program.get(position) {

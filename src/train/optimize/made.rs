@@ -6,9 +6,9 @@ use burn::module::{Param, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer, OptimizerRecord};
 use burn::tensor::{Device, Tensor};
 
-use super::moments::Moments;
+use super::moments::MomentDigests;
 use crate::Error;
-use crate::error::catch_told;
+use crate::error::catch_quietly;
 use crate::graph::{NewOptimizer, Update};
 use crate::sharding::{RankedParam, Rows, ShardParam, ShardParams};
 
@@ -23,16 +23,16 @@ const SCALES: [f32; 3] = [1e-7, 1.0, 1e4];
 const LEARNING_RATE: f64 = 0.1;
 
 /// What the ranks compare of a call of `optimize`. `moments` are those of a new optimizer that other ranks have too.
-pub(super) fn update_of(optim: &ModuleOptimizer, lr: &ModuleLearningRate, new: Option<&Moments>) -> Update {
+pub(super) fn update_of(optim: &ModuleOptimizer, lr: &ModuleLearningRate, new: Option<&MomentDigests>) -> Update {
     // It panics if there is none.
-    let rate = catch_told(|_| true, || lr.base()).unwrap_or(f64::NAN);
+    let rate = catch_quietly(|_| true, || lr.base()).unwrap_or(f64::NAN);
     let new = new.map(|moments| NewOptimizer { made: made_by(optim), moments: moments.all() });
     Update { rate, new }
 }
 
 fn made_by(optim: &ModuleOptimizer) -> [f32; NewOptimizer::NUMBERS] {
     let train = || train(optim).unwrap_or_default();
-    let made = catch_told(|_| true, train).unwrap_or_default();
+    let made = catch_quietly(|_| true, train).unwrap_or_default();
     made.try_into().unwrap_or([f32::NAN; NewOptimizer::NUMBERS])
 }
 

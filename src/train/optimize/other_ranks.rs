@@ -13,7 +13,7 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
-use super::moments::Moments;
+use super::moments::MomentDigests;
 use super::optimizer_error::optimizer_error;
 use crate::Error;
 use crate::comm::{Communicator, NEW_OPTIMIZER, agreed_number};
@@ -48,17 +48,17 @@ pub(super) fn divided<'a>(params: impl Iterator<Item = (ParamId, Vec<&'a Communi
 }
 
 impl Divided<'_> {
-    /// Demands that no two ranks have the same `moments` of these parameters, but where the gradients of their parts, or
-    /// the parts themselves, are the same as well. A rank that has an error in their place brings that, and all get it.
-    /// Collective over the groups.
+    /// Demands that no two ranks have the same `moments` of these parameters, but where the gradients of their parts,
+    /// or the parts themselves, are the same as well. A rank that has an error in their place brings that, and all get
+    /// it. Collective over the groups.
     ///
     /// # Errors
     /// [`Error::Optimizer`], the same on all ranks; those of [`Communicator::all_gather`].
     pub fn check<M: Module>(
         &self,
-        moments: Result<Moments, Error>,
+        moments: Result<MomentDigests, Error>,
         (module, grads): (&M, &GradientsParams),
-    ) -> Result<Moments, Error> {
+    ) -> Result<MomentDigests, Error> {
         let Some(first) = self.groups.first() else { return moments };
         let number = moments.as_ref().map_or(0, |moments| moments.of(&self.params));
         let all = self.gather(vec![first.world_rank() as u64, u64::from(moments.is_err()), number])?;
@@ -87,7 +87,7 @@ impl Divided<'_> {
     }
 
     /// The error that a rank of the world has found, for all of them. Collective.
-    fn error_of(&self, rank: u64, own: Result<Moments, Error>, group: &Communicator) -> Result<Error, Error> {
+    fn error_of(&self, rank: u64, own: Result<MomentDigests, Error>, group: &Communicator) -> Result<Error, Error> {
         let said = own.err().filter(|_| group.world_rank() as u64 == rank).map(|error| match error {
             Error::Optimizer { problem } => problem,
             error => error.to_string(),

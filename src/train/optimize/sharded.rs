@@ -8,7 +8,7 @@ use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::joined::{Joined, PartWithGradient};
 use super::made::update_of;
-use super::moments::Moments;
+use super::moments::MomentDigests;
 use super::other_ranks::{Divided, divided, groups_of};
 use super::panicked::Updated;
 use super::update::update;
@@ -84,7 +84,7 @@ impl ShardedStep<'_> {
             divided.iter().fold(moments, all_have).inspect_err(fail)?;
         }
         // Each rank has moments of its own rows.
-        let compared = update_of(optim, &lr, another.then_some(&Moments::default()));
+        let compared = update_of(optim, &lr, another.then_some(&MomentDigests::default()));
         let tried = new.then(|| Updated::of(&all, &work.grads));
         let updated = update(all, optim, lr, work.grads, tried).inspect_err(fail)?;
         checked.remember(optim);

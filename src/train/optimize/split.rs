@@ -9,7 +9,7 @@ use burn::tensor::Device;
 
 use super::joined::Joined;
 use super::made::update_of;
-use super::moments::Moments;
+use super::moments::MomentDigests;
 use super::other_ranks::{divided, groups_of};
 use super::own_parts::own_parts;
 use super::panicked::Updated;
@@ -53,7 +53,7 @@ impl SplitStep<'_> {
         if parts.is_empty() {
             let moments = match new {
                 true => check_moments(optim, local(&model), &grads, &split)?,
-                false => Moments::default(),
+                false => MomentDigests::default(),
             };
             let compared = update_of(optim, &lr, another.then_some(&moments));
             let tried = new.then(|| Updated::of(local(&model), &grads));
@@ -69,7 +69,7 @@ impl SplitStep<'_> {
         let all = WithOwned { owned, model };
         let moments = match new {
             true => check_moments(optim, &all, &grads, &split).inspect_err(fail)?,
-            false => Moments::default(),
+            false => MomentDigests::default(),
         };
         let compared = update_of(optim, &lr, another.then_some(&moments));
         let tried = new.then(|| Updated::of(&all, &grads));
@@ -88,7 +88,7 @@ fn check_moments<M: Module>(
     local: &M,
     grads: &GradientsParams,
     split: &[SplitParam],
-) -> Result<Moments, Error> {
+) -> Result<MomentDigests, Error> {
     let moments = moments::check(optim, local, []);
     // A rank that knows better already meets the others all the same: they wait for it.
     let divided = divided(split.iter().map(|param| (param.id, groups_of(param))));
