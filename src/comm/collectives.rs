@@ -1,12 +1,13 @@
 //! The collectives of a communicator.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::communicator::Communicator;
 use super::transport::BufferMut;
 use super::{Call, Element, Extent, Operation, Payload, ReduceOp, reduce};
 use crate::Error;
-use crate::tensor::Pool;
+use crate::tensor::{PlainTensor, Pool};
 
 impl Communicator {
     /// Every rank gets the reduction over all ranks, bit-identical everywhere. All pass the same shape and dtype.
@@ -76,6 +77,16 @@ impl Communicator {
         self.dispatch_agreed(operation, payload, agreed, |data| {
             self.out_of_place_in(Some(pool), operation, Some(data), None, agreed)
         })
+    }
+
+    /// [`all_gather_agreed`](Self::all_gather_agreed) of `own` elements of a tensor in host memory, from which they go to
+    /// the other ranks, into that tensor: they lie in it where the result has them. In place, if nobody else holds it.
+    /// The call is that of a rank that brings them flat, as a tensor of their own.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] on a rank whose tensor has another length than the result; the world fails with it.
+    pub(crate) fn all_gather_in_place(&self, whole: PlainTensor, own: Range<usize>) -> Result<PlainTensor, Error> {
+        self.out_of_own_place(Operation::AllGather, whole.into_flex()?, own).map(PlainTensor::from_flex)
     }
 
     /// [`all_gather`](Self::all_gather) from a slice into a slice, whose length is the sum over the ranks.

@@ -1,5 +1,6 @@
 //! Dispatches a collective to the device transport or, through host memory, to the host transport.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::backend::TensorMetadata;
@@ -7,7 +8,7 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 
 use super::communicator::Communicator;
-use super::host_buffer::{self, SliceOutput, TensorOutput};
+use super::host_buffer::{self, SliceOutput, TakenOutput, TensorOutput};
 #[cfg(feature = "cubecl")]
 use super::payload::OnDevice;
 use super::transport::{BufferMut, BufferRef, Transfer};
@@ -144,6 +145,22 @@ impl Communicator {
             .map(unfold)
             .or(data)
             .unwrap_or_else(|| FlexTensor::zeros([0].into(), dtype.unwrap_or(DType::F32))))
+    }
+
+    /// Runs a collective from some elements of a tensor into that tensor, where the result has them as well.
+    pub(super) fn out_of_own_place(
+        &self,
+        operation: Operation,
+        data: FlexTensor,
+        own: Range<usize>,
+    ) -> Result<FlexTensor, Error> {
+        host_buffer::check_dtype(operation.name(), data.dtype())?;
+        let mut data = host_buffer::exclusive(data);
+        let call = Call::new(operation, Some(data.dtype()), Extent::flat(own.len()));
+        let mut output = TakenOutput::new(host_buffer::buffer_mut(&mut data));
+        let input = output.part(own);
+        self.run(&call, |transport| transport.collective(&call, Transfer::OutOfPlace { input, output: &mut output }))?;
+        Ok(data)
     }
 
     pub(super) fn in_place(&self, call: &Call, buffers: &mut [BufferMut<'_>]) -> Result<(), Error> {

@@ -1,5 +1,6 @@
 //! Host tensors as input and output buffers of a transport.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use burn::backend::TensorMetadata;
@@ -183,15 +184,50 @@ pub(crate) struct SliceOutput<'a, E>(pub &'a mut [E]);
 
 impl<E: Element> Output for SliceOutput<'_, E> {
     fn allocate(&mut self, dims: &[usize], dtype: DType) -> Result<BufferMut<'_>, Error> {
-        let elements = dims.iter().fold(1usize, |product, dim| product.saturating_mul(*dim));
-        if dtype != E::DTYPE || elements != self.0.len() {
-            let (room, wanted) = (self.0.len(), E::DTYPE);
-            let problem =
-                format!("the output has room for {room} elements of {wanted:?}, {elements} of {dtype:?} came");
-            return Err(Error::invalid("receive", problem));
-        }
+        check_room((self.0.len(), E::DTYPE), dims, dtype)?;
         Ok(BufferMut::new(self.0))
     }
+}
+
+/// An output that there is already, of which this rank contributes a part that stays where it is.
+pub(crate) struct TakenOutput<'a>(BufferMut<'a>);
+
+impl<'a> TakenOutput<'a> {
+    pub fn new(buffer: BufferMut<'a>) -> Self {
+        Self(buffer)
+    }
+
+    /// The part that this rank contributes.
+    ///
+    /// # Panics
+    /// If it is not within the output.
+    pub fn part(&self, elements: Range<usize>) -> BufferRef<'a> {
+        assert!(
+            elements.start <= elements.end && elements.end <= self.0.elements,
+            "what a rank has lies in its tensor"
+        );
+        let (dtype, len) = (self.0.dtype, elements.len());
+        // SAFETY: elements of the buffer, where a transport writes nothing else than what they are.
+        unsafe { BufferRef::from_raw(self.0.data.add(elements.start * dtype.size()), len, dtype) }
+    }
+}
+
+impl Output for TakenOutput<'_> {
+    fn allocate(&mut self, dims: &[usize], dtype: DType) -> Result<BufferMut<'_>, Error> {
+        check_room((self.0.elements, self.0.dtype), dims, dtype)?;
+        // SAFETY: the buffer, borrowed for as long.
+        Ok(unsafe { BufferMut::from_raw(self.0.data, self.0.elements, dtype) })
+    }
+}
+
+/// Demands that what comes is as long as its output, and of its dtype.
+fn check_room((room, wanted): (usize, DType), dims: &[usize], dtype: DType) -> Result<(), Error> {
+    let elements = dims.iter().fold(1usize, |product, dim| product.saturating_mul(*dim));
+    if dtype == wanted && elements == room {
+        return Ok(());
+    }
+    let problem = format!("the output has room for {room} elements of {wanted:?}, {elements} of {dtype:?} came");
+    Err(Error::invalid("receive", problem))
 }
 
 #[cfg(test)]

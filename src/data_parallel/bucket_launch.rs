@@ -65,12 +65,12 @@ impl Reducer {
         };
         if let Some(pending) = &mut step.pending {
             let (hook, factor) = (self.config.hook(), pending.factor.clone());
-            let (shards, dtype) = (self.shards.clone(), self.config.reduce_dtype);
+            let (shards, sums, dtype) = (self.shards.clone(), self.sums.clone(), self.config.reduce_dtype);
             pending.buckets.push(self.data.start(move |comm| {
                 // The head ran before, on the same thread; if it failed, so does everything after it.
                 let factor = factor.get().copied().unwrap_or_default();
                 if let Some(shards) = shards {
-                    return reduce_scatter(gradients, factor, dtype, &shards);
+                    return reduce_scatter(gradients, factor, dtype, (&shards, &sums));
                 }
                 let shapes: Vec<Shape> = gradients.iter().map(PlainTensor::shape).collect();
                 let gradients: Vec<_> = gradients.into_iter().map(flatten).collect::<Result<_, Error>>()?;

@@ -1,13 +1,15 @@
 //! Reduces the gradients of a bucket to rows of their average, and makes flat tensors of gradients and back.
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, FloatDType, Shape, Tensor};
 
 use crate::Error;
 use crate::comm::ReduceOp;
 use crate::sharding::{Pack, Rows, ShardComms};
-use crate::tensor::PlainTensor;
+use crate::tensor::{PlainTensor, Pool};
 
-/// Reduces gradients to this rank's rows of the average: in `dtype`, if there is one.
+/// Reduces gradients to this rank's rows of the average, in memory of a pool: in `dtype`, if there is one.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if one has no dims; those of
@@ -16,7 +18,7 @@ pub(super) fn reduce_scatter(
     gradients: Vec<PlainTensor>,
     factor: f64,
     dtype: Option<FloatDType>,
-    shards: &ShardComms,
+    (shards, pool): (&ShardComms, &Arc<Pool>),
 ) -> Result<Vec<PlainTensor>, Error> {
     let own = gradients.first().map(|gradient| FloatDType::from(gradient.dtype()));
     let cast = |gradients: Vec<PlainTensor>, dtype: Option<FloatDType>| -> Vec<PlainTensor> {
@@ -31,7 +33,8 @@ pub(super) fn reduce_scatter(
     };
     let pack = Pack::new(gradients.iter().map(rows).collect::<Result<_, _>>()?);
     let narrow = cast(gradients, dtype);
-    let mut reduced = pack.reduce_scatter(narrow, ReduceOp::PreMulSum(factor), shards.gradients())?;
+    let op = ReduceOp::PreMulSum(factor);
+    let mut reduced = pack.reduce_scatter_in(Some(pool), narrow, op, shards.gradients(), 0)?;
     if let Some(copies) = shards.copies() {
         reduced = copies.all_reduce_coalesced(reduced, ReduceOp::Sum)?;
     }

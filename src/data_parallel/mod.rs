@@ -67,6 +67,7 @@ mod gathered;
 mod hook;
 mod join;
 mod known_params;
+mod lent_params;
 mod loss_weight;
 mod module_impl;
 mod noise_meter;

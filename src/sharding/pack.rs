@@ -18,8 +18,8 @@ use super::Rows;
 /// The shards of several parameters in one buffer.
 #[derive(Debug, Clone)]
 pub(crate) struct Pack {
-    members: Vec<Rows>,
-    ranks: usize,
+    pub(super) members: Vec<Rows>,
+    pub(super) ranks: usize,
 }
 
 impl Pack {
@@ -87,15 +87,8 @@ impl Pack {
     }
 
     /// Gathers the shards of all ranks of a group into whole tensors: one collective, and one more for each large
-    /// parameter. Moves `(n - 1) / n` of the bytes of the wholes, zeros included.
-    ///
-    /// # Errors
-    /// Those of [`Communicator::all_gather`].
-    pub(crate) fn gather(&self, shards: Vec<PlainTensor>, group: &Communicator) -> Result<Vec<PlainTensor>, Error> {
-        self.gather_agreed(shards, group, 0)
-    }
-
-    /// As [`gather`](Self::gather), where all ranks must bring the same number: which parameters they gather.
+    /// parameter. Moves `(n - 1) / n` of the bytes of the wholes, zeros included. All ranks must bring the same number:
+    /// which parameters they gather.
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`].
@@ -119,7 +112,7 @@ impl Pack {
         group: &Communicator,
         number: u64,
     ) -> Result<Vec<PlainTensor>, Error> {
-        self.in_collectives(shards, |pack, shards| {
+        self.in_collectives(shards, PlainTensor::dtype, |pack, shards| {
             let packed = pack.pack_shards(shards)?;
             pack.unpack_wholes(match pool.filter(|_| pack.members.len() == 1) {
                 Some(pool) => group.all_gather_in(pool, packed, number)?,
@@ -128,7 +121,7 @@ impl Pack {
         })
     }
 
-    /// As [`gather`](Self::gather), on one rank of the group; the others get nothing.
+    /// As [`gather_agreed`](Self::gather_agreed), on one rank of the group; the others get nothing.
     ///
     /// # Errors
     /// Those of [`Communicator::gather`].
@@ -162,22 +155,9 @@ impl Pack {
         Ok(self.unpack_shards(group.scatter_alike(packed, root)?))
     }
 
-    /// Reduces the whole tensors of all ranks of a group into shards: one collective. Moves as many bytes as
-    /// [`gather`](Self::gather).
-    ///
-    /// # Errors
-    /// Those of [`Communicator::reduce_scatter`].
-    pub(crate) fn reduce_scatter(
-        &self,
-        wholes: Vec<PlainTensor>,
-        op: ReduceOp,
-        group: &Communicator,
-    ) -> Result<Vec<PlainTensor>, Error> {
-        self.reduce_scatter_in(None, wholes, op, group, 0)
-    }
-
-    /// As [`reduce_scatter`](Self::reduce_scatter), where all ranks must bring the same number: which parameters these
-    /// are of. Into memory of a pool, if there is one.
+    /// Reduces the whole tensors of all ranks of a group into shards, in memory of a pool, if there is one: as many
+    /// collectives as [`gather_agreed`](Self::gather_agreed), which move as many bytes. All ranks must bring the same
+    /// number: which parameters these are of.
     ///
     /// # Errors
     /// Those of [`Communicator::reduce_scatter`].
@@ -189,38 +169,39 @@ impl Pack {
         group: &Communicator,
         number: u64,
     ) -> Result<Vec<PlainTensor>, Error> {
-        self.in_collectives(wholes, |pack, wholes| {
+        self.in_collectives(wholes, PlainTensor::dtype, |pack, wholes| {
             Ok(pack.unpack_shards(group.reduce_scatter_in(pool, pack.pack_wholes(wholes)?, op, number)?))
         })
     }
 
-    /// Runs a collective over the large parameters, each by itself, and then one over all others.
-    fn in_collectives(
+    /// Runs a collective over the large parameters, each by itself, and then one over all others, of what this rank has
+    /// of each parameter.
+    pub(super) fn in_collectives<T>(
         &self,
-        tensors: Vec<PlainTensor>,
-        mut collective: impl FnMut(&Self, Vec<PlainTensor>) -> Result<Vec<PlainTensor>, Error>,
+        parts: Vec<T>,
+        dtype: impl Fn(&T) -> DType,
+        mut collective: impl FnMut(&Self, Vec<T>) -> Result<Vec<PlainTensor>, Error>,
     ) -> Result<Vec<PlainTensor>, Error> {
-        let is_large = |(rows, tensor): &(&Rows, &PlainTensor)| {
-            rows.dims().iter().product::<usize>() * tensor.dtype().size() >= LARGE_BYTES
-        };
-        let large: Vec<bool> = self.members.iter().zip(&tensors).map(|member| is_large(&member)).collect();
+        let is_large =
+            |(rows, part): (&Rows, &T)| rows.dims().iter().product::<usize>() * dtype(part).size() >= LARGE_BYTES;
+        let large: Vec<bool> = self.members.iter().zip(&parts).map(is_large).collect();
         if self.members.len() == 1 || !large.contains(&true) {
-            return collective(self, tensors);
+            return collective(self, parts);
         }
-        let mut results: Vec<Option<PlainTensor>> = vec![None; tensors.len()];
+        let mut results: Vec<Option<PlainTensor>> = vec![None; parts.len()];
         let mut rest = (Vec::new(), Vec::new(), Vec::new());
-        for (place, (rows, tensor)) in self.members.iter().zip(tensors).enumerate() {
+        for (place, (rows, part)) in self.members.iter().zip(parts).enumerate() {
             if large[place] {
-                results[place] = collective(&Self::new(vec![rows.clone()]), vec![tensor])?.pop();
+                results[place] = collective(&Self::new(vec![rows.clone()]), vec![part])?.pop();
             } else {
                 rest.0.push(place);
                 rest.1.push(rows.clone());
-                rest.2.push(tensor);
+                rest.2.push(part);
             }
         }
-        let (places, members, tensors) = rest;
+        let (places, members, parts) = rest;
         if !members.is_empty() {
-            let found = collective(&Self::new(members), tensors)?;
+            let found = collective(&Self::new(members), parts)?;
             places.into_iter().zip(found).for_each(|(place, found)| results[place] = Some(found));
         }
         Ok(results.into_iter().flatten().collect())
@@ -231,7 +212,7 @@ impl Pack {
 /// the pack, and out of it again.
 const LARGE_BYTES: usize = 1 << 20;
 
-fn flat(tensor: PlainTensor) -> PlainTensor {
+pub(super) fn flat(tensor: PlainTensor) -> PlainTensor {
     let elements = tensor.elements();
     tensor.reshape([elements])
 }
@@ -263,6 +244,10 @@ mod tests {
         (shape, data.try_to_vec().unwrap())
     }
 
+    fn reduce_scatter(pack: &Pack, wholes: Vec<PlainTensor>, rank: &Communicator) -> Result<Vec<PlainTensor>, Error> {
+        pack.reduce_scatter_in(None, wholes, ReduceOp::Sum, rank, 0)
+    }
+
     #[test]
     fn what_is_scattered_is_gathered_again() {
         let all: [&[&[usize]]; 4] = [&[&[8, 3]], &[&[5, 2]], &[&[5, 2], &[3], &[1], &[2, 3, 2]], &[&[1], &[16, 4]]];
@@ -276,11 +261,11 @@ mod tests {
                             members.iter().map(|dims| numbers(10.0, dims).scale(by.into())).collect()
                         };
                         let before = rank.counters();
-                        let shards = pack.reduce_scatter(whole(1.0 + rank.rank() as f32), ReduceOp::Sum, &rank)?;
+                        let shards = reduce_scatter(&pack, whole(1.0 + rank.rank() as f32), &rank)?;
                         for (shard, rows) in shards.iter().zip(&pack.members) {
                             assert_eq!(shard.shape().to_vec(), rows.shard_dims());
                         }
-                        let wholes = pack.gather(shards, &rank)?;
+                        let wholes = pack.gather_agreed(shards, &rank, 0)?;
                         let counted = rank.counters() - before;
                         let bytes = ((ranks - 1) * pack.shard_elements() * 4) as u64;
                         for operation in ["reduce_scatter", "all_gather"] {
@@ -306,8 +291,8 @@ mod tests {
                 let pack = Pack::new(dims.iter().map(|dims| Rows::new(dims, 2).unwrap()).collect());
                 let wholes = || dims.iter().map(|dims| numbers(10.0, dims)).collect::<Vec<_>>();
                 let before = rank.counters();
-                let shards = pack.reduce_scatter(wholes(), ReduceOp::Sum, &rank)?;
-                let found = pack.gather(shards, &rank)?;
+                let shards = reduce_scatter(&pack, wholes(), &rank)?;
+                let found = pack.gather_agreed(shards, &rank, 0)?;
                 let counted = rank.counters() - before;
                 for operation in ["reduce_scatter", "all_gather"] {
                     assert_eq!(counted.of(operation).calls, 3);

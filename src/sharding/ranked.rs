@@ -91,6 +91,11 @@ impl RankedParam {
         with_param!(self, param => PlainTensor::from(param.base()))
     }
 
+    /// The same, which nobody holds but whoever has it then, if nobody else does.
+    pub(crate) fn into_value(self) -> PlainTensor {
+        with_param!(self, param => PlainTensor::from(param.base()))
+    }
+
     /// The parameter with another value, of any dims; trained or not as before.
     ///
     /// # Errors

@@ -2,11 +2,9 @@
 
 use std::ops::Range;
 
-use burn::tensor::Tensor;
-
 use crate::Error;
-use crate::params::{ParamSlice, padded};
-use crate::tensor::PlainTensor;
+use crate::params::ParamSlice;
+use crate::tensor::{Lender, PlainTensor};
 
 /// How the rows (dim 0) of a tensor are divided over ranks: evenly, in rank order, with zeros behind the last row where
 /// the ranks do not divide them.
@@ -88,15 +86,21 @@ impl Rows {
     /// A rank's shard of a tensor of the whole dims, in memory of its own.
     ///
     /// # Errors
-    /// [`Error::Graph`] if the tensor is of another rank.
-    pub(crate) fn shard<const D: usize>(&self, whole: Tensor<D>, rank: usize) -> Result<Tensor<D>, Error> {
-        let rows = self.rows(rank);
-        let shard_dims = self.shard_dims();
-        let shard = match rows.is_empty() {
-            true => Tensor::zeros(dims_of::<D>(&shard_dims)?, (&whole.device(), whole.dtype())),
-            false => padded(PlainTensor::from(whole).narrow(0, rows).packed()?.float::<D>()?, &shard_dims),
-        };
-        Ok(shard)
+    /// [`Error::Graph`] if zeros cannot be put behind it.
+    pub(crate) fn shard(&self, whole: PlainTensor, rank: usize) -> Result<PlainTensor, Error> {
+        let (rows, share) = (self.rows(rank), self.rows_per_rank());
+        let zeros = |rows| PlainTensor::zeros(self.with_rows(rows), whole.dtype(), &whole.device());
+        match rows.len() {
+            0 => Ok(zeros(share)),
+            some if some < share => PlainTensor::cat(vec![whole.clone().narrow(0, rows), zeros(share - some)], 0),
+            _ => whole.narrow(0, rows).packed(),
+        }
+    }
+
+    /// Lends a rank's shard of a tensor of the whole dims as [`PlainTensor::lend`] does: padded, it comes back so as well.
+    pub(crate) fn lend(&self, whole: PlainTensor, rank: usize) -> (PlainTensor, Option<Lender>) {
+        let share = self.shard_elements();
+        whole.lend(&self.padded_dims(), rank * share..(rank + 1) * share, &self.shard_dims())
     }
 
     /// The tensor without the zeros behind its last row.
@@ -124,15 +128,9 @@ impl Rows {
     }
 }
 
-/// Dims as those of a tensor of rank `D`.
-fn dims_of<const D: usize>(dims: &[usize]) -> Result<[usize; D], Error> {
-    dims.try_into()
-        .map_err(|_| Error::Graph { problem: format!("dims {dims:?} are not those of a tensor of rank {D}") })
-}
-
 #[cfg(test)]
 mod tests {
-    use burn::tensor::{Device, TensorData};
+    use burn::tensor::{Device, Tensor, TensorData};
 
     use super::*;
 
@@ -154,7 +152,8 @@ mod tests {
         let whole =
             Tensor::<2>::from_data(TensorData::new((0..15).map(|x| x as f32).collect(), [5, 3]), &Device::flex());
         let shards = Rows::new(&[5, 3], 4).unwrap();
-        let values = |rank| shards.shard(whole.clone(), rank).unwrap().into_data().try_to_vec::<f32>().unwrap();
+        let values =
+            |rank| shards.shard(whole.clone().into(), rank).unwrap().into_data().unwrap().try_to_vec::<f32>().unwrap();
         assert_eq!(values(0), [0., 1., 2., 3., 4., 5.]);
         assert_eq!(values(2), [12., 13., 14., 0., 0., 0.]);
         assert_eq!(values(3), [0.; 6]);

@@ -1,9 +1,10 @@
 //! Tensors whose kind, rank and device are known at run time only: what parameters, gradients, activations and messages
 //! are to everything below a model.
 
+mod arena;
 mod backend;
-mod block;
 mod digest;
+mod lent;
 pub(crate) mod magnitude;
 mod measured_sum;
 mod ops;
@@ -25,6 +26,7 @@ use burn::tensor::kind::{Autodiff, Basic};
 use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 
 pub(crate) use self::backend::{check_device, with_backend};
+pub(crate) use self::lent::{Lender, Returned};
 pub(crate) use self::product::{Multiplied, Product, SPLIT_FROM, Strided};
 pub(crate) use self::recycled::{ALIGN, FROM, Pool, Room};
 pub(crate) use self::squares::{Look, Squares};

@@ -133,36 +133,67 @@ fn training_asks_for_no_large_memory_after_its_first_steps() {
         .unwrap();
 }
 
-/// Products write the gradients of weights into the memory in which a bucket is reduced, and with ZeRO 3 parameters are
-/// gathered, and rows of the sums made, where those of the step before were: no thread, those that communicate
-/// included, asks for memory of that size.
+/// How often any thread asks for memory of this size in each of four steps of two ranks.
+fn asked(strategy: &Strategy, optimizer: fn() -> ModuleOptimizer, size: usize) -> Vec<usize> {
+    SIZE.store(size, Relaxed);
+    let asked = launch::threads(2).threads_per_rank(1).run(|rank| {
+        let device = rank.device().autodiff();
+        let mut model = Mlp::new(&device).parallelize(&rank, strategy)?;
+        let mut optim = optimizer();
+        let x = rows(&device);
+        let mut asked = Vec::new();
+        for _ in 0..4 {
+            rank.barrier()?;
+            let before = OF_SIZE.load(Relaxed);
+            rank.barrier()?;
+            let step = model.step(x.clone(), |model, x| model.loss(x))?;
+            model = model.optimize(&mut optim, 0.01, step)?;
+            rank.barrier()?;
+            asked.push(OF_SIZE.load(Relaxed) - before);
+        }
+        Ok(asked)
+    });
+    SIZE.store(usize::MAX, Relaxed);
+    asked.unwrap().swap_remove(0)
+}
+
+fn dividing(sharding: Sharding, engine: Engine) -> Strategy {
+    let data = DataParallelConfig::new().with_sharding(sharding);
+    Strategy::new().with_dp(2).with_data(data).with_engine(engine)
+}
+
+/// Products write the gradients of weights into the memory in which a bucket is reduced. With ZeRO parameters are
+/// gathered, rows of the sums made and those of parameters updated where those of the step before were: no thread, those
+/// that communicate included, asks for memory of that size.
 #[test]
 fn gradients_are_averaged_without_a_copy() {
     let _turn = crate::turn();
-    let captured = || Strategy::new().with_dp(2).with_engine(Engine::Captured);
-    let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters);
-    let ways = [("replicas", captured(), WHOLE), ("ZeRO 3", captured().with_data(divided.clone()), WHOLE)];
-    for (name, strategy, size) in ways.into_iter().chain([("rows", captured().with_data(divided), WHOLE / 2)]) {
-        SIZE.store(size, Relaxed);
-        let asked = launch::threads(2).threads_per_rank(1).run(|rank| {
-            let device = rank.device().autodiff();
-            let mut model = Mlp::new(&device).parallelize(&rank, &strategy)?;
-            let mut optim: ModuleOptimizer = SgdConfig::new().init_fused();
-            let x = rows(&device);
-            let mut asked = Vec::new();
-            for _ in 0..4 {
-                rank.barrier()?;
-                let before = OF_SIZE.load(Relaxed);
-                rank.barrier()?;
-                let step = model.step(x.clone(), |model, x| model.loss(x))?;
-                model = model.optimize(&mut optim, 0.01, step)?;
-                rank.barrier()?;
-                asked.push(OF_SIZE.load(Relaxed) - before);
+    for sharding in [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters] {
+        for size in [WHOLE, WHOLE / 2] {
+            let asked = asked(&dividing(sharding, Engine::Captured), || SgdConfig::new().init_fused(), size);
+            // Nothing is divided of replicas without ZeRO, nor gathered in their first step.
+            let begins = size == WHOLE || sharding != Sharding::None;
+            assert!(asked[2..] == [0, 0] && (asked[0] > 0) == begins, "{sharding}: asked for {size} bytes: {asked:?}");
+        }
+    }
+}
+
+/// Nor do eager steps ask for more than burn itself, whose backward makes each gradient anew: not to divide a gradient,
+/// nor for the rows that an optimizer updates, nor to gather these.
+#[test]
+fn rows_are_updated_where_they_lie() {
+    let _turn = crate::turn();
+    let optimizers: [fn() -> ModuleOptimizer; 2] = [|| SgdConfig::new().init(), || SgdConfig::new().init_fused()];
+    for optimizer in optimizers {
+        for size in [WHOLE, WHOLE / 2] {
+            let of = |sharding| asked(&dividing(sharding, Engine::Eager), optimizer, size)[2..].to_vec();
+            let plain = of(Sharding::None);
+            for sharding in [Sharding::Optimizer, Sharding::Gradients] {
+                assert_eq!(of(sharding), plain, "{sharding}: pieces of {size} bytes in steps");
             }
-            Ok(asked)
-        });
-        SIZE.store(usize::MAX, Relaxed);
-        let asked = asked.unwrap().swap_remove(0);
-        assert!(asked[0] > 0 && asked[2..] == [0, 0], "{name}: asked for {size} bytes in steps: {asked:?}");
+        }
+        // With ZeRO 3 parameters are gathered into memory of their own, but their rows stay where they are.
+        let rows = asked(&dividing(Sharding::Parameters, Engine::Eager), optimizer, WHOLE / 2);
+        assert_eq!(rows[2..], [0, 0], "rows in steps: {rows:?}");
     }
 }

@@ -1,13 +1,13 @@
 //! Runs one rank's row of a timetable.
 
 use std::collections::{BTreeMap, HashMap};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use super::exchange::MessageExchange;
 use super::report::PipelineRun;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp, panic_message};
+use crate::error::catch_told;
 use crate::pipeline_parallel::schedule::{Action, Routes, Timetable, Unit};
 use crate::pipeline_parallel::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::step::RunReport;
@@ -157,7 +157,7 @@ impl<'a, I, S: Stage<I>> TimetableRun<'a, I, S> {
             Action::BackwardWeight(_) => stage.backward_weight(micro_batch).map(|()| Forwarded::default()),
             Action::Send(..) | Action::Receive(..) => Ok(Forwarded::default()),
         };
-        let given = catch_unwind(AssertUnwindSafe(pass))
+        let given = catch_told(|_| true, pass)
             .unwrap_or_else(|panic| Err(stage_error(format!("the stage panicked: {}", panic_message(&*panic)))))?;
         if let Some(LossSum { sum, weight }) = given.loss {
             if !weight.is_finite() || weight < 0.0 {

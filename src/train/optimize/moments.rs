@@ -91,6 +91,11 @@ impl Moments {
         }
     }
 
+    /// A number for all of them; 0 if there are none.
+    pub fn all(&self) -> u64 {
+        self.0.iter().fold(0, |all: u64, (_, number)| all.wrapping_add(*number))
+    }
+
     /// A number for the moments of some parameters; 0 if there are none. Whatever the order.
     pub fn of(&self, ids: &HashSet<ParamId>) -> u64 {
         let mine = self.0.iter().filter(|(id, _)| ids.contains(id));
