@@ -41,7 +41,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
     let (end, steps) = (input.end(args), input.steps(args));
     let share = |rows| input.data.share(rows, replica, replicas, args.rows).map_err(Error::user);
     let first = share(input.data.batch(0, end, args.size))?;
-    let model = directory::load(model, &args.model, &batch(&first[0], &autodiff))?;
+    let model = directory::load(model, &args.model, &batch(&first[0], &autodiff)).map_err(unsuited)?;
     let optim = AdamWConfig::new().with_weight_decay(args.weight_decay as f32).with_epsilon(1e-8).init_fused();
     let mut run = Run::new(model, optim, schedule(args, steps)?, args, input);
     let (begun, opened) = run.resume(&world, args, input)?;

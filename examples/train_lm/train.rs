@@ -47,7 +47,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     // Which rank holds what must be known before anything is restored.
     let begin = |size: Batch| size.begin(args.batch, args.growth, args.steps);
     let size = begin(Batch::default())?;
-    model.prepare(batch(0, &args.split(&size)?).swap_remove(0), loss)?;
+    model.prepare(batch(0, &args.split(&size)?).swap_remove(0), loss).map_err(unsuited)?;
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init_fused();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
     let (losses, grad_norms) = (Vec::new(), Vec::new());

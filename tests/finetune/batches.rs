@@ -105,13 +105,15 @@ fn the_batch_that_fits_is_found() {
     let directory = prepared();
     // More than any trial takes.
     directory.write("large.txt", "what fits is found out by trying\n".repeat(4000).as_bytes());
-    let rows = |kilobytes: &str| {
-        let flags = ["--data", "in:large.txt", "--seq", "64", "--batch", "auto", "--dp", "2", "--steps", "1"];
+    let limited = |kilobytes: &str, dp: &str| {
+        let flags = ["--data", "in:large.txt", "--seq", "64", "--batch", "auto", "--dp", dp, "--steps", "1"];
         let program = command(&directory, &[&flags[..], &["--json", "in:outcome.json"]].concat());
         let script = format!("ulimit -d {kilobytes} && exec \"$0\" \"$@\"");
         let mut limited = Command::new("sh");
-        let output =
-            limited.args(["-c", &script]).arg(program.get_program()).args(program.get_args()).output().unwrap();
+        limited.args(["-c", &script]).arg(program.get_program()).args(program.get_args()).output().unwrap()
+    };
+    let rows = |kilobytes: &str| {
+        let output = limited(kilobytes, "2");
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && told.contains("rows at once fit on a rank"), "{told}");
         // It takes a while: each trial is told, and what came of it.
@@ -123,6 +125,16 @@ fn the_batch_that_fits_is_found() {
     };
     let (little, more) = (rows("60000"), rows("100000"));
     assert!(2 <= little && little < more && more < 256, "{little}, {more}");
+    // So many models that none is made.
+    let output = limited("60000", "1000");
+    let told = String::from_utf8_lossy(&output.stderr);
+    let (first, last) = (told.lines().next().unwrap(), told.lines().last().unwrap());
+    assert!(output.status.code() == Some(1) && !told.contains("tries"), "{told}");
+    assert!(last.starts_with("finetune: --batch auto: not even one row fits into the "), "{told}");
+    assert!(
+        first.contains("at most 1 rows at once are looked for") && last.contains(" bytes of RLIMIT_DATA: "),
+        "{told}"
+    );
 }
 
 /// A trial takes steps, also for a run that takes none.

@@ -76,6 +76,10 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--transport", "nccl"], "--transport nccl"),
         (&["--dtype", "f16"], "possible values: f32, bf16"),
         (&["--batch", "some"], "or `auto`"),
+        (
+            &["--batch", "1000000", "--seq", "256", "--engine", "eager"],
+            "--seq 256: the attention of 1000000 rows at once takes",
+        ),
         (&["--batch", "auto", "--micro-batch", "2"], "leave --micro-batch out"),
         (&["--batch", "auto", "--launch", "processes"], "give --launch threads"),
         (&["--batch", "auto", "--batch-tokens", "200"], "--batch"),
@@ -115,6 +119,7 @@ fn a_strategy_that_does_not_suit_the_model_is_refused() {
             "set `sharding_ranks` to a number that divides 2",
         ),
         ("dp = 2\n[data]\nbucket_bytes = 0\n", "`bucket_bytes` is 0"),
+        ("pp = 2\n[pipeline]\nmicro_batches = 2\nwhole_inputs = ['9']\n", "the step has no input `9` to give whole"),
     ] {
         directory.write("strategy.toml", text.as_bytes());
         let flags = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "4", "--strategy", "in:strategy.toml"];
@@ -122,7 +127,10 @@ fn a_strategy_that_does_not_suit_the_model_is_refused() {
             let output = finetune(&directory, &[&flags[..], more].concat());
             let stderr = String::from_utf8(output.stderr).unwrap();
             assert_eq!(output.status.code(), Some(2), "{text}: {stderr}");
-            assert!(output.stdout.is_empty() && stderr.contains(what), "{text}: {stderr}");
+            // What the data is was told before.
+            let last = stderr.lines().last().unwrap();
+            assert!(output.stdout.is_empty(), "{text}");
+            assert!(last.starts_with("finetune: ") && last.contains(what), "{text}: {stderr}");
         }
     }
 }

@@ -84,7 +84,9 @@ fn adapters_train_alike_on_every_mesh() {
         ([2, 1, 1], Sharding::Optimizer),
         ([2, 1, 1], Sharding::Gradients),
         ([2, 1, 1], Sharding::Parameters),
+        ([2, 1, 2], Sharding::Optimizer),
         ([2, 1, 2], Sharding::Gradients),
+        ([2, 2, 1], Sharding::Parameters),
         ([1, 2, 2], Sharding::None),
     ];
     for (axes, sharding) in meshes {
