@@ -9,8 +9,9 @@ cd "$(dirname "$0")/.."
 missing=()
 command -v mpicc > /dev/null || missing+=(libopenmpi-dev)
 command -v mpirun > /dev/null || missing+=(openmpi-bin)
-# bindgen reads MPI's header with it.
-if ! ldconfig -p | grep -q 'libclang[-.]' && ! compgen -G '/usr/lib/llvm-*/lib/libclang*.so*' > /dev/null; then
+# bindgen reads MPI's header with it. libclang-cpp, which comes with other packages, is another library.
+if ! ldconfig -p | grep -E 'libclang(-[0-9.]+)?\.so' > /dev/null &&
+    ! compgen -G '/usr/lib/llvm-*/lib/libclang.so*' > /dev/null && ! compgen -G '/usr/lib/llvm-*/lib/libclang-[0-9]*.so*' > /dev/null; then
     missing+=(libclang-dev)
 fi
 if [ ${#missing[@]} -gt 0 ]; then
@@ -31,5 +32,5 @@ DOC_TESTS=no cargo test "${features[@]}" --doc
 
 # What the features change: everything else has been tested without them.
 step "MPI and fine-tuning: transport suite, train_lm, finetune"
-cargo test "${features[@]}" --test transport_mpi --test finetune
-cargo test "${features[@]}" --test cli -- mpi ways_to_start
+.ci/test "${features[@]}" --test transport_mpi --test finetune
+.ci/test "${features[@]}" --test cli -- mpi ways_to_start

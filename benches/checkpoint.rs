@@ -145,7 +145,7 @@ fn sizes(
             model = model.optimize(&mut optim, 1e-6, step)?;
         }
         let mut loaded = Net::new(layers, &device).parallelize(&world, &split(ranks))?;
-        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointConfig::new())?;
         let own = vec![1u8; bytes / ranks];
         let path = dir.join(format!("plain.{}", world.rank()));
         let timed = |run: &mut dyn FnMut() -> Result<(), Error>| {
@@ -214,7 +214,7 @@ fn background(figures: &mut Figures, dir: &Path, rounds: usize) -> Result<(), Er
         let device = world.device().autodiff();
         let mut model = Net::new(4, &device).parallelize(&world, &Strategy::new())?;
         let mut optim: ModuleOptimizer = AdamWConfig::new().init();
-        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointOptions::new().with_keep_last(1))?;
+        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointConfig::new().with_keep_last(1))?;
         let mut times = Vec::new();
         for round in 0..=2 * rounds {
             let saves = round % 2 == 1;

@@ -6,6 +6,7 @@ use std::fmt;
 use std::marker::PhantomData;
 use std::path::Path;
 
+use burn::tensor::FloatDType;
 use serde::de::value::MapAccessDeserializer;
 use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
@@ -59,6 +60,18 @@ where
     Ok(table.map(|Table(value)| value))
 }
 
+/// A field that is the name of a float dtype, in capitals or not, or is not there.
+pub(crate) fn optional_float<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<FloatDType>, D::Error> {
+    let Some(name) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
+    Ok(Some(match name.to_ascii_lowercase().as_str() {
+        "bf16" => FloatDType::BF16,
+        "f16" => FloatDType::F16,
+        "f32" => FloatDType::F32,
+        "f64" => FloatDType::F64,
+        _ => return Err(de::Error::custom(format!("`{name}` is no float dtype: take `BF16`, `F16`, `F32` or `F64`"))),
+    }))
+}
+
 /// A field that is a list of tables.
 pub(crate) fn tables<'de, T: Deserialize<'de>, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
     let tables: Vec<Table<T>> = Vec::deserialize(deserializer)?;
@@ -76,22 +89,39 @@ where
 }
 
 thread_local! {
-    /// The forms of the field whose table was wrong the last time on this thread. The error of the table goes on as it
-    /// is, with the place in the text that it knows: words added to it here would take that away.
-    static FORMS: Cell<Option<&'static str>> = const { Cell::new(None) };
+    /// Within [`with_forms`] on this thread, the forms of the field whose table was wrong, once there is one. The error
+    /// of the table goes on as it is, with the place in the text that it knows: words added to it would take that away.
+    static FORMS: Cell<Option<Option<&'static str>>> = const { Cell::new(None) };
 }
 
-/// Reads a text. If a table is wrong where a name might be as well, the error also says which forms there are.
+/// Reads a text. If a table is wrong where a name might be as well, the error also says which forms there are, at the
+/// place of what is wrong.
 pub(crate) fn with_forms<T, E: fmt::Display>(read: impl FnOnce() -> Result<T, E>) -> Result<T, String> {
-    FORMS.set(None);
-    read().map_err(|problem| {
+    FORMS.set(Some(None));
+    let read = read();
+    let forms = FORMS.take().flatten();
+    read.map_err(|problem| {
         // TOML's end with a line.
         let problem = problem.to_string();
-        match FORMS.take() {
+        match forms {
             None => problem,
             Some(forms) => format!("{}; the forms are {forms}", problem.trim_end()),
         }
     })
+}
+
+/// The error of a table, with the forms that there are.
+fn told_of_forms<E: de::Error>(problem: E, forms: &'static str) -> E {
+    if FORMS.get().is_some() {
+        FORMS.set(Some(Some(forms)));
+        return problem;
+    }
+    // Somebody reads by serde alone. A new error of TOML has the place of the table; JSON looks for its place at the
+    // end of the text.
+    let text = problem.to_string();
+    let (said, place) = text.split_at(text.rfind(" at line ").unwrap_or(text.len()));
+    let said: Vec<&str> = said.lines().collect();
+    E::custom(format!("{}; the forms are {forms}{place}", said.join(", ")))
 }
 
 /// A field that is a name or a table. `forms` says which there are; `named` gives what a name stands for, or why it is
@@ -125,7 +155,7 @@ impl<'de, T: Deserialize<'de>> Visitor<'de> for NameOrTable<T> {
     }
 
     fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<T, A::Error> {
-        T::deserialize(MapAccessDeserializer::new(map)).inspect_err(|_| FORMS.set(Some(self.forms)))
+        T::deserialize(MapAccessDeserializer::new(map)).map_err(|problem| told_of_forms(problem, self.forms))
     }
 }
 

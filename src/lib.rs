@@ -76,6 +76,7 @@ pub mod graph;
 pub mod hf;
 pub mod launch;
 pub mod layout;
+mod lock;
 pub mod mesh;
 mod nesting;
 pub mod optim;
@@ -99,7 +100,7 @@ pub use error::Error;
 pub mod prelude {
     pub use crate::Error;
     pub use crate::batch::NoiseScale;
-    pub use crate::checkpoint::{CheckpointOptions, Checkpointer, DataPosition, TrainState};
+    pub use crate::checkpoint::{CheckpointConfig, Checkpointer, DataPosition, TrainState};
     pub use crate::comm::{Communicator, ReduceOp};
     pub use crate::data_parallel::{DataParallel, DataParallelConfig};
     pub use crate::data_parallel::{DistributedDataset, DistributedSampler, Remainder};

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::device::Compute;
 use super::flags::up_to;
 use super::mesh::Axes;
+use super::program::unsuited;
 use super::start::{Launch, Start};
 
 /// Tells a child of `--batch auto` how many rows to try.
@@ -58,7 +59,7 @@ pub struct GrowthFlags {
     pub noise_scale: bool,
 
     /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one; the learning rate
-    /// grows by the root
+    /// grows by the root, the betas and epsilon of AdamW stay
     #[arg(long, value_name = "MOST", value_parser = up_to::<1_000_000>)]
     pub grow_batch: Option<usize>,
 }
@@ -157,9 +158,9 @@ pub fn known_to_fit<M: Module, I: TensorTree + Clone>(
     }
     let pieces = strategy.pipeline.as_ref().filter(|_| pp > 1).map_or(1, |pipeline| pipeline.micro_batches);
     let known = launch::threads(ranks).run(|rank| {
-        let mut model = make(&rank.device().autodiff())?.parallelize(&rank, strategy)?;
+        let mut model = make(&rank.device().autodiff())?.parallelize(&rank, strategy).map_err(unsuited)?;
         rows_within_on_all(bytes, most, &rank, |rows| {
-            let own = RankMemory::of(&mut model, 2, batch(rows * pieces), &loss)?.total();
+            let own = RankMemory::of(&mut model, 2, batch(rows * pieces), &loss).map_err(unsuited)?.total();
             Ok(rank.all_reduce(vec![own as u64], ReduceOp::Sum)?[0] as usize)
         })
     })?;
@@ -257,7 +258,8 @@ impl Batch {
         self.rows
     }
 
-    /// The factor of the learning rate of a batch that began with so many rows, by the square-root rule for Adam.
+    /// The factor of the learning rate of a batch that began with so many rows, by the square-root rule for Adam. Its
+    /// betas would follow as well: but by them the moments of earlier steps are corrected, which would be wrong then.
     pub fn lr_factor(&self, began: usize) -> f64 {
         let Some(grow) = self.grow.filter(|grow| grow.rows() > began) else { return 1.0 };
         let factor = (self.rows as f64 / began as f64).sqrt();

@@ -29,7 +29,7 @@ pub const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what
   [tensor]
   plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules
   seed                 0
-  check_inputs_every   1
+  check_inputs_every   1 on CPUs, 100 on devices
   fusion               true
   [pipeline]
   micro_batches        needed if pp > 1
@@ -38,7 +38,7 @@ pub const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what
   whole_inputs         []
   seed                 0
   graphs               16
-  check_inputs_every   1
+  check_inputs_every   1 on CPUs, 100 on devices
   fusion               true
 docs/strategies.md says what each does. A key that nothing reads, as a `plan` where `tp` is 1, is an error."#;
 

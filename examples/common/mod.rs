@@ -1,6 +1,7 @@
 //! What programs share that train a model on ranks: flags, the start of the ranks, how large the batch is, what is
 //! saved, what they tell.
 
+pub mod attention;
 pub mod batch;
 pub mod device;
 pub mod figures;

@@ -79,6 +79,17 @@ pub fn refused(why: burn_parallel::Error) -> burn_parallel::Error {
     why
 }
 
+/// The error of a strategy that does not suit the model, in one line: what was given is wrong. Others go through.
+pub fn unsuited(why: burn_parallel::Error) -> burn_parallel::Error {
+    use burn_parallel::Error::{InvalidArgument, Pipeline, Plan, Schedule, Strategy, User};
+    match why {
+        InvalidArgument { .. } | Pipeline { .. } | Plan { .. } | Schedule { .. } | Strategy { .. } => {
+            refused(User(why.to_string().replace('\n', " ")))
+        }
+        why => why,
+    }
+}
+
 /// For how long the program has been running.
 pub fn running() -> Duration {
     STARTED.get().map_or(Duration::ZERO, Instant::elapsed)

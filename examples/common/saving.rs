@@ -60,8 +60,8 @@ impl SaveFlags {
     ) -> Result<Checkpointer, Error> {
         // What other runs have not saved may be missing.
         let missing = [STEPS, MADE_OF, RUN].map(|name| format!("values/{name}"));
-        let options = CheckpointOptions::new().with_allow_missing(missing).with_keep_last(self.keep);
-        Checkpointer::new(world, folder(dir), options.with_strategy(strategy))
+        let config = CheckpointConfig::new().with_allow_missing(missing).with_keep_last(self.keep);
+        Checkpointer::new(world, folder(dir), config.with_strategy(strategy))
     }
 }
 

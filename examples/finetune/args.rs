@@ -9,6 +9,7 @@ use burn_parallel::train::Engine;
 use clap::{Parser, ValueEnum};
 
 use crate::checkpoints::folder;
+use crate::common::attention::Attention;
 use crate::common::batch::{self, GrowthFlags, Rows};
 use crate::common::device::Compute;
 use crate::common::flags::{learning_rate, norm, parse, up_to, writable, wrong};
@@ -319,10 +320,15 @@ impl Args {
             true => vec![idle_recompute(axes, &strategy)],
             false => Vec::new(),
         };
-        let rows = match &strategy.pipeline {
-            Some(pipeline) if pp > 1 => share.max(pipeline.micro_batches),
-            _ => micro,
+        let (rows, at_once) = match &strategy.pipeline {
+            Some(pipeline) if pp > 1 => (share.max(pipeline.micro_batches), share.div_ceil(pipeline.micro_batches)),
+            _ => (micro, micro),
         };
+        if !auto {
+            // Each row has documents of its own.
+            let attention = Attention { seq, heads: config.heads, rows: at_once, masks: at_once };
+            attention.fits(axes, &strategy, &start)?;
+        }
         let lora = flags.lora.map(|rank| {
             let alpha = flags.lora_alpha.unwrap_or(2.0 * rank as f64);
             let targets = match flags.lora_targets.as_slice() {
@@ -336,6 +342,7 @@ impl Args {
         }
         if let Some(json) = &flags.json {
             writable(json, Some(&flags.data))?;
+            writable(json, flags.eval.as_deref())?;
         }
         flags.saving.check(folder)?;
         places(flags.saving.save.as_deref(), flags.saving.resume.as_deref())?;
@@ -375,7 +382,7 @@ impl Args {
             prompt: prompt.filter(|_| kept),
             json: flags.json.filter(|_| kept),
             peak: flags.peak.map(|peak| peak * 1e12),
-            dry_run: flags.dry_run,
+            dry_run: flags.dry_run && kept,
             start,
         })
     }

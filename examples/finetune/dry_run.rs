@@ -8,6 +8,7 @@ use burn_parallel::sharding::Sharding;
 use crate::args::Args;
 use crate::common::device;
 use crate::common::figures::{row, table};
+use crate::common::program::unsuited;
 use crate::data::row::batch;
 use crate::input::Input;
 use crate::model::Llama;
@@ -21,7 +22,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
     let rows = input.data.batch(0, input.end(args), args.size);
     let (replica, replicas) = model.replica();
     let share = input.data.share(rows.clone(), replica, replicas, args.rows).map_err(Error::user)?;
-    model.prepare(batch(&share[0], &device), Llama::loss)?;
+    model.prepare(batch(&share[0], &device), Llama::loss).map_err(unsuited)?;
     let held = Held::of(&model, args);
     let parts = match args.strategy.data.sharding {
         Sharding::None => 1,
@@ -39,6 +40,9 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
     if args.axes.tp > 1 {
         let whole = spread_by_plan(args)?;
         said.push(format!("The plan over {} ranks:\n\n{whole}", args.axes.tp));
+    }
+    if let Some(cut) = model.report().cut {
+        said.push(format!("The cut into {} stages:\n\n{cut}", cut.stages.len()));
     }
     let bytes = all.chunks(3).enumerate().map(|(rank, bytes)| {
         let (parameters, gradients, optimizer) = (bytes[0], bytes[1], bytes[2]);

@@ -10,12 +10,12 @@ use crate::checkpoints::{Run, folder};
 use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
-use crate::common::program::{Ended, refused};
+use crate::common::program::{Ended, refused, unsuited};
 use crate::common::progress::Progress;
 use crate::common::saving::Saving;
 use crate::common::usage::Pipeline;
 use crate::data::row::batch;
-use crate::data::set::BatchSize;
+use crate::data::set::{BatchSize, DataSet};
 use crate::evaluate::held_out_loss;
 use crate::generate::{Continuation, generate};
 use crate::input::Input;
@@ -41,7 +41,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
     let (end, steps) = (input.end(args), input.steps(args));
     let share = |rows| input.data.share(rows, replica, replicas, args.rows).map_err(Error::user);
     let first = share(input.data.batch(0, end, args.size))?;
-    let model = directory::load(model, &args.model, &batch(&first[0], &autodiff))?;
+    let model = directory::load(model, &args.model, &batch(&first[0], &autodiff)).map_err(unsuited)?;
     let optim = AdamWConfig::new().with_weight_decay(args.weight_decay as f32).with_epsilon(1e-8).init_fused();
     let mut run = Run::new(model, optim, schedule(args, steps)?, args, input);
     let (begun, opened) = run.resume(&world, args, input)?;
@@ -122,7 +122,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
 
 /// The model, without weights yet, spread over the ranks.
 pub fn spread(world: &Communicator, args: &Args, device: &Device) -> Result<Parallel<Llama>, Error> {
-    adapted(args, device)?.parallelize(world, &args.strategy)
+    adapted(args, device)?.parallelize(world, &args.strategy).map_err(unsuited)
 }
 
 /// The model, without weights yet, with its adapters if it has any.
@@ -136,13 +136,15 @@ pub fn adapted(args: &Args, device: &Device) -> Result<Llama, Error> {
 
 /// Makes sure that all ranks have the same data in mind: each has read the files for itself.
 fn agree(world: &Communicator, args: &Args, input: &Input) -> Result<(), Error> {
-    let mine = vec![input.data.fingerprint() as i64, input.steps(args) as i64];
+    let eval = input.eval.as_ref().map_or(0, DataSet::fingerprint);
+    let mine = vec![eval as i64, input.data.fingerprint() as i64, input.steps(args) as i64];
     let (least, most) = (world.all_reduce(mine.clone(), ReduceOp::Min)?, world.all_reduce(mine, ReduceOp::Max)?);
     if least == most {
         return Ok(());
     }
-    let (data, model) = (args.data.display(), args.model.display());
-    Err(refused(Error::user(format!("{data}, or the tokenizer in {model}, is not the same file on all machines"))))
+    let file = args.eval.as_ref().filter(|_| least[0] != most[0]).unwrap_or(&args.data);
+    let (file, model) = (file.display(), args.model.display());
+    Err(refused(Error::user(format!("{file}, or the tokenizer in {model}, is not the same file on all machines"))))
 }
 
 /// Writes what the run was for.

@@ -44,9 +44,9 @@ fn all() -> Vec<Row> {
         ("the same, with norm and noise", Some(Strategy::new().with_data(noise)), 2, true),
         ("ZeRO 1", Some(zero(Sharding::Optimizer)), 2, false),
         ("ZeRO 2", Some(zero(Sharding::Gradients)), 2, false),
-        ("ZeRO 3", Some(zero(Sharding::Parameters)), 2, false),
-        ("tensor parallelism", Some(Strategy::new().with_tp(2, Plan::megatron())), 1, false),
-        ("pipeline, 1F1B, 4 micro-batches", Some(Strategy::new().with_pp(2, pipeline)), 1, false),
+        ("ZeRO 3, captured", Some(zero(Sharding::Parameters)), 2, false),
+        ("tensor parallelism, captured", Some(Strategy::new().with_tp(2, Plan::megatron())), 1, false),
+        ("pipeline, 1F1B, 4 micro-batches, captured", Some(Strategy::new().with_pp(2, pipeline)), 1, false),
     ]
 }
 

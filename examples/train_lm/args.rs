@@ -2,18 +2,18 @@
 
 use std::path::PathBuf;
 
-use burn_parallel::batch::{BatchSplit, MemoryBudget};
+use burn_parallel::batch::BatchSplit;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 use clap::Parser;
 
 use crate::checkpoints::folder;
+use crate::common::attention::Attention;
 use crate::common::batch::{self, Batch, GrowthFlags, Rows};
-use crate::common::device::Compute;
 use crate::common::flags::{learning_rate, norm, parse, up_to, writable, wrong};
 use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS};
 use crate::common::saving::SaveFlags;
-use crate::common::start::{Launch, LaunchFlags, Start};
+use crate::common::start::{LaunchFlags, Start};
 use crate::gpt::GptConfig;
 use crate::text::VOCAB;
 
@@ -229,38 +229,11 @@ impl Args {
             start,
         };
         if !auto {
-            args.attention_fits()?;
+            // One mask serves all rows.
+            let attention = Attention { seq: args.seq, heads, rows: args.rows_at_once(), masks: 1 };
+            attention.fits(axes, &args.strategy, &args.start)?;
         }
         Ok(args)
-    }
-
-    /// Whether there is memory for the attention of one layer, by which a long row is far beyond all else. What is too
-    /// much would be killed without a word by a system that overcommits.
-    fn attention_fits(&self) -> Result<(), String> {
-        let Self { axes, seq, heads, start, .. } = self;
-        if start.device != Compute::Flex {
-            return Ok(());
-        }
-        let Ok(MemoryBudget { bytes, limit }) = MemoryBudget::of_system() else { return Ok(()) };
-        // The mask, a byte each, which serves all rows; and scores, where no fused loop computes them a few at a time.
-        let rows = self.rows_at_once();
-        let each = match self.strategy.captures(axes.ranks).map_err(|problem| problem.to_string())? {
-            true => 1,
-            false => 1 + 4 * heads * rows,
-        };
-        // What a launcher has started may be on several machines.
-        let replicas = if start.launch == Launch::Env { 1 } else { axes.dp };
-        let needed = (*seq as u128).pow(2) * (each * replicas) as u128;
-        if needed <= u128::from(bytes) {
-            return Ok(());
-        }
-        let all = if replicas == 1 { String::new() } else { format!(" on {replicas} replicas") };
-        Err(format!(
-            "--seq {seq}: the attention of {rows} rows at once{all} takes {} MB at least, and there are {} MB ({limit}): give a \
-             shorter --seq, or fewer rows at once",
-            needed / 1_000_000,
-            bytes / 1_000_000
-        ))
     }
 
     /// The same run on fewer ranks: fewer replicas share the same batch, in micro-batches as large as before.

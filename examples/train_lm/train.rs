@@ -19,7 +19,7 @@ use crate::common::batch::Batch;
 use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
-use crate::common::program::Ended;
+use crate::common::program::{Ended, unsuited};
 use crate::common::progress::Progress;
 use crate::common::resume::run_names;
 use crate::common::saving::Saving;
@@ -36,7 +36,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     }
     let world = device::world(&rank, args.start.launch, args.start.nccl)?;
     let device = args.start.device.of(&rank, args.start.launch)?.autodiff();
-    let mut model = model.fork(&device).parallelize(&world, &args.strategy)?;
+    let mut model = model.fork(&device).parallelize(&world, &args.strategy).map_err(unsuited)?;
     let (replica, replicas) = model.replica();
     let batch = |number: usize, split: &BatchSplit| {
         let rows = text.rows(args.seed, number, split.rows(), replica, replicas);
@@ -47,7 +47,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     // Which rank holds what must be known before anything is restored.
     let begin = |size: Batch| size.begin(args.batch, args.growth, args.steps);
     let size = begin(Batch::default())?;
-    model.prepare(batch(0, &args.split(&size)?).swap_remove(0), loss)?;
+    model.prepare(batch(0, &args.split(&size)?).swap_remove(0), loss).map_err(unsuited)?;
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init_fused();
     let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
     let (losses, grad_norms) = (Vec::new(), Vec::new());

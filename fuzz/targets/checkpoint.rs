@@ -8,19 +8,25 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, OnceLock};
 
+use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
+use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::tensor::{Device, Tensor};
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, DataPosition, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, DataPosition, TrainState};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Parallel;
 
 #[path = "../../tests/checkpoint/sealed.rs"]
 mod sealed;
+#[path = "../../tests/checkpoint/wrong_json.rs"]
+mod wrong_json;
 
 use sealed::{INDEX, put_index, sealed as seal};
+use wrong_json::wrong;
+use xxhash_rust::xxh3::xxh3_64;
 
 const STEP: &str = "step-000000001";
 /// Files of tensors that an input has at most.
@@ -57,6 +63,10 @@ fn values<M: Module>(model: &M) -> Vec<f32> {
     values.0
 }
 
+fn schedule() -> ModuleLrScheduler {
+    CosineAnnealingLrSchedulerConfig::new(0.1, 10).init().expect("it is one")
+}
+
 /// Ranks that wait for a checkpoint to restore.
 struct World {
     restore: Vec<Sender<()>>,
@@ -74,11 +84,12 @@ impl World {
                 let waiting = waiting[world.rank()].lock().expect("nobody panics").take().expect("one for each");
                 let pristine = wrapped(&world, (1, ranks), Sharding::None)?;
                 let before = values(pristine.local());
-                let mut checkpoints = Checkpointer::new(&world, root, CheckpointOptions::new())?;
+                let mut checkpoints = Checkpointer::new(&world, root, CheckpointConfig::new())?;
                 while waiting.recv().is_ok() {
                     let (mut model, mut position) = (pristine.clone(), DataPosition::default());
-                    let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+                    let (mut optim, mut schedule): (ModuleOptimizer, _) = (AdamWConfig::new().init(), schedule());
                     let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
+                    let state = state.with_scheduler("lr", &mut schedule);
                     let restored = checkpoints.restore_step(1, state.with_value("position", &mut position));
                     if let Err(error) = restored {
                         let said = error.to_string();
@@ -151,6 +162,55 @@ fn parse(bytes: &[u8]) -> Option<(u8, &[u8], Vec<(String, &[u8])>)> {
     Some((*how, index, files))
 }
 
+/// What [`parse`] takes apart.
+fn put_together<F: AsRef<[u8]>>(how: u8, index: &[u8], files: &[F]) -> Vec<u8> {
+    let mut input = (index.len() as u16).to_le_bytes().to_vec();
+    input.push(how);
+    input.extend(index);
+    for (number, file) in files.iter().map(AsRef::as_ref).enumerate() {
+        if number + 1 < files.len() {
+            input.extend((file.len() as u16).to_le_bytes());
+        }
+        input.extend(file);
+    }
+    input
+}
+
+/// An input with one thing wrong in its index or in the header of a file, chosen by any numbers.
+fn damaged(input: &[u8], seed: u64) -> Option<Vec<u8>> {
+    let (how, index, files) = parse(input)?;
+    let (place, what) = (usize::from((seed >> 16) as u16), (seed >> 32) as usize);
+    // Right checksums make an index anew, without keys that it has twice: as often it stays as it is.
+    let how = how & !1 | (seed >> 62 & 1) as u8;
+    let (mut index, mut files): (_, Vec<Vec<u8>>) =
+        (index.to_vec(), files.into_iter().map(|(_, file)| file.to_vec()).collect());
+    // The index as often as all files.
+    let choices = 2 * files.len();
+    match files.get_mut(usize::from(seed as u16) % choices) {
+        None => index = wrong(&index, place, what)?,
+        Some(file) => {
+            let (length, rest) = file.split_first_chunk::<8>()?;
+            let (header, data) = rest.split_at_checked(u64::from_le_bytes(*length) as usize)?;
+            let header = wrong(header, place, what)?;
+            *file = [&(header.len() as u64).to_le_bytes()[..], &header, data].concat();
+        }
+    }
+    Some(put_together(how, &index, &files))
+}
+
+// JSON is refused in as many places as there are values in it, which bytes that change by chance are slow to find.
+libfuzzer_sys::fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
+    let seed = xxh3_64(&seed.to_le_bytes());
+    let input = if seed >> 63 == 1 { damaged(&data[..size], seed) } else { None };
+    match input.filter(|input| input.len() <= max_size) {
+        Some(input) => {
+            data[..input.len()].copy_from_slice(&input);
+            input.len()
+        }
+        None => libfuzzer_sys::fuzzer_mutate(data, size, max_size),
+    }
+});
+
 libfuzzer_sys::fuzz_target!(init: begin(), |bytes: &[u8]| {
     let Some((how, index, files)) = parse(bytes) else { return };
     let place = place();
@@ -182,13 +242,14 @@ fn write_seeds(seeds: &Path) {
         let root = seeds.join(format!(".{name}"));
         let run = launch::threads(dp * tp).run(|world| {
             let (mut model, mut position) = (wrapped(&world, (dp, tp), sharding)?, DataPosition::default());
-            let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+            let (mut optim, mut schedule): (ModuleOptimizer, _) = (AdamWConfig::new().init(), schedule());
             let x = Tensor::<2>::ones([2, 2], &Device::flex().autodiff());
             let gave = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
             model = model.optimize(&mut optim, 0.01, gave)?;
             let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
-            let options = CheckpointOptions::new().with_strategy(name);
-            Checkpointer::new(&world, &root, options)?.save(1, state.with_value("position", &mut position))
+            let state = state.with_scheduler("lr", &mut schedule);
+            let config = CheckpointConfig::new().with_strategy(name);
+            Checkpointer::new(&world, &root, config)?.save(1, state.with_value("position", &mut position))
         });
         run.expect("the model trains");
         let read = |name: &str| fs::read(root.join(STEP).join(name));
@@ -196,15 +257,7 @@ fn write_seeds(seeds: &Path) {
         let files: Vec<Vec<u8>> = (0..MOST_FILES).map_while(|rank| read(&file_name(rank)).ok()).collect();
         for (reader, bit) in [("one", 0), ("two", 1 << 3)] {
             let how = 1 | ((files.len() - 1) as u8) << 1 | bit;
-            let mut input = (index.len() as u16).to_le_bytes().to_vec();
-            input.push(how);
-            input.extend(&index);
-            for (number, file) in files.iter().enumerate() {
-                if number + 1 < files.len() {
-                    input.extend((file.len() as u16).to_le_bytes());
-                }
-                input.extend(file);
-            }
+            let input = put_together(how, &index, &files);
             fs::write(seeds.join(format!("{name}-{reader}")), input).expect("it is written");
         }
         fs::remove_dir_all(root).expect("it is ours");

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use super::Trial;
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::launch::{end_with_parent, ended_by};
+use crate::lock::lock;
 
 /// How often the child is looked at.
 const LOOK: Duration = Duration::from_millis(5);

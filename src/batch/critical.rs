@@ -69,7 +69,7 @@ pub struct CriticalBatch {
 /// let found = launch::threads(2).run(|world| {
 ///     let device = world.device().autodiff();
 ///     let wrap = || LinearConfig::new(4, 1).init(&device).parallelize(&world, &Strategy::new());
-///     let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
+///     let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointConfig::new())?;
 ///     # let (mut model, mut optim) = (wrap()?, optimizer(BASE));
 ///     # let step = model.step(Tensor::<2>::ones([2, 4], &device), |model, x| model.forward(x).powi_scalar(2).mean())?;
 ///     # model = model.optimize(&mut optim, 0.01, step)?;

@@ -7,12 +7,12 @@ use serde::de::DeserializeOwned;
 
 use super::agree::{attempt, together};
 use super::background::Running;
+use super::config::CheckpointConfig;
 use super::contents::{OwnSteps, Snapshot};
 use super::directory::{clean_up, name_of, steps};
 use super::index::Index;
 use super::job::{self, Saved};
 use super::moments::KnownStates;
-use super::options::CheckpointOptions;
 use super::order::as_written;
 use super::params::Statistics;
 use super::restore::{self, Restored};
@@ -31,7 +31,7 @@ use crate::train::ParallelModule;
 pub struct Checkpointer {
     group: Communicator,
     root: PathBuf,
-    options: CheckpointOptions,
+    config: CheckpointConfig,
     /// What is known of the optimizers that were saved.
     known: KnownStates,
     steps: OwnSteps,
@@ -48,12 +48,12 @@ impl Checkpointer {
     /// # Errors
     /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read; [`Error::ModelMismatch`] if
     /// ranks pass different settings; the error of the world.
-    pub fn new(world: &Communicator, dir: impl AsRef<Path>, options: CheckpointOptions) -> Result<Self, Error> {
+    pub fn new(world: &Communicator, dir: impl AsRef<Path>, config: CheckpointConfig) -> Result<Self, Error> {
         let group = world.split_named("checkpoint", 0, world.rank() as i64)?;
         let dir = dir.as_ref();
         let said = [
             ("the directory of checkpoints".to_owned(), dir.display().to_string()),
-            ("the options of checkpoints".to_owned(), format!("{options:?}").replace('\n', " ")),
+            ("the config of checkpoints".to_owned(), format!("{config:?}").replace('\n', " ")),
         ];
         agree(&said, &group)?;
         let make = || {
@@ -70,7 +70,7 @@ impl Checkpointer {
         Ok(Self {
             group,
             root,
-            options,
+            config,
             known: KnownStates::default(),
             steps: OwnSteps::default(),
             running: None,
@@ -80,7 +80,7 @@ impl Checkpointer {
 
     /// Saves a state as the checkpoint of a step, and waits until it is on the disk: the model has made so many steps.
     /// One of the same step is replaced, and those that were written before are removed as the
-    /// [options](CheckpointOptions::with_keep_last) say.
+    /// [config](CheckpointConfig::with_keep_last) says.
     ///
     /// Every rank writes the slices that it holds; what several hold alike is written once, by those that have least to
     /// write. Replicas may have seen different data: of running statistics those of the first are saved. Beside the
@@ -95,7 +95,7 @@ impl Checkpointer {
     pub fn save<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<Saved, Error> {
         self.wait()?;
         let snapshot = together(attempt(|| self.snapshot(step, &state)), &self.group)?;
-        job::run(snapshot, &self.root, &self.options, &self.group)
+        job::run(snapshot, &self.root, &self.config, &self.group)
     }
 
     /// As [`save`](Self::save), in the background: returns at once, while training goes on. A save that still runs is
@@ -110,9 +110,9 @@ impl Checkpointer {
         self.wait()?;
         let snapshot = together(attempt(|| self.snapshot(step, &state)), &self.group)?;
         let progress = snapshot.progress.clone();
-        let (root, options, group) = (self.root.clone(), self.options.clone(), self.group.clone());
+        let (root, config, group) = (self.root.clone(), self.config.clone(), self.group.clone());
         // The save begins when all ranks have a thread for it: until then its group is this thread's.
-        let running = Running::prepare(step, progress, move || job::run(snapshot, &root, &options, &group));
+        let running = Running::prepare(step, progress, move || job::run(snapshot, &root, &config, &group));
         let running = together(running, &self.group)?;
         running.begin();
         self.running = Some(running);
@@ -144,7 +144,7 @@ impl Checkpointer {
     /// The step of the latest checkpoint, as rank 0 finds it; none if there is none. The latest is the one that was
     /// written last: the highest step, unless a run went back to an earlier one with
     /// [`restore_step`](Self::restore_step). From its first save on that run's are the latest, though the run before
-    /// has come further; the same order says which are [kept](CheckpointOptions::with_keep_last).
+    /// has come further; the same order says which are [kept](CheckpointConfig::with_keep_last).
     ///
     /// # Errors
     /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be read; the error of a save in the
@@ -199,7 +199,7 @@ impl Checkpointer {
     /// one that does share some is an error.
     ///
     /// A state that asks for less than a checkpoint has, as for the model alone, reads that; but the parameters of the
-    /// model must be those of the checkpoint, unless the [options](CheckpointOptions::with_allow_missing) allow for
+    /// model must be those of the checkpoint, unless the [config](CheckpointConfig::with_allow_missing) allows for
     /// more or for fewer.
     ///
     /// # Errors
@@ -225,9 +225,8 @@ impl Checkpointer {
         self.wait()?;
         let dir = self.root.join(name_of(step));
         let before = Statistics::of(state.model);
-        let (options, first) = (&self.options, self.group.rank() == 0);
-        let loaded =
-            attempt(|| restore::load(&dir, &mut state, options, first)).map_err(|why| of_checkpoint(&dir, why));
+        let (config, first) = (&self.config, self.group.rank() == 0);
+        let loaded = attempt(|| restore::load(&dir, &mut state, config, first)).map_err(|why| of_checkpoint(&dir, why));
         match together(loaded, &self.group) {
             Ok(loaded) => {
                 self.steps.add(step);
@@ -264,6 +263,6 @@ impl Drop for Checkpointer {
 
 impl fmt::Debug for Checkpointer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Checkpointer").field("root", &self.root).field("options", &self.options).finish_non_exhaustive()
+        f.debug_struct("Checkpointer").field("root", &self.root).field("config", &self.config).finish_non_exhaustive()
     }
 }

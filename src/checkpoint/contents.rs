@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
@@ -19,6 +19,7 @@ use super::scalar::StoredScalar;
 use super::scheduler::of_scheduler;
 use super::state::TrainState;
 use crate::Error;
+use crate::lock::lock;
 use crate::params::ParamSlice;
 use crate::tensor::PlainTensor;
 use crate::train::ParallelModule;
@@ -58,13 +59,13 @@ pub(super) struct OwnSteps(Arc<Mutex<Vec<u64>>>);
 impl OwnSteps {
     /// This is the latest now.
     pub(super) fn add(&self, step: u64) {
-        let mut own = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut own = lock(&self.0);
         own.retain(|other| *other != step);
         own.push(step);
     }
 
     pub(super) fn all(&self) -> Vec<u64> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.0).clone()
     }
 }
 
@@ -103,7 +104,7 @@ pub(super) struct Contents {
     pub(super) scalars: ParamScalars,
     /// Those of whose moments there are slices, by name.
     pub(super) optimizers: BTreeMap<String, HeldOptimizer>,
-    /// Counts the bytes that are written.
+    /// How far the save is: told of the bytes that are written.
     pub(super) progress: Progress,
 }
 
@@ -167,7 +168,7 @@ impl Snapshot {
     pub(super) fn contents(&self) -> Result<Contents, Error> {
         let (mut slices, mut scalars) = (self.slices.clone(), ParamScalars::new());
         let mut optimizers = BTreeMap::new();
-        let mut all_known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all_known = lock(&self.known);
         for (name, state, of) in &self.optimizers {
             let known = all_known.entry(name.clone()).or_default();
             let found = moments::of_optimizer(name, state, &self.infos, of, known)?;
@@ -180,7 +181,7 @@ impl Snapshot {
 
     /// The optimizers are not what they were at the save before: they are looked at again.
     pub(super) fn forget(&self) {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        lock(&self.known).clear();
     }
 }
 

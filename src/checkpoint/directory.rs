@@ -4,10 +4,10 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::config::CheckpointConfig;
 use super::fault;
 use super::file_problem;
 use super::index::INDEX;
-use super::options::CheckpointOptions;
 use crate::Error;
 
 /// The name of the checkpoint of a step.
@@ -89,10 +89,12 @@ fn remove(path: &Path) -> Result<(), Error> {
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses.
-pub(super) fn prune(root: &Path, options: &CheckpointOptions, steps: &[u64]) -> Result<(), Error> {
-    let Some(last) = options.keep_last else { return Ok(()) };
-    let old = &steps[..steps.len().saturating_sub(last)];
-    for step in old.iter().filter(|step| options.keep_every.is_none_or(|every| !step.is_multiple_of(every))) {
+pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Result<(), Error> {
+    let Some(last) = config.keep_last else { return Ok(()) };
+    let old = &steps[..steps.len().saturating_sub(last.max(1))];
+    // Nothing is kept as a multiple of 0.
+    let keeps = |step: u64| config.keep_every.is_some_and(|every| every > 0 && step.is_multiple_of(every));
+    for step in old.iter().filter(|step| !keeps(**step)) {
         let path = root.join(name_of(*step));
         let removed: PathBuf = root.join(format!(".{}.removed", name_of(*step)));
         remove(&removed)?;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::agree::{attempt, gather, together};
+use super::config::CheckpointConfig;
 use super::contents::{Contents, ParamScalars, Snapshot};
 use super::directory::{clean_up, name_of, prune};
 use super::index::{INDEX, INDEX_CHECKSUM, Index, StoredFile, StoredSlice, StoredTensor, checksum};
-use super::options::CheckpointOptions;
 use super::order::{index_checksum, ordered, put_down_order};
 use super::plan::{TensorKey, WritePlan, add_scalars};
 use super::write::{Changed, Outcome, file_name, write};
@@ -47,10 +47,10 @@ struct ToldFile {
 pub(super) fn run(
     snapshot: Snapshot,
     root: &Path,
-    options: &CheckpointOptions,
+    config: &CheckpointConfig,
     group: &Communicator,
 ) -> Result<Saved, Error> {
-    let save = Save { snapshot: &snapshot, root, options, group };
+    let save = Save { snapshot: &snapshot, root, config, group };
     for again in [false, true] {
         if let Some(saved) = save.run(again)? {
             return Ok(saved);
@@ -64,7 +64,7 @@ pub(super) fn run(
 struct Save<'a> {
     snapshot: &'a Snapshot,
     root: &'a Path,
-    options: &'a CheckpointOptions,
+    config: &'a CheckpointConfig,
     group: &'a Communicator,
 }
 
@@ -72,7 +72,7 @@ impl Save<'_> {
     /// Writes the checkpoint, if all optimizers on all ranks have the moments that they are known to have. That they
     /// have not is an error if they were looked at just before, `again`.
     fn run(&self, again: bool) -> Result<Option<Saved>, Error> {
-        let Self { snapshot, root, options, group } = *self;
+        let Self { snapshot, root, config, group } = *self;
         let contents = together(attempt(|| snapshot.contents()), group)?;
         let plan = together(attempt(|| WritePlan::new(&contents, group)), group)?;
         fault::point("planned");
@@ -97,7 +97,7 @@ impl Save<'_> {
             if let Err(error) = put_down_order(root, &own, None) {
                 log::warn!("it is not put down that {} is the latest checkpoint: {error}", dir.display());
             }
-            if let Err(error) = ordered(root, &own).and_then(|steps| prune(root, options, &steps)) {
+            if let Err(error) = ordered(root, &own).and_then(|steps| prune(root, config, &steps)) {
                 log::warn!("old checkpoints are not removed: {error}");
             }
         }
@@ -151,8 +151,8 @@ impl Save<'_> {
 
     /// Writes the index, on rank 0: after that, and the renaming, the checkpoint is there.
     fn commit(&self, told: &[Vec<u8>], plan: &WritePlan, draft: &Draft) -> Result<(), Error> {
-        let Self { snapshot, root, options, group } = *self;
-        let mut index = index(told, plan, snapshot, options, group.size())?;
+        let Self { snapshot, root, config, group } = *self;
+        let mut index = index(told, plan, snapshot, config, group.size())?;
         index.replaces = index_checksum(root, snapshot.step);
         let text = serde_json::to_vec(&index).map_err(|why| checkpoint_error(why.to_string()))?;
         write_file(&draft.made_in.join(INDEX), &text)?;
@@ -169,7 +169,7 @@ fn index(
     told: &[Vec<u8>],
     plan: &WritePlan,
     snapshot: &Snapshot,
-    options: &CheckpointOptions,
+    config: &CheckpointConfig,
     ranks: usize,
 ) -> Result<Index, Error> {
     let mut index = Index::new(snapshot.step, snapshot.random, ranks);
@@ -182,7 +182,7 @@ fn index(
             (index.files.len() - 1, told.checksums.into_iter())
         }));
     }
-    index.made_under = options.made_under.clone();
+    index.made_under = config.strategy.clone();
     index.schedulers = snapshot.schedulers.clone();
     index.values = snapshot.values.clone();
     for (optimizer, params) in all_scalars {

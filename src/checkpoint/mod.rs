@@ -15,7 +15,7 @@
 //! use burn::nn::{Linear, LinearConfig};
 //! use burn::optim::{AdamWConfig, ModuleOptimizer};
 //! use burn::prelude::*;
-//! use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+//! use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 //! use burn_parallel::prelude::*;
 //!
 //! # let dir = std::env::temp_dir().join(format!("checkpoint-doc-{}", std::process::id()));
@@ -24,7 +24,7 @@
 //!     let model: Linear = LinearConfig::new(4, 6).init(&device);
 //!     let mut model = model.parallelize(&world, &Strategy::new())?; // or any other strategy, next time
 //!     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
-//!     let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new().with_keep_last(2))?;
+//!     let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointConfig::new().with_keep_last(2))?;
 //!     let found = checkpoints.restore(TrainState::new(&mut model).with_optimizer("adamw", &mut optim))?;
 //!     let first = found.map_or(0, |restored| restored.step);
 //!     for step in first..first + 3 {
@@ -44,6 +44,7 @@
 mod agree;
 mod background;
 mod checkpointer;
+mod config;
 mod contents;
 mod cover;
 mod directory;
@@ -51,7 +52,6 @@ mod fault;
 mod index;
 mod job;
 mod moments;
-mod options;
 mod order;
 mod params;
 mod plan;
@@ -66,8 +66,8 @@ mod value;
 mod write;
 
 pub use checkpointer::Checkpointer;
+pub use config::CheckpointConfig;
 pub use job::Saved;
-pub use options::CheckpointOptions;
 pub use position::DataPosition;
 pub use restore::Restored;
 pub use state::TrainState;

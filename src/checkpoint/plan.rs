@@ -146,14 +146,14 @@ pub(super) fn add_scalars(all: &mut ParamScalars, told: ParamScalars, rank: usiz
 }
 
 /// A tensor, and who holds what of it.
-struct Held {
+struct HeldTensor {
     dims: Vec<usize>,
     dtype: DType,
     slices: BTreeMap<Vec<(usize, usize)>, Vec<usize>>,
 }
 
 fn add(
-    held: &mut BTreeMap<TensorKey, Held>,
+    held: &mut BTreeMap<TensorKey, HeldTensor>,
     ToldSlice { key, dims, dtype, ranges }: ToldSlice,
     rank: usize,
     holders: &[usize],
@@ -163,8 +163,11 @@ fn add(
             "rank {rank}: `{key}` is of a dtype that checkpoints do not hold: cast it to a plain one"
         ))
     })?;
-    let tensor =
-        held.entry(key.clone()).or_insert_with(|| Held { dims: dims.clone(), dtype: named, slices: BTreeMap::new() });
+    let tensor = held.entry(key.clone()).or_insert_with(|| HeldTensor {
+        dims: dims.clone(),
+        dtype: named,
+        slices: BTreeMap::new(),
+    });
     if (&tensor.dims, tensor.dtype) != (&dims, named) {
         return Err(checkpoint_error(format!(
             "rank {rank} has `{key}` of dims {dims:?} and {named:?}, and another {:?} and {:?}: save one model",
@@ -176,7 +179,7 @@ fn add(
     Ok(())
 }
 
-impl Held {
+impl HeldTensor {
     /// Gives each slice to those that hold it and have least to write.
     fn assigned(self, key: &TensorKey, load: &mut [u64]) -> Result<PlannedTensor, Error> {
         let Self { dims, dtype, slices } = self;

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 
 use burn::module::{ParamGroup, ParamId};
 use burn::optim::{ModuleOptimizer, OptimizerRecord};
@@ -18,7 +18,8 @@ use super::plan::TensorKey;
 use super::{checkpoint_error, unreadable};
 use crate::Error;
 use crate::comm::panic_message;
-use crate::error::catch_told;
+use crate::error::catch_quietly;
+use crate::lock::lock;
 use crate::optim::{ASKED, ParamState, StateNames, Widened, record_of};
 use crate::params::ParamSlice;
 use crate::tensor_file::{Elements, Loop, Side, copy_strided, row_major};
@@ -75,7 +76,7 @@ pub(super) fn restored(
     let states = Mutex::new(states);
     let record = record_of(record()?, move |id, into| {
         // Given away: a state is there once.
-        let Some(state) = states.lock().unwrap_or_else(PoisonError::into_inner).remove(id) else { return };
+        let Some(state) = lock(&states).remove(id) else { return };
         state.scalars.into_iter().for_each(|(name, scalar)| into.push_scalar(id, &name, scalar));
         state.moments.into_iter().for_each(|(name, data)| into.push_tensor(id, &name, data));
     });
@@ -156,7 +157,7 @@ impl Loads {
 
 fn load(optimizer: &str, into: &ModuleOptimizer, record: OptimizerRecord) -> Result<ModuleOptimizer, Error> {
     // burn panics where tensors are not of the rank that it is told.
-    let loaded = catch_told(|_| true, || into.clone().load_record(record));
+    let loaded = catch_quietly(|_| true, || into.clone().load_record(record));
     loaded.map_err(|panic| {
         checkpoint_error(format!(
             "optimizer `{optimizer}` does not take what the checkpoint has of it: {}",

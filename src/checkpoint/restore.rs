@@ -8,8 +8,8 @@ use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
 
+use super::config::{CheckpointConfig, matches};
 use super::index::Index;
-use super::options::{CheckpointOptions, matches};
 use super::params::{self, ParamInfo};
 use super::read::{ParamSource, Reader};
 use super::refill::{Wanted, restored as restored_optimizer};
@@ -49,12 +49,12 @@ pub(super) struct Loaded<P> {
 pub(super) fn load<P: ParallelModule>(
     dir: &Path,
     state: &mut TrainState<'_, P>,
-    options: &CheckpointOptions,
+    config: &CheckpointConfig,
     first: bool,
 ) -> Result<Loaded<P>, Error> {
     let index = Arc::new(Index::read(dir)?);
     let infos = params::infos(state.model.local())?;
-    let kept = compare(dir, &index, &infos, state, options)?;
+    let kept = compare(dir, &index, &infos, state, config)?;
     let mut reader = Reader::new(dir, index.clone());
     let model = (*state.model).clone().load(&mut ParamSource { reader: &mut reader, kept: &kept })?;
     let (mut optimizers, mut with_moments) = (Vec::new(), HashSet::new());
@@ -126,7 +126,7 @@ fn compare<P: ParallelModule>(
     index: &Index,
     infos: &[ParamInfo],
     state: &TrainState<'_, P>,
-    options: &CheckpointOptions,
+    config: &CheckpointConfig,
 ) -> Result<HashSet<String>, Error> {
     let own: HashSet<&str> = infos.iter().map(|info| info.path.as_str()).collect();
     let (mut missing, mut kept) = (Vec::new(), HashSet::new());
@@ -134,7 +134,7 @@ fn compare<P: ParallelModule>(
         if index.model.contains_key(*path) {
             continue;
         }
-        match matches(&options.allow_missing, path) {
+        match matches(&config.allow_missing, path) {
             true => drop(kept.insert((*path).to_owned())),
             false => missing.push((*path).to_owned()),
         }
@@ -149,10 +149,9 @@ fn compare<P: ParallelModule>(
                 .map(|(name, _)| (format!("schedulers/{name}"), index.schedulers.contains_key(name))),
         )
         .chain(state.values.iter().map(|(name, _)| (format!("values/{name}"), index.values.contains_key(name))));
-    missing
-        .extend(named.filter(|(name, there)| !there && !matches(&options.allow_missing, name)).map(|(name, _)| name));
+    missing.extend(named.filter(|(name, there)| !there && !matches(&config.allow_missing, name)).map(|(name, _)| name));
     let strange = index.model.keys().filter(|path| !own.contains(path.as_str()));
-    let unexpected: Vec<String> = strange.filter(|path| !matches(&options.allow_unexpected, path)).cloned().collect();
+    let unexpected: Vec<String> = strange.filter(|path| !matches(&config.allow_unexpected, path)).cloned().collect();
     let slices = state.model.held_slices()?;
     let mut misfits = Vec::new();
     for info in infos {
@@ -163,6 +162,8 @@ fn compare<P: ParallelModule>(
         }
     }
     missing.sort_unstable();
+    let lacks_optimizer = missing.iter().any(|name| name.starts_with("optimizers/"));
+    let optimizers = index.optimizers.keys().filter(|_| lacks_optimizer).cloned().collect();
     let mut problems = Vec::new();
     let mut list = |names: Vec<String>, words: &str| {
         if !names.is_empty() {
@@ -170,6 +171,7 @@ fn compare<P: ParallelModule>(
         }
     };
     list(missing, "it lacks (`with_allow_missing` leaves such as they are)");
+    list(optimizers, "it has the optimizers");
     list(unexpected, "it has what the model does not (`with_allow_unexpected` leaves such out)");
     list(misfits, "parameters are of other dims:");
     if problems.is_empty() {

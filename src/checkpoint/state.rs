@@ -33,7 +33,8 @@ impl<'a, P: ParallelModule> TrainState<'a, P> {
     }
 
     /// Adds the moments of an optimizer of this model. They go by the paths of their parameters. When they are
-    /// restored, the optimizer must be of the same kind as the one that was saved; its settings are its own.
+    /// restored, the optimizer must be of the same kind as the one that was saved; its settings are its own. burn does
+    /// not tell of which kind an optimizer is: a `name` that does, as `"adamw"`, makes another one an error.
     pub fn with_optimizer(mut self, name: impl Into<String>, optimizer: &'a mut ModuleOptimizer) -> Self {
         self.optimizers.push((name.into(), optimizer));
         self

@@ -11,7 +11,7 @@ use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 
 use super::fault::{NO_EXCHANGE, POINTS, STALL, STALL_MS};
-use super::{CheckpointOptions, Checkpointer, TrainState};
+use super::{CheckpointConfig, Checkpointer, TrainState};
 use crate::Error;
 use crate::data_parallel::{DataParallel, DataParallelConfig};
 use crate::launch::{self, Rank};
@@ -48,7 +48,7 @@ fn values(model: &Linear) -> Vec<f32> {
 /// was found.
 fn two_saves(world: &Rank, dir: &Path) -> Result<Option<u64>, Error> {
     let mut wrapped = model(100).data_parallel(world, DataParallelConfig::new())?;
-    let mut checkpoints = Checkpointer::new(world, dir, CheckpointOptions::new().with_keep_last(1))?;
+    let mut checkpoints = Checkpointer::new(world, dir, CheckpointConfig::new().with_keep_last(1))?;
     let found = checkpoints.restore(TrainState::new(&mut wrapped))?.map(|restored| restored.step);
     if let Some(step) = found {
         assert!(values(wrapped.local()).iter().all(|value| *value == step as f32));
@@ -112,7 +112,7 @@ fn goes_back() {
     let (from, to) = back.split_once(' ').unwrap();
     let run = launch::threads(2).run(|world| {
         let mut wrapped = model(100).data_parallel(&world, DataParallelConfig::new())?;
-        let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointConfig::new())?;
         if let Ok(step) = from.parse() {
             checkpoints.restore_step(step, TrainState::new(&mut wrapped))?;
         }
@@ -136,7 +136,7 @@ fn a_run_that_went_back_is_killed_at_every_point() {
         for back in if twice { &["1", "none"][..] } else { &["1"] } {
             let dir = Dir::new();
             let save = |world: Rank| {
-                let mut checkpoints = Checkpointer::new(&world, &dir.0, CheckpointOptions::new())?;
+                let mut checkpoints = Checkpointer::new(&world, &dir.0, CheckpointConfig::new())?;
                 for step in 1..4 {
                     let mut wrapped = model(step).data_parallel(&world, DataParallelConfig::new())?;
                     checkpoints.save(step, TrainState::new(&mut wrapped))?;
@@ -156,7 +156,7 @@ fn a_run_that_went_back_is_killed_at_every_point() {
                 "1" if point != "planned" => 1,
                 _ => 3,
             };
-            let latest = |world: Rank| Checkpointer::new(&world, &dir.0, CheckpointOptions::new())?.latest();
+            let latest = |world: Rank| Checkpointer::new(&world, &dir.0, CheckpointConfig::new())?.latest();
             assert_eq!(launch::threads(1).run(latest).unwrap(), [Some(expected)], "{point}, back to {back}");
         }
     }
@@ -186,7 +186,7 @@ fn onto_a_disk_that_does_not_answer() {
     let began = std::time::Instant::now();
     let run = launch::threads(2).timeout(std::time::Duration::from_millis(1500)).run(|world| {
         let mut wrapped = model(1).data_parallel(&world, DataParallelConfig::new())?;
-        let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointConfig::new())?;
         checkpoints.save_async(1, TrainState::new(&mut wrapped))?;
         let error = checkpoints.wait().unwrap_err().to_string();
         // Neither does what comes later wait again.
@@ -214,11 +214,11 @@ fn onto_a_slow_disk() {
     let Some(dir) = std::env::var_os(DIR) else { return };
     let run = launch::threads(1).timeout(std::time::Duration::from_millis(100)).run(|world| {
         let mut wrapped = model(1).data_parallel(&world, DataParallelConfig::new())?;
-        let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, &dir, CheckpointConfig::new())?;
         checkpoints.save_async(1, TrainState::new(&mut wrapped))?;
         assert!(checkpoints.wait().unwrap_err().to_string().contains("does the disk still answer?"));
         let mut wrapped = model(7).data_parallel(&world, DataParallelConfig::new())?;
-        let mut again = Checkpointer::new(&world, &dir, CheckpointOptions::new())?;
+        let mut again = Checkpointer::new(&world, &dir, CheckpointConfig::new())?;
         again.save(1, TrainState::new(&mut wrapped))?;
         let mut wrapped = model(100).data_parallel(&world, DataParallelConfig::new())?;
         again.restore(TrainState::new(&mut wrapped))?;

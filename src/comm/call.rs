@@ -7,7 +7,7 @@ use burn::tensor::DType;
 use super::Operation;
 #[cfg(feature = "cubecl")]
 use super::ReduceOp;
-use super::{element, split_names};
+use super::{agreed_names, element};
 
 /// The shape of a rank's contribution, without an allocation: up to eight dims, the rest folded into the last. Where
 /// there are more, a call carries a hash of them as well.
@@ -132,12 +132,19 @@ impl Call {
 
     /// A call that splits a group for a purpose of this name, which is the same on all ranks.
     pub fn split(name: &str) -> Self {
-        Self::new(Operation::Split, None, Extent::flat(0)).agreeing(split_names::keep(name))
+        Self::new(Operation::Split, None, Extent::flat(0)).agreeing(agreed_names::keep(name))
     }
 
-    /// What a call that splits a group is for, as far as that is known.
-    pub(crate) fn split_name(&self) -> Option<String> {
-        (self.operation == Operation::Split).then(|| split_names::name(self.fingerprint)).flatten()
+    /// The name of the number that the ranks must agree on, as far as that is known: what a group is split for, or what
+    /// is gathered.
+    pub(crate) fn agreed_name(&self) -> Option<String> {
+        let number = self.agreed_number().filter(|_| self.pieces == 1)?;
+        agreed_names::name(number)
+    }
+
+    /// That number, but for calls of several pieces; none if it is 0.
+    pub(crate) fn agreed_number(&self) -> Option<u64> {
+        Some(self.fingerprint & !Self::ON_DEVICE).filter(|number| *number != 0)
     }
 
     /// Whether the data stays on its device.
@@ -194,7 +201,8 @@ impl Call {
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.operation.name())?;
-        if let Some(name) = self.split_name() {
+        let name = self.agreed_name();
+        if let (Operation::Split, Some(name)) = (self.operation, &name) {
             return write!(f, "({name})");
         }
         match self.operation {
@@ -217,7 +225,10 @@ impl fmt::Display for Call {
         match (self.pieces, self.fingerprint & !Self::ON_DEVICE) {
             (1, 0) => Ok(()),
             (1, number) if self.operation == Operation::Split => write!(f, " by a name of hash {number:016x}"),
-            (1, number) => write!(f, " (agreed number {number})"),
+            (1, number) => match name {
+                Some(name) => write!(f, " ({name})"),
+                None => write!(f, " (agreed number {number})"),
+            },
             (pieces, fingerprint) => write!(f, " in {pieces} pieces (lengths {:04x})", fingerprint >> 47),
         }
     }

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crossbeam_utils::CachePadded;
 
 use super::Call;
-use super::lock::lock;
+use crate::lock::lock;
 
 /// Calls remembered per rank.
 const REMEMBERED: usize = 8;

@@ -79,9 +79,9 @@ impl Communicator {
         })
     }
 
-    /// [`all_gather_agreed`](Self::all_gather_agreed) of `own` elements of a tensor in host memory, from which they go to
-    /// the other ranks, into that tensor: they lie in it where the result has them. In place, if nobody else holds it.
-    /// The call is that of a rank that brings them flat, as a tensor of their own.
+    /// [`all_gather_agreed`](Self::all_gather_agreed) of `own` elements of a tensor in host memory, from which they go
+    /// to the other ranks, into that tensor: they lie in it where the result has them. In place, if nobody else holds
+    /// it. The call is that of a rank that brings them flat, as a tensor of their own.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] on a rank whose tensor has another length than the result; the world fails with it.

@@ -3,6 +3,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use burn::config::Config;
+use serde::{Deserialize, Serialize};
+
 use crate::Error;
 
 /// Time-out when `BURN_PARALLEL_TIMEOUT_S` does not say otherwise.
@@ -16,11 +19,50 @@ pub(crate) fn bounded(timeout: Duration) -> Duration {
     timeout.min(LONGEST_TIMEOUT)
 }
 
-/// The settings of a world, over any transport.
-#[derive(Debug, Clone)]
+/// The settings of a world, over any transport. In a file `timeout_s`, in seconds, and `name`; what is left out is as
+/// [`from_env`](Self::from_env) has it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "WorldText", into = "WorldText")]
 pub struct WorldConfig {
     pub(crate) timeout: Duration,
     pub(crate) name: Arc<str>,
+}
+
+impl Config for WorldConfig {}
+
+/// The settings of a world in a file.
+#[derive(Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct WorldText {
+    timeout_s: Option<f64>,
+    name: Option<String>,
+}
+
+impl TryFrom<WorldText> for WorldConfig {
+    type Error = Error;
+
+    fn try_from(WorldText { timeout_s, name }: WorldText) -> Result<Self, Error> {
+        let mut config = Self::from_env()?;
+        if let Some(seconds) = timeout_s {
+            let timeout = seconds_of(seconds);
+            let wrong = || Error::invalid("WorldConfig", format!("`timeout_s` is {seconds}; it must be {EXPECTED}"));
+            config = config.with_timeout(timeout.ok_or_else(wrong)?);
+        }
+        Ok(name.iter().fold(config, |config, name| config.with_name(name)))
+    }
+}
+
+impl From<WorldConfig> for WorldText {
+    fn from(WorldConfig { timeout, name }: WorldConfig) -> Self {
+        Self { timeout_s: Some(timeout.as_secs_f64()), name: Some(name.as_ref().into()) }
+    }
+}
+
+/// What a time-out must be that is given in seconds.
+const EXPECTED: &str = "a positive number of seconds";
+
+fn seconds_of(seconds: f64) -> Option<Duration> {
+    Duration::try_from_secs_f64(seconds).ok().filter(|timeout| !timeout.is_zero())
 }
 
 impl WorldConfig {
@@ -35,12 +77,9 @@ impl WorldConfig {
             None => DEFAULT_TIMEOUT,
             Some(value) => {
                 let value = value.to_string_lossy().into_owned();
-                match value.trim().parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok()) {
-                    Some(timeout) if !timeout.is_zero() => timeout,
-                    _ => {
-                        let expected = "a positive number of seconds";
-                        return Err(Error::Environment { variable: VARIABLE, value, expected });
-                    }
+                match value.trim().parse().ok().and_then(seconds_of) {
+                    Some(timeout) => timeout,
+                    None => return Err(Error::Environment { variable: VARIABLE, value, expected: EXPECTED }),
                 }
             }
         };

@@ -2,9 +2,10 @@
 //!
 //! A rank that fails drops its communicators while it returns or unwinds, and only then can its launcher say why. If
 //! its peers took the first for the failure, they would be told that it has left a group, and not why. So a transport
-//! tells of a group that a rank has dropped when that rank next calls something, in whatever group, or holds nothing of
-//! the world any more: its launcher holds on to the world until it has said why. A rank that drops a group, and then
-//! neither calls anything nor ends, is missed after the time-out.
+//! tells of a group that a rank has dropped when that rank next calls something, in whatever group (a thread that polls
+//! for it, with `try_receive`, does not), or holds nothing of the world any more: its launcher holds on to the world
+//! until it has said why. A rank that drops a group, and then neither calls anything nor ends, is missed after the
+//! time-out.
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -24,6 +24,7 @@
 //! - Every wait ends: with the result, with an error, or with a [time-out](WorldConfig).
 //! - The first failure anywhere in a world fails every group of that world, so nobody waits for a rank that is gone.
 
+mod agreed_names;
 pub(crate) mod backoff;
 mod call;
 mod call_log;
@@ -43,7 +44,6 @@ pub mod fuzzing;
 mod group_names;
 pub(crate) mod host_buffer;
 pub mod local;
-pub(crate) mod lock;
 #[cfg(any(feature = "cuda", test))]
 mod message_header;
 mod message_passing;
@@ -65,12 +65,12 @@ pub(crate) mod receive_buffer;
 pub(crate) mod reduce;
 #[cfg(any(feature = "cuda", test))]
 mod sent_messages;
-mod split_names;
 pub mod tcp;
 mod ticks;
 mod transport;
 mod wait_graph;
 
+pub(crate) use agreed_names::{NEW_OPTIMIZER, keep as agreed_number};
 pub use call::{Call, Extent};
 pub use call_log::{CallHistory, CallLog};
 pub use communicator::Communicator;

@@ -11,8 +11,8 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use super::lock::lock;
 use crate::Error;
+use crate::lock::lock;
 
 thread_local! {
     /// Address of the [`ProgressThread`] that runs on this thread.

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::lock::lock;
+use crate::lock::lock;
 
 /// How often it polls: at first, and when nothing has arrived for a while.
 const SOON: Duration = Duration::from_micros(20);

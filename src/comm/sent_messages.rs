@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use burn::backend::flex::FlexTensor;
 use burn::tensor::TensorData;
 
-use super::lock::lock;
 use super::pending::{OutstandingJob, OutstandingJobs};
 use super::{Message, Transport};
 use crate::Error;
+use crate::lock::lock;
 
 /// Tag of the answers, in the group that exists for them.
 const ANSWERS: u64 = 0;
@@ -24,8 +24,8 @@ const NOTHING_MORE: u64 = u64::MAX;
 
 /// The messages to one receiver.
 ///
-/// It does not hold the group that they were sent in: peers see at once that this rank has left that, while the
-/// messages wait on.
+/// It does not hold the group that they were sent in: peers see that this rank has left that, while the messages wait
+/// on.
 pub(super) struct SentMessages<M> {
     /// The group in which the receiver answers.
     answers: Arc<dyn Transport>,

@@ -107,8 +107,9 @@ pub enum Transfer<'a, 'b> {
     /// Buffers that hold this rank's contribution before and the result after: all-reduce, reduce, broadcast. Several
     /// buffers are reduced as one collective, without being copied together.
     InPlace(&'a mut [BufferMut<'b>]),
-    /// A contribution and an output for the result: all the others. A rank that only receives passes an empty input. The
-    /// input of an all-gather may lie in the output, where the result has it: it is neither copied nor written over then.
+    /// A contribution and an output for the result: all the others. A rank that only receives passes an empty input.
+    /// The input of an all-gather may lie in the output, where the result has it: it is neither copied nor written over
+    /// then.
     OutOfPlace {
         /// This rank's contribution.
         input: BufferRef<'b>,
@@ -200,7 +201,8 @@ pub trait Transport: Debug + Send + Sync {
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error>;
 
     /// Takes the oldest message of `from` with this `tag` if it has arrived, and does not wait for it. Transports of
-    /// device data on top of this one need it.
+    /// device data on top of this one need it: their threads poll. So it does not show that the rank itself goes on, as
+    /// its other calls do, by which peers learn that it has dropped a group.
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         let _ = (from, tag);
         let problem = "it cannot poll for a message: implement `Transport::try_receive`";

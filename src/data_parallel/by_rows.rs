@@ -4,7 +4,8 @@
 //! rows of the sum of the gradients over all replicas, which are added up here. What is left are a few numbers.
 //!
 //! 1. Before each micro-batch the replicas tell each other how many rows theirs has, if they have one, and whether more
-//!    come. The rows of the first are the unit in which all gradients of the step are summed.
+//!    come; and make sure that they have updated the model alike. The rows of the first are the unit in which all
+//!    gradients of the step are summed.
 //! 2. They make sure that all exchange the same in it. A replica that has none, or uses other parameters than others,
 //!    takes part in what it does not exchange itself with nothing of its own ([`RowShards::agree`]).
 //! 3. After the last one losses and weights are summed: the gradients are divided by the weight.
@@ -22,7 +23,7 @@ use super::same_settings::agree_on_settings;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::distribution::RowShards;
-use crate::graph::{GradientSink, StepEngine, gradients_params};
+use crate::graph::{Compared, GradientSink, StepEngine, Updates, gradients_params};
 use crate::sharding::Sharding;
 use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree, rows};
@@ -92,7 +93,8 @@ impl<E: StepEngine> Replica<E> {
         let (mut losses, mut outputs, mut runs) = (Vec::new(), Vec::new(), Vec::new());
         loop {
             let inputs = micro_batches.next();
-            let head = Head::of(inputs.as_ref(), micro_batches.peek().is_some())?.meet(shards.replicas())?;
+            let updates = self.engine.checked_optimizers().updates();
+            let head = Head::of(inputs.as_ref(), micro_batches.peek().is_some())?.meet(updates, shards.replicas())?;
             if !head.any() {
                 break;
             }
@@ -116,18 +118,9 @@ impl<E: StepEngine> Replica<E> {
         let (loss, weight, noise) = total(&losses, sums.weight, noise, shards.replicas())?;
         let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
         let gradients = sums.gradients.into_iter().map(|(id, sum)| (id, sum.scale(factor))).collect();
-        Ok(Step {
-            loss: LossValue::known(loss),
-            weight,
-            grads: gradients_params(self.engine.local(), gradients),
-            outputs,
-            counters: self.counters() - before,
-            runs,
-            skipped: false,
-            grad_norm: None,
-            not_finite: None,
-            noise,
-        })
+        let grads = gradients_params(self.engine.local(), gradients);
+        let counters = self.counters() - before;
+        Ok(Step { outputs, counters, runs, ..Step::new(LossValue::known(loss), weight, grads, noise) })
     }
 
     /// Takes part in the micro-batch of the others.
@@ -178,12 +171,18 @@ impl Head {
         Ok(Self { here: true, rows: rows.unwrap_or(1), more })
     }
 
-    /// Those of all replicas.
-    fn meet(self, control: &Communicator) -> Result<Heads, Error> {
-        let own = vec![u64::from(self.here), self.rows as u64, u64::from(self.more)];
-        let all = control.all_gather(own)?;
+    /// Those of all replicas, who have updated the model alike.
+    ///
+    /// # Errors
+    /// [`Error::Optimizer`] if they have not; those of [`Communicator`].
+    fn meet(self, updates: &Updates, control: &Communicator) -> Result<Heads, Error> {
+        let digest = updates.digest(Compared::Replicas);
+        let all = control.all_gather(vec![u64::from(self.here), self.rows as u64, u64::from(self.more), digest])?;
+        if all.chunks_exact(4).any(|words| words[3] != digest) {
+            updates.explain(Compared::Replicas, control)?;
+        }
         let head = |words: &[u64]| Self { here: words[0] == 1, rows: words[1] as usize, more: words[2] == 1 };
-        Ok(Heads(all.chunks_exact(3).map(head).collect()))
+        Ok(Heads(all.chunks_exact(4).map(head).collect()))
     }
 }
 

@@ -18,7 +18,7 @@ use super::structure::{Structure, broadcast_some};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::graph::read_params;
-use crate::params::{ParamRef, ShardedIds, agree, own_buffers, visit_floats};
+use crate::params::{ParamRef, agree, own_buffers, visit_floats};
 use crate::tensor::PlainTensor;
 
 /// Whether a forward has run already with the parameters as they are.
@@ -76,35 +76,18 @@ impl Reducer {
 
 /// Whether a module has what is not known, and the trained parameters that it holds in several places.
 fn find_changes<M: Module>(module: &M, known: &KnownParams) -> (bool, HashSet<ParamId>) {
-    let found = find_changes_without(module, known, &HashSet::new());
-    if !found.0 && found.1.is_empty() {
-        return found;
-    }
-    // What stands for a parameter whose rows are held is not known, and none itself.
-    match ShardedIds::of(module).stand_ins {
-        stand_ins if stand_ins.is_empty() => found,
-        stand_ins => find_changes_without(module, known, &stand_ins),
-    }
-}
-
-/// As [`find_changes`], of all parameters but some.
-fn find_changes_without<M: Module>(
-    module: &M,
-    known: &KnownParams,
-    without: &HashSet<ParamId>,
-) -> (bool, HashSet<ParamId>) {
-    let (mut changed, mut seen, mut repeated) = (false, HashSet::new(), HashSet::new());
+    let mut params: Vec<(ParamId, bool)> = Vec::new();
     visit_floats(module, &mut |param| {
-        let (id, trained) = (param.id(), param.is_trained());
-        if without.contains(&id) {
-            return;
+        if param.is_shard() {
+            // What stands for the parameter is not known, and none itself.
+            params.pop();
         }
-        changed |= known.is_new(id, trained);
-        if !seen.insert(id) && trained {
-            repeated.insert(id);
-        }
+        params.push((param.id(), param.is_trained()));
     });
-    (changed, repeated)
+    let changed = params.iter().any(|(id, trained)| known.is_new(*id, *trained));
+    let mut seen = HashSet::new();
+    let repeated = params.into_iter().filter(|(id, trained)| !seen.insert(*id) && *trained);
+    (changed, repeated.map(|(id, _)| id).collect())
 }
 
 /// Demands that all ranks hold the same values of some float parameters.

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use burn::config::Config;
 use burn::tensor::FloatDType;
-use serde::{Deserialize, Deserializer, Serialize, de};
+use serde::{Deserialize, Serialize};
 
 use super::comm_hook::{AllReduceHook, CastHook, CommHook};
 use crate::Error;
+use crate::forms::optional_float;
 use crate::sharding::{Keep, Sharding};
 
 /// Settings of [`DataParallel::data_parallel`](super::DataParallel::data_parallel).
@@ -20,7 +21,7 @@ pub struct DataParallelConfig {
     pub first_bucket_bytes: usize,
     /// The dtype in which gradients are sent; their own if there is none. In a file `"BF16"`, `"F16"`, `"F32"` or
     /// `"F64"`, in capitals or not.
-    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "dtype")]
+    #[serde(skip_serializing_if = "Option::is_none", deserialize_with = "optional_float")]
     pub reduce_dtype: Option<FloatDType>,
     /// Whether buckets are reduced while backward still runs.
     pub overlap: bool,
@@ -234,18 +235,4 @@ impl Default for DataParallelConfig {
     fn default() -> Self {
         Self::new()
     }
-}
-
-fn dtype<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<FloatDType>, D::Error> {
-    let Some(name) = Option::<String>::deserialize(deserializer)? else { return Ok(None) };
-    Ok(Some(match name.to_ascii_lowercase().as_str() {
-        "bf16" => FloatDType::BF16,
-        "f16" => FloatDType::F16,
-        "f32" => FloatDType::F32,
-        "f64" => FloatDType::F64,
-        _ => {
-            let problem = format!("gradients cannot be sent in `{name}`: take `BF16`, `F16`, `F32` or `F64`");
-            return Err(de::Error::custom(problem));
-        }
-    }))
 }

@@ -74,18 +74,7 @@ impl<E: StepEngine> Replica<E> {
         reducer.set_non_finite(sum.non_finite.take());
         let (loss, weight, grads) = self.complete(reducer, sum.mean())?;
         let counters = self.counters() - before;
-        Ok(Step {
-            loss,
-            weight,
-            grads,
-            outputs,
-            counters,
-            runs,
-            skipped: false,
-            grad_norm: None,
-            not_finite: None,
-            noise: self.noise,
-        })
+        Ok(Step { outputs, counters, runs, ..Step::new(loss, weight, grads, self.noise) })
     }
 
     /// How many micro-batches each of the ranks that divide parameters among themselves has, if they do.

@@ -4,24 +4,25 @@ use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::panic::resume_unwind;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::backend::DispatchTensor;
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::{Device, Gradients, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
-use super::gathered::{Gatherer, assemble, check_rows, hollow, shards_of};
+use super::gathered::{Gatherer, assemble, checked_rows, meta_whole, shards_of};
 use super::hook::{HookGroup, detach, listening};
 use super::reducer::Reducer;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::delegate::module_of_field;
-use crate::error::{catch_told, is_thrown};
+use crate::error::{catch_quietly, is_thrown};
 use crate::graph::{
     CheckedOptimizers, ClipRecord, CustomOps, Executor, GradientLayout, GradientSink, MicroBatchResult, SplitParam,
     StepEngine, capture_step,
 };
+use crate::lock::lock;
 use crate::params::{self, ParamSlice, ShardedIds, SliceSource};
 use crate::sharding::Rows;
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
@@ -136,12 +137,16 @@ impl<M: Module> Eager<M> {
     /// What went wrong with that, for which a forward has no way out but to panic.
     fn forward_gathering<T>(&self, forward: impl FnOnce() -> T) -> Result<T, Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(forward()) };
-        self.check_params()?;
-        gatherer.set_shards(shards_of(&self.module, gatherer));
-        catch_told(is_thrown, forward).map_err(|panic| match gatherer.failure() {
+        gatherer.set_shards(self.rows_of(gatherer)?);
+        catch_quietly(is_thrown, forward).map_err(|panic| match gatherer.failure() {
             Some(error) => error,
             None => resume_unwind(panic),
         })
+    }
+
+    /// This rank's rows of all parameters. Fails the world if they are not there as they should be.
+    fn rows_of(&self, gatherer: &Arc<Gatherer>) -> Result<HashMap<ParamId, PlainTensor>, Error> {
+        checked_rows(&self.module, gatherer).inspect_err(|error| self.control.fail(error.clone()))
     }
 
     /// What gathers the parameters, if each rank holds its rows of them.
@@ -172,7 +177,7 @@ impl<M: Module> Eager<M> {
     }
 
     pub(super) fn synchronized(&self) -> MutexGuard<'_, Option<SyncBatchNorm>> {
-        self.synchronized.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.synchronized)
     }
 
     pub(super) fn change(self, change: impl FnOnce(M) -> Result<M, Error>) -> Result<Self, Error> {
@@ -216,7 +221,7 @@ impl<M: Module> StepEngine for Eager<M> {
         keeps: bool,
     ) -> Result<usize, Error> {
         let module = match &self.gatherer {
-            Some(gatherer) => hollow(&self.module, gatherer),
+            Some(gatherer) => meta_whole(&self.module, gatherer),
             None => self.module.clone(),
         };
         let whole = params::meta_module(&module, &|_, _| None);
@@ -241,8 +246,7 @@ impl<M: Module> StepEngine for Eager<M> {
     }
 
     fn check_params(&self) -> Result<(), Error> {
-        let Some(gatherer) = &self.gatherer else { return Ok(()) };
-        check_rows(&self.module, gatherer).inspect_err(|error| self.control.fail(error.clone()))
+        self.gatherer.as_ref().map_or(Ok(()), |gatherer| self.rows_of(gatherer).map(drop))
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
@@ -255,9 +259,9 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn assemble(&self) -> Result<M, Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(self.module.clone()) };
-        self.check_params()?;
+        let rows = self.rows_of(gatherer)?;
         self.end_gathers()?;
-        gatherer.set_shards(shards_of(&self.module, gatherer));
+        gatherer.set_shards(rows);
         assemble(&self.module, gatherer)
     }
 

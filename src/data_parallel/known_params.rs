@@ -8,6 +8,7 @@ use burn::module::ParamId;
 use super::structure::{NOT_TRAINED, Structure, TrainedParam};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
+use crate::graph::{Compared, Updates};
 use crate::params::agree;
 
 /// What a rank whose model has changed brings to the sum of the weights, which are not negative.
@@ -30,7 +31,7 @@ impl Next {
     pub(super) fn changed(self, control: &Communicator) -> Result<bool, Error> {
         match self {
             Self::Head => {
-                let sum = control.all_reduce(vec![CHANGED], ReduceOp::Sum)?[0];
+                let sum = control.all_reduce(vec![CHANGED, 0.0], ReduceOp::Sum)?[0];
                 Ok((sum / CHANGED).round() as usize == control.size())
             }
             Self::Rounds => Ok(control.all_reduce(ROUNDS_CHANGED.to_vec(), ReduceOp::Max)?[2] == 0),
@@ -123,16 +124,38 @@ fn without_training(what: String) -> String {
     what.strip_suffix(NOT_TRAINED).map_or(what.clone(), Into::into)
 }
 
-/// The head of a step on a rank whose model has not changed: the sum of the weights of all ranks.
+/// The head of a step on a rank whose model has not changed: the sum of the weights of all ranks, who find out with it
+/// whether all have updated it alike.
 ///
 /// # Errors
-/// [`Error::ModelMismatch`], the same on all ranks, if the model has changed on others; those of [`Communicator`].
-pub(super) fn head(weight: f64, lines: &ParamDescriptions, control: &Communicator) -> Result<f64, Error> {
-    let sum = control.all_reduce(vec![weight], ReduceOp::Sum)?[0];
-    if sum > CHANGED / 2.0 {
-        return Ok(sum);
+/// The same on all ranks: [`Error::ModelMismatch`] if the model has changed on others; [`Error::Optimizer`] if it was
+/// updated in another way; those of [`Communicator`].
+pub(super) fn head(
+    weight: f64,
+    lines: &ParamDescriptions,
+    updates: &Updates,
+    control: &Communicator,
+) -> Result<f64, Error> {
+    let balance = balance(updates.digest(Compared::Replicas), control);
+    let sums = control.all_reduce(vec![weight, balance], ReduceOp::Sum)?;
+    if sums[0] <= CHANGED / 2.0 {
+        return Err(changed_elsewhere(lines, control));
     }
-    Err(changed_elsewhere(lines, control))
+    if sums[1] != 0.0 {
+        updates.explain(Compared::Replicas, control)?;
+    }
+    Ok(sums[0])
+}
+
+/// What this rank adds to a sum that is 0 if all ranks have the same number: the first of them adds its own once for
+/// each of the others, who take theirs away. Of the number so many bits count that the sum is exact.
+fn balance(number: u64, group: &Communicator) -> f64 {
+    let ranks = group.size() as u64;
+    let number = number >> (u64::BITS - 52 + ranks.ilog2());
+    match group.rank() {
+        0 => ((ranks - 1) * number) as f64,
+        _ => -(number as f64),
+    }
 }
 
 /// The most micro-batches that a rank has in a step whose micro-batches are reduced one by one, on a rank whose model

@@ -97,7 +97,11 @@ impl<E: StepEngine> Module for Replica<E> {
             );
             throw(Error::Optimizer { problem });
         }
-        let before = self.reducer().map(|reducer| reducer.unknown_params(&self.engine));
+        // A record may bring other ids; an optimizer brings none.
+        let before = match is_optimizer::<Mapper>() {
+            true => None,
+            false => self.reducer().map(|reducer| reducer.unknown_params(&self.engine)),
+        };
         let stand_ins = self.engine.stand_ins().cloned();
         let replica = self.change(|engine| match &stand_ins {
             Some(stand_ins) => engine.map(&mut Logical { inner: mapper, stand_ins }),

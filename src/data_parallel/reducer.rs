@@ -2,7 +2,7 @@
 //! the model, and what it has cost.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 
 use burn::module::{Module, ParamId};
 use burn::tensor::Device;
@@ -13,6 +13,7 @@ use super::reduction_state::{ParamProgress, ReductionState};
 use super::structure::Structure;
 use crate::Error;
 use crate::comm::{Communicator, Counters, GATHERED_PARAMETERS, WANTED_PARAMETERS};
+use crate::graph::Updates;
 use crate::params::unknown_params;
 use crate::sharding::{ShardComms, Sharding};
 use crate::tensor::{PlainTensor, Pool};
@@ -31,6 +32,8 @@ pub(crate) struct Reducer {
     /// Where the model was when it was wrapped.
     device: Device,
     step: Mutex<ReductionState>,
+    /// What `optimize` was given, once the model is there that it is called on.
+    pub(super) updates: OnceLock<Updates>,
 }
 
 /// What errors call the group that carries parameters: by it they know what to advise.
@@ -56,13 +59,22 @@ impl Reducer {
         let shards = match config.sharding {
             Sharding::None => None,
             _ if group.size() == 1 => None,
-            _ => Some(ShardComms::new(group, config.sharding_ranks, parameters_group(&config))?),
+            sharding => {
+                let comms = ShardComms::new(group, config.sharding_ranks, parameters_group(&config))?;
+                // What is held by rows is not gathered before it is used.
+                Some(if sharding == Sharding::Parameters { comms.with_next(&control) } else { comms })
+            }
         };
-        let known = RwLock::default();
-        let (sums, step) = (Arc::default(), Mutex::default());
-        let reducer = Self { known, data, control, config, shards, sums, device, step };
+        let (known, step, updates) = (RwLock::default(), Mutex::default(), OnceLock::new());
+        let sums = Arc::default();
+        let reducer = Self { known, data, control, config, shards, sums, device, step, updates };
         reducer.learn(|known| *known = KnownParams::new(structure));
         Ok(reducer)
+    }
+
+    /// Has steps compare these updates, which are those of the model.
+    pub(super) fn compare_updates(&self, updates: &Updates) {
+        let _ = self.updates.set(updates.clone());
     }
 
     pub(super) fn known(&self) -> RwLockReadGuard<'_, KnownParams> {

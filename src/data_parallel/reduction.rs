@@ -7,7 +7,8 @@
 //! and the buckets before it are on their way, the bucket is started on the communicator's background thread. Every
 //! rank starts the same collectives in the same order, whatever the order in which its gradients arrive:
 //!
-//! 1. the *head*: the weights of all ranks are summed, which gives each rank's factor in the average;
+//! 1. the *head*: the weights of all ranks are summed, which gives each rank's factor in the average; and it is made
+//!    sure that all have updated the model alike;
 //! 2. the buckets, in order; what a rank has no gradient for counts as zero;
 //! 3. the *tail*: the losses are summed; and it is agreed which parameters were used anywhere, so that one that no rank
 //!    used gets no gradient at all, as on a single device, and which gradients came late.
@@ -58,8 +59,9 @@ impl Reducer {
         }
         let factor = Arc::new(OnceLock::new());
         let (control, set, lines) = (self.control.clone(), factor.clone(), self.known().lines.clone());
+        let updates = self.updates.get().cloned().unwrap_or_default();
         let head = self.data.start(move |_| {
-            let weight = head(loss_weight.weight, &lines, &control)?;
+            let weight = head(loss_weight.weight, &lines, &updates, &control)?;
             let _ = set.set(if weight > 0.0 { loss_weight.unit / weight } else { 0.0 });
             Ok(weight)
         });

@@ -86,6 +86,9 @@ impl<E: StepEngine> Replica<E> {
     }
 
     pub(super) fn with(engine: E, averaging: Averaging) -> Self {
+        if let Averaging::Ready(reducer) = &averaging {
+            reducer.compare_updates(engine.checked_optimizers().updates());
+        }
         let (loss_weight, losses) = (LossWeight::default(), Vec::new());
         let noise = NoiseState::None(NoNoise::Off);
         Self { engine, averaging, loss_weight, losses, waited: Duration::ZERO, noise, steps: 0, hooks: None }
@@ -219,6 +222,7 @@ impl<E: StepEngine> Replica<E> {
                 let (group, config) = (group.clone(), config.clone());
                 self.engine.settle(inputs, step, &group)?;
                 let (engine, reducer) = replicate(self.engine.clone(), &group, config, E::share_ids)?;
+                reducer.compare_updates(engine.checked_optimizers().updates());
                 (self.engine, self.averaging) = (engine, Averaging::Ready(Arc::new(reducer)));
             }
             _ if self.engine.is_prepared() => {}
@@ -287,18 +291,8 @@ impl<E: StepEngine> Replica<E> {
             reducer.begin(self.loss_weight);
         }
         let (loss, weight, grads) = self.finish(&reducer, ran)?;
-        Ok(Step {
-            loss,
-            weight,
-            grads,
-            outputs,
-            counters: self.counters() - before,
-            runs,
-            skipped: false,
-            grad_norm: None,
-            not_finite: None,
-            noise: self.noise,
-        })
+        let counters = self.counters() - before;
+        Ok(Step { outputs, counters, runs, ..Step::new(loss, weight, grads, self.noise) })
     }
 
     /// Registers everything that the model trains now with the reduction.

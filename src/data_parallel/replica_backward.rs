@@ -96,19 +96,8 @@ impl<M: Module> Replica<Eager<M>> {
             self.losses = losses;
         });
         let (loss, weight, grads) = self.finish(&reducer, ran)?;
-        let (outputs, runs) = (Vec::new(), Vec::new());
-        Ok(Step {
-            loss,
-            weight,
-            grads,
-            outputs,
-            counters: self.counters() - before,
-            runs,
-            skipped: false,
-            grad_norm: None,
-            not_finite: None,
-            noise: self.noise,
-        })
+        let counters = self.counters() - before;
+        Ok(Step { counters, ..Step::new(loss, weight, grads, self.noise) })
     }
 
     /// Fails the world because of a call that does not go together with parameters that are gathered.

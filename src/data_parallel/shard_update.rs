@@ -72,8 +72,9 @@ impl<E: StepEngine> Replica<E> {
     }
 }
 
-/// The module with the parameters that were taken out of it, with the updated rows of all ranks; or this rank's, where it
-/// holds these only. A bucket at a time, so that of those that are not gathered into their memory no more is held twice.
+/// The module with the parameters that were taken out of it, with the updated rows of all ranks; or this rank's, where
+/// it holds these only. A bucket at a time, so that of those that are not gathered into their memory no more is held
+/// twice.
 fn put_back<E: StepEngine>(
     engine: E,
     UpdatedShards { updated, unchanged }: UpdatedShards,

@@ -1,7 +1,7 @@
 //! The parts of error messages that depend on what there is to say.
 
 use super::Error;
-use crate::comm::{Call, CallLog, GATHERED_PARAMETERS, WANTED_PARAMETERS};
+use crate::comm::{Call, CallLog, GATHERED_PARAMETERS, NEW_OPTIMIZER, WANTED_PARAMETERS};
 
 /// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was
 /// first; what they have called before is of no use then.
@@ -40,8 +40,23 @@ pub(super) fn left_behind(operation: &str) -> String {
     }
 }
 
-/// What to do, if a rank was waiting for parameters that replicas divide among themselves.
-pub(super) fn gathering(group: &str, log: &CallLog) -> &'static str {
+/// What to do, if a rank was waiting for what only those call that were given a new optimizer, or for parameters that
+/// replicas divide among themselves. `called` says what was called.
+pub(super) fn advice(group: &str, called: &str, log: &CallLog) -> &'static str {
+    if called.contains(NEW_OPTIMIZER) || log.lines().iter().any(|line| waits_for(line, NEW_OPTIMIZER)) {
+        return "; a rank whose optimizer is new, or has a state that was loaded since its last step, compares its moments in \
+                `optimize`, and the others went on with the optimizer that they had: all ranks put a new one in the place of the \
+                old, or load a state into it, after the same step";
+    }
+    gathering(group, log)
+}
+
+/// Whether the line of a rank says that it is in a call of this name.
+fn waits_for(line: &str, name: &str) -> bool {
+    ["waiting", "just begun"].iter().any(|is_in| line.contains(&format!("{name}) ({is_in}")))
+}
+
+fn gathering(group: &str, log: &CallLog) -> &'static str {
     let of = |words: &str, name: &str| words.contains(&format!("/{name}"));
     let waits = |name| of(group, name) || log.lines().iter().any(|line| line.starts_with("in `") && of(line, name));
     if waits(WANTED_PARAMETERS) {

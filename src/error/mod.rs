@@ -5,20 +5,20 @@
 //! *same* error, so an [`Error`] never holds anything that differs from rank to rank.
 
 mod describe;
+mod quiet;
 mod show;
 mod stop_signal;
 mod thrown;
-mod told;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use burn::tensor::DType;
 
-use self::describe::{describe_calls, gathering, last_words, left_behind, rank_failed};
+use self::describe::{advice, describe_calls, last_words, left_behind, rank_failed};
+pub(crate) use self::quiet::catch_quietly;
 pub use self::stop_signal::StopSignal;
 pub(crate) use self::thrown::{caught, is_thrown, throw};
-pub(crate) use self::told::catch_told;
 use crate::comm::{Call, CallLog, ReduceOp};
 
 /// What went wrong: the same error on every rank of the group.
@@ -29,7 +29,7 @@ pub enum Error {
     #[error(
         "time-out in group `{group}`: rank {rank} waited {waited:.1?} in {operation} for {missing}; raise the limit with \
          BURN_PARALLEL_TIMEOUT_S, `Threads::timeout` or `with_timeout` if the others were only slow{}{log}",
-        gathering(.group, .log)
+        advice(.group, .operation, .log)
     )]
     Timeout {
         /// Group in which the wait happened.
@@ -50,7 +50,7 @@ pub enum Error {
     /// The ranks of a group called different collectives, or the same one with other lengths, dtypes or roots.
     #[error(
         "the ranks of group `{group}` do not agree on collective #{sequence}: {}; every rank must issue the same \
-         collectives in the same order with matching arguments{}{log}", describe_calls(.calls), gathering(.group, .log)
+         collectives in the same order with matching arguments{}{log}", describe_calls(.calls), advice(.group, &describe_calls(.calls), .log)
     )]
     Mismatch {
         /// Group in which it happened.
@@ -87,7 +87,7 @@ pub enum Error {
 
     /// A rank dropped its communicator while others still needed it, or its process ended.
     #[error(
-        "rank {rank} left group `{group}` while {}{}{log}", left_behind(.operation), gathering(.group, .log)
+        "rank {rank} left group `{group}` while {}{}{log}", left_behind(.operation), advice(.group, .operation, .log)
     )]
     RankLost {
         /// Group in which it happened.

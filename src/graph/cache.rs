@@ -17,7 +17,7 @@ use super::recent::{GRAPHS, Recent};
 use super::signature::Signature;
 use super::step::StepGraph;
 use crate::Error;
-use crate::step::{Identity, Loss, StepFn};
+use crate::step::{ClosureIdentity, Loss, StepFn};
 use crate::tensor::{TensorMapper, TensorTree, place};
 
 type GraphPass = Box<dyn Fn(&mut StepGraph) -> Result<(), Error> + Send>;
@@ -49,7 +49,7 @@ impl core::fmt::Debug for GraphCache {
 /// What a captured step is for.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct StepKey {
-    closure: Identity,
+    closure: ClosureIdentity,
     /// What a closure that captures something has made of it.
     graph: Option<u64>,
     inputs: Vec<(String, Shape, DType)>,
@@ -148,7 +148,7 @@ impl GraphCache {
         F: FnMut(&M, I) -> O,
         O: TensorTree + Clone + Send + 'static,
     {
-        let mut key = StepKey::new(Identity::of::<F>(), signature, inputs)?;
+        let mut key = StepKey::new(ClosureIdentity::of::<F>(), signature, inputs)?;
         let mut capture = || capture_forward(&model(), inputs.clone(), &mut forward);
         let anew = if key.closure.captures() { Some(capture()?) } else { None };
         key.graph = anew.as_ref().map(|captured| captured.graph.digest());
@@ -185,7 +185,11 @@ impl StepKey {
     ///
     /// # Errors
     /// Those of the inputs' [`TensorTree`].
-    pub(crate) fn new<I: TensorTree + Clone>(closure: Identity, module: Signature, inputs: &I) -> Result<Self, Error> {
+    pub(crate) fn new<I: TensorTree + Clone>(
+        closure: ClosureIdentity,
+        module: Signature,
+        inputs: &I,
+    ) -> Result<Self, Error> {
         let mut seen = Inputs { path: Vec::new(), seen: Vec::new(), values: Vec::new() };
         drop(inputs.clone().map_tensors(&mut seen)?);
         Ok(Self { closure, graph: None, inputs: seen.seen, values: seen.values, module })

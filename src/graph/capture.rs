@@ -18,7 +18,7 @@ use super::recording::Recording;
 use super::step::StepGraph;
 use super::{assemble, graph_error};
 use crate::comm::panic_message;
-use crate::error::{Error, catch_told};
+use crate::error::{Error, catch_quietly};
 use crate::params::one_device;
 use crate::step::{Loss, LossParts, Weight};
 use crate::tensor::TensorTree;
@@ -58,7 +58,7 @@ pub(crate) fn in_scope(
     let mut recording =
         Err(graph_error("a step is captured inside the closure of another capture: capture them one by one"));
     // The closure's state cannot be seen again after a panic: models are only cloned, the rest is moved in.
-    let captured = catch_told(
+    let captured = catch_quietly(
         |panic| advice(panic).is_some(),
         || {
             device.capture_scope(|scope| {

@@ -13,15 +13,16 @@ use burn::grad_clipping::GradientClipping;
 use burn::module::ParamId;
 use burn::optim::ModuleOptimizer;
 
+use super::updates::Updates;
 use crate::Error;
-use crate::comm::lock::lock;
+use crate::lock::lock;
 
 /// What burn's optimizer consists of: a vector, and a map, which has four words and a seed.
 const WORDS: usize = 3 + 5;
 
 /// Which optimizer it is, until somebody changes it.
 #[derive(Debug, Clone, Copy)]
-pub struct Identity {
+pub struct OptimizerIdentity {
     address: usize,
     /// `None` if burn has changed what it consists of: then it is not recognised.
     words: Option<[u64; WORDS]>,
@@ -29,7 +30,7 @@ pub struct Identity {
     clipping: Option<(bool, u32)>,
 }
 
-impl Identity {
+impl OptimizerIdentity {
     pub fn of(optim: &ModuleOptimizer) -> Self {
         const KNOWN: bool = size_of::<ModuleOptimizer>() == size_of::<[u64; WORDS]>()
             && align_of::<ModuleOptimizer>() == align_of::<[u64; WORDS]>()
@@ -51,15 +52,18 @@ impl Identity {
     }
 }
 
-/// The optimizers that were found to suit a model, by where they are in memory.
+/// The optimizers that were found to suit a model, by where they are in memory, and what they were called with.
 #[derive(Debug, Clone, Default)]
-pub struct CheckedOptimizers(Arc<Mutex<HashMap<usize, Checked>>>);
+pub struct CheckedOptimizers {
+    known: Arc<Mutex<HashMap<usize, Checked>>>,
+    updates: Updates,
+}
 
 /// What is known of an optimizer.
 #[derive(Debug, Default)]
 struct Checked {
     /// What it was after its last step here.
-    identity: Option<Identity>,
+    identity: Option<OptimizerIdentity>,
     /// The parameters whose updates were looked at.
     params: HashSet<ParamId>,
     /// Those whose update depends on the whole of them.
@@ -67,7 +71,7 @@ struct Checked {
 }
 
 impl Checked {
-    fn is(&self, identity: Identity) -> bool {
+    fn is(&self, identity: OptimizerIdentity) -> bool {
         self.identity.is_some_and(|known| known.is(identity))
     }
 }
@@ -76,7 +80,7 @@ impl CheckedOptimizers {
     /// Whether this is the optimizer that was [remembered](Self::remember). If not, whatever was known of one at its
     /// place is forgotten.
     pub fn is_known(&self, optim: &ModuleOptimizer) -> bool {
-        let (identity, mut known) = (Identity::of(optim), self.lock());
+        let (identity, mut known) = (OptimizerIdentity::of(optim), self.lock());
         let found = known.iter().find_map(|(address, checked)| checked.is(identity).then_some(*address));
         // What was at its place is there no longer.
         let moved = found.filter(|address| *address != identity.address).and_then(|address| known.remove(&address));
@@ -89,7 +93,7 @@ impl CheckedOptimizers {
 
     /// Remembers an optimizer that suits the model, after its step.
     pub fn remember(&self, optim: &ModuleOptimizer) {
-        let identity = Identity::of(optim);
+        let identity = OptimizerIdentity::of(optim);
         self.lock().entry(identity.address).or_default().identity = Some(identity);
     }
 
@@ -104,7 +108,7 @@ impl CheckedOptimizers {
         params: &HashSet<ParamId>,
         find: impl FnOnce() -> Result<HashSet<ParamId>, Error>,
     ) -> Result<Arc<HashSet<ParamId>>, Error> {
-        let address = Identity::of(optim).address;
+        let address = OptimizerIdentity::of(optim).address;
         if let Some(known) = self.lock().get(&address).filter(|known| known.params.is_superset(params)) {
             return Ok(known.whole.clone());
         }
@@ -120,13 +124,18 @@ impl CheckedOptimizers {
     /// What [`whole`](Self::whole) has found out, if this is the optimizer that was remembered, and it was asked for
     /// all of `params`.
     pub fn known_whole(&self, optim: &ModuleOptimizer, params: &HashSet<ParamId>) -> Option<Arc<HashSet<ParamId>>> {
-        let (identity, known) = (Identity::of(optim), self.lock());
+        let (identity, known) = (OptimizerIdentity::of(optim), self.lock());
         let found = known.values().find(|known| known.is(identity));
         found.filter(|known| known.params.is_superset(params)).map(|known| known.whole.clone())
     }
 
+    /// The updates that the model has had.
+    pub fn updates(&self) -> &Updates {
+        &self.updates
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<usize, Checked>> {
-        lock(&self.0)
+        lock(&self.known)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The registry of custom operations: collectives above all.
 
 use std::collections::HashSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 #[cfg(feature = "cubecl")]
 use burn::backend::Cube;
@@ -16,6 +16,7 @@ use super::instruction::Instruction;
 use super::memory_plan::MemoryPlan;
 use super::step_memory::StepMemory;
 use crate::Error;
+use crate::lock::lock;
 use crate::tensor::{PlainTensor, Pool};
 
 /// What the custom operations of a graph do, by id.
@@ -162,7 +163,7 @@ impl CustomOps {
 
     /// The error of the operation that ran last, if it failed.
     pub(crate) fn take_error(&self) -> Option<Error> {
-        self.failed.lock().unwrap_or_else(PoisonError::into_inner).take()
+        lock(&self.failed).take()
     }
 }
 
@@ -190,7 +191,7 @@ where
             .and_then(|outputs| check(op, outputs))
             .and_then(|outputs| outputs.into_iter().map(into_handle::<B>).collect::<Result<Vec<_>, _>>());
         match outputs {
-            Err(error) => *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
+            Err(error) => *lock(&failed) = Some(error),
             Ok(outputs) => {
                 for (out, tensor) in op.outputs.iter().zip(outputs) {
                     match tensor {

@@ -1,7 +1,6 @@
 //! The executor: runs a captured step with the current parameters.
 
 use std::collections::{HashMap, HashSet};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::module::{Module, ParamId};
 use burn::prelude::*;
@@ -20,6 +19,7 @@ use super::results::{ResultRole, Results, StepObserver, StepOutputs, StepResult,
 use super::step::StepGraph;
 use crate::Error;
 use crate::comm::panic_message;
+use crate::error::catch_quietly;
 use crate::params::sweep_leaves;
 use crate::tensor::{PlainTensor, TensorTree};
 
@@ -222,7 +222,7 @@ impl Executor {
         };
         self.bind_params(values, &mut interpreter)?;
         self.bind_inputs(inputs, &mut interpreter)?;
-        let ran = catch_unwind(AssertUnwindSafe(|| self.run(&mut interpreter, observer)));
+        let ran = catch_quietly(|_| true, || self.run(&mut interpreter, observer));
         // What a step that failed left behind must not be found by the next: its interpreter goes with it.
         let results = ran.unwrap_or_else(|payload| {
             let at = match &self.program[self.position] {

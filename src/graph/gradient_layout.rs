@@ -6,8 +6,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::module::ParamId;
 
-use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
+use crate::lock::lock;
 
 /// How the parameters of a model lie over ranks.
 #[derive(Debug, Default)]

@@ -75,7 +75,7 @@ impl Interpreter {
                 let left = self.backend.get(&product.lhs)?.into_flex()?;
                 let right = self.backend.get(&product.rhs)?.into_flex()?;
                 let room = memory.room(&product.out);
-                let out = multiply(&left, &right, &product.out.shape, room, memory.pool());
+                let out = multiply(&left, &right, &product.out.shape, room);
                 self.backend.bind(product.out.id, PlainTensor::from_flex(out))?;
             }
             _ => self.backend.run(op.clone()),

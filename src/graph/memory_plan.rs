@@ -1,7 +1,7 @@
-//! Where the tensors of a step lie in one block of memory, and the bytes that the step needs.
+//! Where the tensors of a step lie in one arena, and the bytes that the step needs.
 //!
-//! Tensors get a place each, so that no two that are there at the same time overlap, in as small a block as is found by
-//! placing the largest first. Results of the step are in the block where there is room, up to the end of the step.
+//! Tensors get a place each, so that no two that are there at the same time overlap, in as small an arena as is found
+//! by placing the largest first. Results of the step are in the arena where there is room, up to the end of the step.
 //! Whoever gets them may keep them: what has its place there in a later step is made elsewhere then.
 //!
 //! The plan decides nothing about correctness: a place whose tensor is still there, against the plan, is not lent
@@ -12,28 +12,28 @@ use std::collections::HashMap;
 
 use burn_ir::TensorId;
 
-/// Where tensors lie in the block of a step.
+/// Where tensors lie in the arena of a step.
 #[derive(Debug, Default)]
 pub(crate) struct MemoryPlan {
     places: HashMap<TensorId, usize>,
     size: usize,
-    /// The most bytes beside the block, if results stay, and if they leave when they are given.
+    /// The most bytes beside the arena, if results stay, and if they leave when they are given.
     beside: [usize; 2],
 }
 
 impl MemoryPlan {
-    /// Bytes of the block.
+    /// Bytes of the arena.
     pub(crate) fn size(&self) -> usize {
         self.size
     }
 
     /// The bytes that the step needs at most beside parameters, inputs and constants, from its second run on: of the
-    /// block, which stays, of the results, all of them if the caller `keeps` them, and of what burn makes meanwhile.
+    /// arena, which stays, of the results, all of them if the caller `keeps` them, and of what burn makes meanwhile.
     pub(crate) fn needed(&self, keeps: bool) -> usize {
         self.size + self.beside[usize::from(!keeps)]
     }
 
-    /// Where a tensor begins, if it is in the block.
+    /// Where a tensor begins, if it is in the arena.
     pub(crate) fn place(&self, id: TensorId) -> Option<usize> {
         self.places.get(&id).copied()
     }
@@ -58,7 +58,7 @@ impl MemoryPlan {
         plan
     }
 
-    /// The same with the bytes beside the block, if results stay, and if they leave when they are given.
+    /// The same with the bytes beside the arena, if results stay, and if they leave when they are given.
     pub(super) fn with_beside(self, beside: [usize; 2]) -> Self {
         Self { beside, ..self }
     }

@@ -56,6 +56,7 @@ mod execute;
 mod forward;
 pub(crate) mod fused;
 mod gradient_layout;
+mod input_comparison;
 pub(crate) mod instruction;
 pub(crate) mod interpret;
 mod leaves;
@@ -74,6 +75,7 @@ mod same_inputs;
 mod signature;
 pub(crate) mod step;
 pub(crate) mod step_memory;
+mod updates;
 
 pub use crate::tensor::{TensorMapper, TensorTree};
 pub use bind::graph_tensors;
@@ -99,6 +101,7 @@ pub use results::{StepObserver, StepOutputs, StepResult};
 pub(crate) use same_inputs::{ComparedCall, SameInputs};
 pub(crate) use signature::Signature;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
+pub(crate) use updates::{Compared, NewOptimizer, Update, Updates};
 
 use crate::Error;
 

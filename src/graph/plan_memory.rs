@@ -1,4 +1,4 @@
-//! The memory plan of a program: which of its tensors get a place in the block of the step, and what it needs beside.
+//! The memory plan of a program: which of its tensors get a place in the arena of the step, and what it needs beside.
 //!
 //! It is known before the step runs when each tensor is made and read for the last time ([`BufferLifetimes`]). Tensors
 //! that this crate makes, that are large and that end within the step get a place ([`MemoryPlan`]).
@@ -29,7 +29,7 @@ pub(crate) fn plan_memory<const SECTIONS: usize>(
     plan.with_beside(beside)
 }
 
-/// The most bytes beside the block: of pieces, which stay, and of what comes and goes.
+/// The most bytes beside the arena: of pieces, which stay, and of what comes and goes.
 fn beside(lifetimes: &BufferLifetimes, plan: &MemoryPlan, keeps: bool) -> usize {
     let mut changes: BTreeMap<usize, [isize; 2]> = BTreeMap::new();
     for buffer in lifetimes.buffers.iter().filter(|buffer| plan.place(buffer.made).is_none()) {

@@ -1,11 +1,16 @@
-//! Checks that ranks that share a model were given the same inputs.
+//! Checks that ranks that share a model were given the same inputs, and have updated it alike.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
+use burn::tensor::DType;
+
+use super::input_comparison::{InputComparison, Turn};
+use super::updates::Updates;
 use crate::Error;
-use crate::comm::{Communicator, Pending};
+use crate::comm::Communicator;
 use crate::graph::named_tensors;
+use crate::lock::lock;
 use crate::tensor::{PlainTensor, TensorTree};
 
 /// How often inputs are compared that must be read back from a device.
@@ -19,23 +24,18 @@ pub(crate) struct SameInputs {
     every: Option<u64>,
     /// How many of each kind there were.
     runs: Arc<[AtomicU64; 2]>,
+    /// What the inputs were that were compared last, of each kind of run.
+    last: Arc<Mutex<[Option<Outlines>; 2]>>,
 }
 
-/// What a rank tells of inputs that are on the host, before their digests.
-const ON_HOST: u64 = 1;
+/// Dims and dtype of each input.
+type Outlines = Vec<(Vec<usize>, DType)>;
 
 /// What is given inputs.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum ComparedCall {
     Step,
     Forward,
-}
-
-/// A comparison that is still running.
-pub(crate) struct RunningComparison {
-    run: ComparedCall,
-    paths: Vec<String>,
-    found: Vec<(Communicator, Pending<Vec<u64>>)>,
 }
 
 impl SameInputs {
@@ -46,7 +46,12 @@ impl SameInputs {
     pub(crate) fn new<'a>(groups: impl Iterator<Item = &'a Communicator>, every: Option<u64>) -> Result<Self, Error> {
         let groups = groups.filter(|group| group.size() > 1);
         let own = groups.map(|group| group.split_named("inputs", 0, group.rank() as i64));
-        Ok(Self { groups: own.collect::<Result<Vec<_>, _>>()?.into(), every, runs: Arc::default() })
+        Ok(Self {
+            groups: own.collect::<Result<Vec<_>, _>>()?.into(),
+            every,
+            runs: Arc::default(),
+            last: Arc::default(),
+        })
     }
 
     /// With more groups to compare over.
@@ -58,7 +63,7 @@ impl SameInputs {
         Ok(Self { groups: self.groups.iter().chain(more.groups.iter()).cloned().collect(), ..self })
     }
 
-    /// Begins to compare the inputs of a step or a forward, if it is the turn of this one.
+    /// Begins to compare the inputs of a step or a forward, if it is the turn of this one, and the updates before it.
     ///
     /// # Errors
     /// [`Error::Graph`] if an input cannot be read.
@@ -66,39 +71,41 @@ impl SameInputs {
         &self,
         run: ComparedCall,
         inputs: &I,
-    ) -> Result<RunningComparison, Error> {
-        let comparison = RunningComparison { run, paths: Vec::new(), found: Vec::new() };
+        updates: &Updates,
+    ) -> Result<InputComparison, Error> {
+        let comparison = InputComparison::new(run, updates.clone());
         if self.groups.is_empty() {
             return Ok(comparison);
         }
         let number = self.runs[run as usize].fetch_add(1, Ordering::Relaxed);
         let inputs = named_tensors(inputs.clone())?;
         let on_host = inputs.iter().all(|(_, input)| input.on_flex());
-        self.start_with(comparison, inputs, (on_host, number))
-    }
-
-    /// The same for tensors by name, all on the host or not, of this run.
-    fn start_with(
-        &self,
-        mut comparison: RunningComparison,
-        inputs: Vec<(String, PlainTensor)>,
-        (on_host, number): (bool, u64),
-    ) -> Result<RunningComparison, Error> {
         if !is_due(self.every, on_host, number) {
             return Ok(comparison);
         }
+        let changed = {
+            let own = Some(inputs.iter().map(|(_, input)| (input.shape().to_vec(), input.dtype())).collect());
+            let last = std::mem::replace(&mut lock(&self.last)[run as usize], own.clone());
+            last != own
+        };
+        let mut comparison = self.start_with(comparison, inputs, on_host)?;
+        if changed {
+            // With inputs of other dims ranks run other collectives. Of two that differ now one at least has changed.
+            comparison.compare_inputs()?;
+        }
+        Ok(comparison)
+    }
+
+    /// The same for tensors by name, all on the host or not.
+    fn start_with(
+        &self,
+        mut comparison: InputComparison,
+        inputs: Vec<(String, PlainTensor)>,
+        on_host: bool,
+    ) -> Result<InputComparison, Error> {
         // How often is the same for all, or goes by where the inputs are.
-        let turn = if self.every.is_none() && on_host { ON_HOST } else { 0 };
-        let mut digests = Vec::with_capacity(1 + inputs.len());
-        digests.push(turn);
-        for (path, input) in inputs {
-            comparison.paths.push(path);
-            digests.push(input.digest()?);
-        }
-        for group in self.groups.iter() {
-            let mine = digests.clone();
-            comparison.found.push((group.clone(), group.start(move |group| group.all_gather(mine))));
-        }
+        let turn = if self.every.is_none() && on_host { Turn::OnHost } else { Turn::Any };
+        comparison.start(turn, inputs, &self.groups)?;
         Ok(comparison)
     }
 }
@@ -107,47 +114,6 @@ impl SameInputs {
 fn is_due(every: Option<u64>, on_host: bool, number: u64) -> bool {
     let every = every.unwrap_or(if on_host { 1 } else { DEVICE_EVERY });
     every != 0 && number.is_multiple_of(every)
-}
-
-impl RunningComparison {
-    /// Waits for the others.
-    ///
-    /// # Errors
-    /// [`Error::InvalidArgument`] on all ranks, with the first rank and input that differ; those of [`Communicator`].
-    pub(crate) fn finish(self) -> Result<(), Error> {
-        let mut outcome = Ok(());
-        for (group, found) in self.found {
-            let found = found.wait()?;
-            let differs = found.chunks(1 + self.paths.len()).enumerate().find_map(|(rank, digests)| {
-                (0..digests.len()).find(|place| digests[*place] != found[*place]).map(|place| (rank, place))
-            });
-            if let Some((rank, place)) = differs {
-                let group = group.group();
-                let problem = match place.checked_sub(1) {
-                    Some(input) => format!(
-                        "rank {rank} of group `{group}` was given another input `{}` than rank 0: the ranks that share a model pass \
-                         the same whole inputs, each of them; replicas with inputs of their own are along another axis",
-                        self.paths[input],
-                    ),
-                    None => {
-                        let places = ["the host alone", "a device"];
-                        let [first, other] = if found[0] == ON_HOST { [0, 1] } else { [1, 0] };
-                        format!(
-                            "rank {rank} of group `{group}` was given inputs on {}, and rank 0 on {}: the ranks that share a model \
-                             compute on devices of one kind, and make their inputs there",
-                            places[other], places[first],
-                        )
-                    }
-                };
-                let operation = match self.run {
-                    ComparedCall::Step => "step",
-                    ComparedCall::Forward => "forward_with",
-                };
-                outcome = outcome.and(Err(Error::invalid(operation, problem)));
-            }
-        }
-        outcome
-    }
 }
 
 #[cfg(test)]
@@ -175,8 +141,9 @@ mod tests {
             let outcome = launch::threads(size).run(|rank| {
                 let same = SameInputs::new(std::iter::once(&*rank), Some(3))?;
                 let compared = |run, value: f32| {
-                    let comparison = same.start(run, &Tensor::<1>::from_floats([value], &Device::flex()))?;
-                    let looked = !comparison.found.is_empty();
+                    let input = Tensor::<1>::from_floats([value], &Device::flex());
+                    let comparison = same.start(run, &input, &Updates::default())?;
+                    let looked = !comparison.is_empty();
                     comparison.finish().map(|()| looked)
                 };
                 let others = (rank.rank() == size - 1) as u8 as f32;
@@ -203,9 +170,9 @@ mod tests {
         ] {
             let outcome = launch::threads(2).run(|rank| {
                 let same = SameInputs::new(std::iter::once(&*rank), every)?;
-                let comparison = RunningComparison { run: ComparedCall::Step, paths: Vec::new(), found: Vec::new() };
+                let comparison = InputComparison::new(ComparedCall::Step, Updates::default());
                 let input = PlainTensor::from(Tensor::<1>::from_floats([1.0], &Device::flex()));
-                same.start_with(comparison, vec![("x".into(), input)], (rank.rank() == host, 0))?.finish()
+                same.start_with(comparison, vec![("x".into(), input)], rank.rank() == host)?.finish()
             });
             match outcome {
                 Ok(_) => assert!(expected.is_empty()),

@@ -2,7 +2,9 @@
 
 use std::path::Path;
 
+use burn::config::Config;
 use burn::module::Lora;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::mapped::Mapped;
@@ -18,7 +20,8 @@ const PREFIX: &str = "base_model.model.";
 pub(super) const STEM: &str = "adapter_model";
 
 /// The sizes of LoRA adapters: `weight + alpha / rank * a @ b`.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct AdapterConfig {
     /// The columns of `a` and rows of `b`.
     pub rank: usize,
@@ -26,7 +29,14 @@ pub struct AdapterConfig {
     pub alpha: f64,
 }
 
+impl Config for AdapterConfig {}
+
 impl AdapterConfig {
+    /// Adapters of this rank and scale.
+    pub const fn new(rank: usize, alpha: f64) -> Self {
+        Self { rank, alpha }
+    }
+
     /// What [`apply_lora`](burn::module::Module::apply_lora) makes adapters of these sizes with.
     pub fn lora(&self) -> Lora {
         Lora::new(self.rank, self.alpha)

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use burn::tensor::{DType, TensorData};
 
@@ -15,8 +15,8 @@ use crate::params::SliceSource;
 use crate::tensor_file::file_error;
 
 /// The tensors of a directory as the parameters of a model: a [`SliceSource`] that reads the slices that a rank asks
-/// for, turned, cut and put together as the [`Mapping`] says.
-#[derive(Debug)]
+/// for, turned, cut and put together as the [`Mapping`] says. A clone shares the files, as of [`Weights`].
+#[derive(Debug, Clone)]
 pub struct Mapped {
     weights: Weights,
     mapping: Mapping,
@@ -27,7 +27,7 @@ pub struct Mapped {
 /// How a parameter is made of tensors.
 #[derive(Debug, Clone)]
 pub(super) struct Found {
-    pub(super) relation: Rc<Relation>,
+    pub(super) relation: Arc<Relation>,
     /// Which of the relation's parameters it is.
     pub(super) place: usize,
 }
@@ -97,7 +97,7 @@ pub(super) fn find(weights: &Weights, mapping: &Mapping, path: &str) -> Result<O
         let Some(dims) = dims else { continue };
         let relation = Relation::of_files(rule, &filled, &dims)
             .map_err(|problem| file_error(weights.dir(), format!("parameter `{path}`: {problem}")))?;
-        return Ok(Some(Found { relation: Rc::new(relation), place }));
+        return Ok(Some(Found { relation: Arc::new(relation), place }));
     }
     Ok(None)
 }
@@ -112,15 +112,19 @@ impl SliceSource for Mapped {
 
     fn read(&mut self, path: &str, ranges: &[Range<usize>]) -> Result<TensorData, Error> {
         let found = self.found(path)?.ok_or_else(|| self.missing(path))?;
-        read(&mut self.weights, &found.relation, (found.place, ranges), None)
+        read(&self.weights, &found.relation, (found.place, ranges), None)
     }
 
     fn read_as(&mut self, path: &str, ranges: &[Range<usize>], dtype: DType) -> Result<TensorData, Error> {
         let found = self.found(path)?.ok_or_else(|| self.missing(path))?;
-        read(&mut self.weights, &found.relation, (found.place, ranges), Some(dtype))
+        read(&self.weights, &found.relation, (found.place, ranges), Some(dtype))
     }
 
     fn keeps(&mut self, path: &str) -> bool {
         self.mapping.keeps(path)
+    }
+
+    fn for_later(&self) -> Option<Box<dyn SliceSource + Send>> {
+        Some(Box::new(self.clone()))
     }
 }

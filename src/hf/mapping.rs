@@ -156,6 +156,31 @@ mod tests {
         let said = Mapping::from_toml("[[rule]]\nfile = 'a.*'\nmodel = 'b'").unwrap_err().to_string();
         assert!(said.contains("rule of `a.*` and `b`"), "{said}");
         assert!(Mapping::from_toml("[[rule]]\nfile = 'a'\nmodel = 'b'\nfold = 1").is_err());
+        let json = serde_json::to_string(&mapping).unwrap();
+        assert_eq!(serde_json::from_str::<Mapping>(&json).unwrap(), mapping);
         assert_eq!(Mapping::identity().within("x").rules[0], Rule::new("*", "x.*"));
+    }
+
+    /// By serde alone, as when a mapping is part of a larger file, the words are those of `from_toml`, and the place.
+    #[test]
+    fn wrong_rules_are_told_wherever_they_are_read() {
+        for (rule, words) in [
+            (r#"{"file": "a.*", "model": "b"}"#, "rule of `a.*` and `b`: all names must have the same number of `*`"),
+            (r#"{"file": [], "model": "b"}"#, "a side has no names"),
+            (r#"{"file": 3, "model": "b"}"#, "integer `3`, expected a name or a list of names"),
+            (r#"{"file": ["a", {}], "model": "b"}"#, "expected a string"),
+            (r#"{"file": "a", "model": "b", "fold": 1}"#, "unknown field `fold`"),
+            (r#"["a", "b"]"#, "expected a table of keys and values"),
+        ] {
+            let said = serde_json::from_str::<Mapping>(&format!("{{\n\"rule\": [{rule}]}}")).unwrap_err().to_string();
+            assert!(said.contains(words) && said.contains("line 2"), "{said}");
+            let toml = format!("keep = []\nrule = [{}]", rule.replace(": ", " = "));
+            for said in [
+                toml::from_str::<Mapping>(&toml).unwrap_err().to_string(),
+                Mapping::from_toml(&toml).unwrap_err().to_string(),
+            ] {
+                assert!(said.contains(words) && said.contains("line 2"), "{said}");
+            }
+        }
     }
 }

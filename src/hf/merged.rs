@@ -12,8 +12,9 @@ use crate::params::SliceSource;
 use crate::tensor_file::file_error;
 
 /// Weights to which the adapters of another directory are added as they are read: a [`SliceSource`] for the model
-/// without adapters. A rank computes the rows and columns that it holds, and nothing else is read.
-#[derive(Debug)]
+/// without adapters. A rank computes the rows and columns that it holds, and nothing else is read. A clone shares the
+/// files of both.
+#[derive(Debug, Clone)]
 pub struct Merged {
     base: Mapped,
     adapters: Mapped,
@@ -96,5 +97,9 @@ impl SliceSource for Merged {
 
     fn keeps(&mut self, path: &str) -> bool {
         self.base.keeps(path)
+    }
+
+    fn for_later(&self) -> Option<Box<dyn SliceSource + Send>> {
+        Some(Box::new(self.clone()))
     }
 }

@@ -24,6 +24,10 @@ impl SliceSource for Weights {
         let whole = whole(self, path)?;
         read(self, &whole, (0, ranges), Some(dtype))
     }
+
+    fn for_later(&self) -> Option<Box<dyn SliceSource + Send>> {
+        Some(Box::new(self.clone()))
+    }
 }
 
 /// A tensor that is a parameter as it is.
@@ -39,7 +43,7 @@ fn whole(weights: &Weights, name: &str) -> Result<Relation, Error> {
 /// # Errors
 /// [`file_error`] if a tensor is missing or is of a dtype that burn lacks, or the ranges do not fit.
 pub(super) fn read(
-    weights: &mut Weights,
+    weights: &Weights,
     relation: &Relation,
     (place, ranges): (usize, &[Range<usize>]),
     dtype: Option<DType>,
@@ -85,7 +89,7 @@ pub(super) fn read(
     for file in &relation.files {
         weights.entry(&file.name).into_iter().for_each(|(of, entry)| of.release(entry));
     }
-    weights.bytes_read += bytes_read;
+    weights.count(bytes_read);
     Ok(values.into_data(lens, dtype))
 }
 

@@ -1,8 +1,13 @@
 //! One rule of a mapping.
 
-use serde::{Deserialize, Serialize};
+use std::fmt;
+
+use serde::de::value::SeqAccessDeserializer;
+use serde::de::{SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::pattern::{filled, wildcards};
+use crate::forms::table_as;
 use crate::plan::captures;
 
 /// Which tensors of a file are which parameters of a model, and how one is made of the other.
@@ -24,7 +29,7 @@ use crate::plan::captures;
 /// # Ok::<(), burn_parallel::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(remote = "Self", deny_unknown_fields)]
 pub struct Rule {
     pub(super) file: Names,
     pub(super) model: Names,
@@ -41,8 +46,38 @@ pub struct Rule {
     pub(super) pairs: Option<usize>,
 }
 
+/// A rule as it is written, before it is known whether it can fit a model.
+struct Written(Rule);
+
+impl<'de> Deserialize<'de> for Written {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // By its fields, and so are rules written: what serde has made of it, as `remote` says.
+        Rule::deserialize(deserializer).map(Self)
+    }
+}
+
+impl TryFrom<Written> for Rule {
+    type Error = String;
+
+    fn try_from(Written(rule): Written) -> Result<Self, String> {
+        rule.check().map(|()| rule)
+    }
+}
+
+impl<'de> Deserialize<'de> for Rule {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        table_as::<Written, Self, D>(deserializer)
+    }
+}
+
+impl Serialize for Rule {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        Self::serialize(self, serializer)
+    }
+}
+
 /// One name or several.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Names {
     /// One.
@@ -57,6 +92,30 @@ impl Names {
             Self::One(name) => std::slice::from_ref(name),
             Self::Several(names) => names,
         }
+    }
+}
+
+impl<'de> Deserialize<'de> for Names {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(NamesVisitor)
+    }
+}
+
+struct NamesVisitor;
+
+impl<'de> Visitor<'de> for NamesVisitor {
+    type Value = Names;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a name or a list of names")
+    }
+
+    fn visit_str<E>(self, name: &str) -> Result<Names, E> {
+        Ok(name.into())
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, names: A) -> Result<Names, A::Error> {
+        Vec::deserialize(SeqAccessDeserializer::new(names)).map(Names::Several)
     }
 }
 

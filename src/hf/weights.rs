@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use burn::tensor::DType;
 use serde_json::Value;
@@ -77,14 +79,15 @@ pub(super) fn open_stem(path: &Path, stem: &str) -> Result<Weights, Error> {
 }
 
 /// The tensors of a directory, by their names there: a [`SliceSource`](crate::params::SliceSource) for models whose
-/// parameters have these names and dims. [`mapped`](Self::mapped) gives others.
-#[derive(Debug)]
+/// parameters have these names and dims. [`mapped`](Self::mapped) gives others. A clone shares the files, which stay
+/// open as long as there is one, and counts what is read together with the others.
+#[derive(Debug, Clone)]
 pub struct Weights {
     dir: PathBuf,
-    files: Vec<TensorFile>,
+    files: Arc<Vec<TensorFile>>,
     /// Which file each tensor is in.
-    places: BTreeMap<String, usize>,
-    pub(super) bytes_read: u64,
+    places: Arc<BTreeMap<String, usize>>,
+    bytes_read: Arc<AtomicU64>,
 }
 
 impl Weights {
@@ -105,8 +108,13 @@ impl Weights {
                 ));
             }
         }
-        let bytes_read = files.iter().map(|file| file.start() as u64).sum();
-        Ok(Self { dir: dir.into(), files, places, bytes_read })
+        let headers = files.iter().map(|file| file.start() as u64).sum();
+        Ok(Self {
+            dir: dir.into(),
+            files: Arc::new(files),
+            places: Arc::new(places),
+            bytes_read: Arc::new(AtomicU64::new(headers)),
+        })
     }
 
     /// Bytes that are one safetensors file.
@@ -134,7 +142,11 @@ impl Weights {
 
     /// How many bytes were read so far: of the tensors those that were asked for, and all headers.
     pub fn bytes_read(&self) -> u64 {
-        self.bytes_read
+        self.bytes_read.load(Relaxed)
+    }
+
+    pub(super) fn count(&self, bytes: u64) {
+        self.bytes_read.fetch_add(bytes, Relaxed);
     }
 
     /// What `config.json` says.

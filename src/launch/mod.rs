@@ -1,5 +1,17 @@
 //! Starts the ranks of a world.
 //!
+//! ```
+//! use burn_parallel::prelude::*;
+//!
+//! fn train(rank: Rank) -> Result<u64, Error> {
+//!     rank.all_reduce(vec![rank.rank() as u64], ReduceOp::Sum).map(|sums| sums[0])
+//! }
+//!
+//! let sums = launch::threads(4).run(train)?; // under torchrun, mpirun or srun: launch::from_env()?.run(train)?
+//! assert_eq!(sums, [6; 4]);
+//! # Ok::<(), Error>(())
+//! ```
+//!
 //! [`threads`] runs every rank as a thread of this process, each with a compute-thread pool of its own. [`processes`]
 //! starts this program several times on this machine. [`from_env`] is for programs that a launcher starts, on one
 //! machine or many: torchrun, `mpirun`, `srun`. Processes are joined over TCP, or by MPI if its launcher has started
@@ -8,6 +20,7 @@
 //! [`Processes::restarts`] starts lost ranks again; [`StopSignals`] tells all ranks that a cluster is about to end
 //! them.
 
+mod bounded;
 mod end_with_parent;
 mod environment;
 mod process;

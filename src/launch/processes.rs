@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::process::Command;
 use std::time::Duration;
 
+use super::bounded::said_within;
 use super::environment::{RESTART, RUN};
 use super::relay;
 use super::rendezvous::SECRET;
@@ -14,6 +15,8 @@ use crate::comm::tcp::{descriptors, nonce};
 
 /// Says to a program that it has been started by itself.
 const CHILD: &str = "BURN_PARALLEL_CHILD";
+/// How long `mpirun` may take to say which version it is.
+const VERSION_WAIT: Duration = Duration::from_secs(60);
 /// How long ranks have to end once they are told to, unless the program says otherwise.
 const TIME_TO_END: Duration = Duration::from_secs(5);
 /// How soon ranks fail that would fail again, unless the program says otherwise.
@@ -124,12 +127,15 @@ impl Processes {
             return self.supervise().map(|()| None);
         }
         // MPI joins only processes that its own launcher has started.
-        let mut mpirun = Command::new("mpirun");
-        let version = Command::new("mpirun").arg("--version").output().map_err(|problem| Error::Transport {
-            transport: "mpi",
-            problem: format!("mpirun cannot be started: {problem}; install it (Debian: openmpi-bin)"),
-        })?;
-        if String::from_utf8_lossy(&version.stdout).contains("Open MPI") {
+        let (mut mpirun, mut asked) = (Command::new("mpirun"), Command::new("mpirun"));
+        asked.arg("--version");
+        let mpi = |problem| Error::Transport { transport: "mpi", problem };
+        let version = said_within(asked, VERSION_WAIT)
+            .map_err(|problem| mpi(format!("mpirun cannot be started: {problem}; install it (Debian: openmpi-bin)")))?
+            .ok_or_else(|| {
+                mpi(format!("`mpirun --version` has said nothing in {VERSION_WAIT:?}: what is in its place?"))
+            })?;
+        if version.contains("Open MPI") {
             mpirun.args(["--oversubscribe", "--bind-to", "none", "--tag-output"]);
             // SAFETY: always succeeds.
             if unsafe { libc::geteuid() } == 0 {

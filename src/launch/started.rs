@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use super::bounded::{KILLED_WAIT, has_ended_by};
 use super::end_with_parent;
 use super::reader::ended_by;
 use super::relay::relay;
@@ -19,6 +20,10 @@ use super::relay::relay;
 /// How long what a process has said is waited for after its end. All of its group have ended by then: what holds its
 /// output still has left the group, as a daemon does (`setsid`).
 pub(super) const OUTPUT_WAIT: Duration = Duration::from_secs(1);
+
+/// Of a process that was killed, why it may not have ended.
+pub(super) const STUCK: &str =
+    "as one that waits in the kernel, for a file system or a driver: nobody waits for it any longer";
 
 /// A process, and the threads that read what it says.
 pub(super) struct Started {
@@ -96,7 +101,9 @@ impl Started {
 impl Drop for Started {
     fn drop(&mut self) {
         self.end(Instant::now() + OUTPUT_WAIT);
-        let _ = self.child.wait();
+        if matches!(has_ended_by(&mut self.child, Instant::now() + KILLED_WAIT), Ok(false)) {
+            log::warn!("{} was killed and has not ended, {STUCK}", self.name);
+        }
     }
 }
 

@@ -14,7 +14,8 @@ use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
 use super::StopSignal;
-use super::started::{OUTPUT_WAIT, Started};
+use super::bounded::KILLED_WAIT;
+use super::started::{OUTPUT_WAIT, STUCK, Started};
 use crate::Error;
 
 /// How often the parent looks whether a rank has ended.
@@ -101,6 +102,10 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
             });
             if since.elapsed() > grace {
                 started.iter().for_each(|process| process.signal(libc::SIGKILL));
+            }
+            if since.elapsed() > grace.saturating_add(KILLED_WAIT) {
+                log::warn!("the ranks were killed, and some have not ended, {STUCK}");
+                break;
             }
         }
         thread::sleep(POLL_INTERVAL);

@@ -10,7 +10,7 @@ use super::Rank;
 use crate::Error;
 use crate::comm::{Communicator, panic_message};
 use crate::comm::{WorldConfig, local};
-use crate::error::{catch_told, caught, is_thrown};
+use crate::error::{catch_quietly, caught, is_thrown};
 
 /// Prepares a world of `size` ranks that are threads of this process. [`Threads::run`] starts it.
 ///
@@ -147,7 +147,7 @@ where
         Err(problem) => return fail(Error::Launch { rank: index, size: comm.size(), problem: problem.to_string() }),
     };
     // Caught on the thread that it happens on, which knows the error of a panic that stands for one.
-    let run = || catch_told(is_thrown, || f(rank)).or_else(|panic| caught(&*panic).map(Err).ok_or(panic));
+    let run = || catch_quietly(is_thrown, || f(rank)).or_else(|panic| caught(&*panic).map(Err).ok_or(panic));
     match pool.install(run) {
         Ok(Ok(result)) => {
             // Said outright: a tape that burn has not cleared away yet may keep communicators alive.

@@ -108,10 +108,11 @@ struct AdamRule {
 }
 
 impl AdamRule {
-    fn new(moments: Moments, time: i32, lr: f64, weight_decay: Option<WeightDecay>) -> Self {
+    fn new(moments: Moments, time: i32, lr: f64, adam: &FusedAdam) -> Self {
         let Betas { beta_1, beta_2, epsilon, .. } = moments.betas;
         let second = (1.0 - beta_2.powi(time)).sqrt();
-        Self { moments, lr, weight_decay, factor: second / (1.0 - beta_1.powi(time)), epsilon: epsilon * second }
+        let factor = second / (1.0 - beta_1.powi(time));
+        Self { moments, lr, weight_decay: adam.weight_decay, factor, epsilon: epsilon * second }
     }
 }
 
@@ -139,11 +140,11 @@ struct AdamWRule {
 }
 
 impl AdamWRule {
-    fn new(moments: Moments, time: i32, lr: f64, decay: Decoupled) -> Self {
+    fn new(moments: Moments, time: i32, lr: f64, adam: &FusedAdamW) -> Self {
         let Betas { beta_1, beta_2, .. } = moments.betas;
         let biases = [beta_1, beta_2].map(|beta| 1.0 - beta.powi(time));
-        let rate = lr * f64::from(decay.weight_decay);
-        Self { moments, lr, biases, decay: rate, is_cautious: decay.cautious_weight_decay }
+        let Decoupled { weight_decay, cautious_weight_decay: is_cautious } = adam.decay;
+        Self { moments, lr, biases, decay: lr * f64::from(weight_decay), is_cautious }
     }
 
     #[inline(always)]
@@ -208,55 +209,37 @@ fn step<const D: usize, R: UpdateRule<2> + UpdateRule<3>>(
     (value, AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2 })
 }
 
-impl Optimizer for FusedAdam {
-    type State<const D: usize> = FusedAdamState<D>;
+/// Implements burn's `Optimizer` by a rule, and by burn's own where not everything is on the host.
+macro_rules! fused {
+    ($fused:ident, $burns_state:ident, $rule:ident) => {
+        impl Optimizer for $fused {
+            type State<const D: usize> = FusedAdamState<D>;
 
-    fn step<const D: usize>(
-        &self,
-        lr: LearningRate,
-        tensor: Tensor<D>,
-        grad: Tensor<D>,
-        state: Option<FusedAdamState<D>>,
-    ) -> (Tensor<D>, Option<FusedAdamState<D>>) {
-        if !all_here(&tensor, &grad, state.as_ref().map(|state| &state.momentum), self.betas.amsgrad) {
-            let state = state.map(|state| AdamState::new(of_dtype(state.momentum, grad.dtype())));
-            let (tensor, state) = self.burn.step(lr, tensor, grad, state);
-            return (tensor, state.map(|state| FusedAdamState { momentum: state.momentum }));
+            fn step<const D: usize>(
+                &self,
+                lr: LearningRate,
+                tensor: Tensor<D>,
+                grad: Tensor<D>,
+                state: Option<FusedAdamState<D>>,
+            ) -> (Tensor<D>, Option<FusedAdamState<D>>) {
+                if !all_here(&tensor, &grad, state.as_ref().map(|state| &state.momentum), self.betas.amsgrad) {
+                    let state = state.map(|state| $burns_state::new(of_dtype(state.momentum, grad.dtype())));
+                    let (tensor, state) = self.burn.step(lr, tensor, grad, state);
+                    return (tensor, state.map(|state| FusedAdamState { momentum: state.momentum }));
+                }
+                let rule = |moments, time| $rule::new(moments, time, lr, self);
+                let (tensor, momentum) = step(tensor, grad, state.map(|state| state.momentum), self.betas, rule);
+                (tensor, Some(FusedAdamState { momentum }))
+            }
+
+            fn to_device<const D: usize>(state: FusedAdamState<D>, device: &Device) -> FusedAdamState<D> {
+                FusedAdamState { momentum: state.momentum.to_device(device) }
+            }
         }
-        let rule = |moments, time| AdamRule::new(moments, time, lr, self.weight_decay);
-        let (tensor, state) = step(tensor, grad, state.map(|state| state.momentum), self.betas, rule);
-        (tensor, Some(FusedAdamState { momentum: state }))
-    }
-
-    fn to_device<const D: usize>(state: FusedAdamState<D>, device: &Device) -> FusedAdamState<D> {
-        FusedAdamState { momentum: state.momentum.to_device(device) }
-    }
+    };
 }
-
-impl Optimizer for FusedAdamW {
-    type State<const D: usize> = FusedAdamState<D>;
-
-    fn step<const D: usize>(
-        &self,
-        lr: LearningRate,
-        tensor: Tensor<D>,
-        grad: Tensor<D>,
-        state: Option<FusedAdamState<D>>,
-    ) -> (Tensor<D>, Option<FusedAdamState<D>>) {
-        if !all_here(&tensor, &grad, state.as_ref().map(|state| &state.momentum), self.betas.amsgrad) {
-            let state = state.map(|state| AdamWState::new(of_dtype(state.momentum, grad.dtype())));
-            let (tensor, state) = self.burn.step(lr, tensor, grad, state);
-            return (tensor, state.map(|state| FusedAdamState { momentum: state.momentum }));
-        }
-        let rule = |moments, time| AdamWRule::new(moments, time, lr, self.decay);
-        let (tensor, state) = step(tensor, grad, state.map(|state| state.momentum), self.betas, rule);
-        (tensor, Some(FusedAdamState { momentum: state }))
-    }
-
-    fn to_device<const D: usize>(state: FusedAdamState<D>, device: &Device) -> FusedAdamState<D> {
-        FusedAdamState { momentum: state.momentum.to_device(device) }
-    }
-}
+fused!(FusedAdam, AdamState, AdamRule);
+fused!(FusedAdamW, AdamWState, AdamWRule);
 
 /// Moments of the dtype of a gradient, which burn's operations demand.
 fn of_dtype<const D: usize>(mut state: AdaptiveMomentumState<D>, dtype: DType) -> AdaptiveMomentumState<D> {

@@ -5,7 +5,7 @@
 //! name. So names are learnt from a file, and from then on an optimizer that only collects takes what they stand for.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use burn::module::{ParamGroup, ParamId};
 use burn::optim::{DynState, ModuleOptimizer, OptimizerRecord, SgdConfig, StateSink, StateSource};
@@ -13,6 +13,7 @@ use burn::tensor::TensorData;
 use burn_pack::{Reader, Scalar};
 
 use super::states_only::{States, states_only};
+use crate::lock::lock;
 
 /// Bytes of parameters whose state is read out at once, unless one has more: of what burn makes of it there are two
 /// copies meanwhile.
@@ -75,7 +76,7 @@ impl StateNames {
         let found = Arc::new(Mutex::new(ParamStates::new()));
         let collector = Collector { names: self.clone(), found: found.clone() };
         drop(states_only(collector).load_record(record));
-        let found = std::mem::take(&mut *found.lock().unwrap_or_else(PoisonError::into_inner));
+        let found = std::mem::take(&mut *lock(&found));
         let all = |number: fn(&ParamState) -> usize| found.values().map(number).sum::<usize>();
         let whole = (all(|state| state.moments.len()), all(|state| state.scalars.len())) == (tensors, scalars);
         whole.then_some(found)
@@ -158,7 +159,7 @@ impl States for Collector {
     fn take(&self, _: usize, id: &str, from: &mut StateSource) -> Option<DynState> {
         let param = id.parse::<u64>().ok()?;
         let state = self.names.take(id, from);
-        self.found.lock().unwrap_or_else(PoisonError::into_inner).insert(param.into(), state);
+        lock(&self.found).insert(param.into(), state);
         None
     }
 }

@@ -37,4 +37,10 @@ pub trait SliceSource {
     fn keeps(&mut self, _path: &str) -> bool {
         false
     }
+
+    /// The same store once more, for a pipeline that finds out in its first step which parameters several stages share:
+    /// each of them reads its own from there. By default there is none, and they are sent instead.
+    fn for_later(&self) -> Option<Box<dyn SliceSource + Send>> {
+        None
+    }
 }

@@ -1,17 +1,16 @@
 //! Errors that all ranks of a group return alike.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
 use super::agree::share_bytes;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp, panic_message};
+use crate::error::catch_quietly;
 
 /// What a rank does by itself. That it panics, as burn does where a device fails, is an error like others, which
 /// `wrong` makes of words: else this rank would not come to where the others wait.
 pub(crate) fn attempt<T>(run: impl FnOnce() -> Result<T, Error>, wrong: fn(String) -> Error) -> Result<T, Error> {
     let panicked =
         |panic: Box<dyn std::any::Any + Send>| Err(wrong(format!("it panicked: {}", panic_message(&*panic))));
-    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(panicked)
+    catch_quietly(|_| true, run).unwrap_or_else(panicked)
 }
 
 /// What this rank has, if none of the group failed; else the error of the first that did, with its number, which

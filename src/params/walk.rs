@@ -19,7 +19,7 @@ pub(crate) fn visit_params_and_flags<M: Module>(
     visit: &mut dyn FnMut(ParamRef<'_>),
     flag: &mut dyn FnMut(&Param<Flag>, &ModulePath),
 ) {
-    module.visit(&mut Walk { path: ModulePath::default(), visit, flag });
+    module.visit(&mut Walk { path: ModulePath::default(), enters_shard: false, visit, flag });
 }
 
 /// As [`visit_params`], of the float parameters alone.
@@ -36,9 +36,15 @@ pub(crate) fn visit_floats<M: Module>(module: &M, visit: &mut dyn FnMut(ParamRef
 pub(crate) struct ParamRef<'a> {
     param: &'a dyn AnyParam,
     path: &'a ModulePath,
+    is_shard: bool,
 }
 
 impl ParamRef<'_> {
+    /// Whether these are the rows of a parameter, for which the one stands that was visited before.
+    pub(crate) fn is_shard(&self) -> bool {
+        self.is_shard
+    }
+
     pub(crate) fn id(&self) -> ParamId {
         self.param.id()
     }
@@ -170,21 +176,24 @@ impl ModulePath {
 
 struct Walk<'a> {
     path: ModulePath,
+    /// Whether rows come next.
+    enters_shard: bool,
     visit: &'a mut dyn FnMut(ParamRef<'_>),
     flag: &'a mut dyn FnMut(&Param<Flag>, &ModulePath),
 }
 
 impl ModuleVisitor for Walk<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        (self.visit)(ParamRef { param, path: &self.path });
+        let is_shard = std::mem::take(&mut self.enters_shard);
+        (self.visit)(ParamRef { param, path: &self.path, is_shard });
     }
 
     fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<D, Int>>) {
-        (self.visit)(ParamRef { param, path: &self.path });
+        (self.visit)(ParamRef { param, path: &self.path, is_shard: false });
     }
 
     fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<D, Bool>>) {
-        (self.visit)(ParamRef { param, path: &self.path });
+        (self.visit)(ParamRef { param, path: &self.path, is_shard: false });
     }
 
     fn visit_flag(&mut self, flag: &Param<Flag>) {
@@ -192,8 +201,9 @@ impl ModuleVisitor for Walk<'_> {
     }
 
     fn enter_module(&mut self, name: &str, container: &str) {
-        if !is_shard(name, container) {
-            self.path.enter(name, container);
+        match is_shard(name, container) {
+            true => self.enters_shard = true,
+            false => self.path.enter(name, container),
         }
     }
 

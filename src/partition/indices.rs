@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorIr};
 
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::graph::{CustomOps, graph_error};
+use crate::lock::lock;
 use crate::tensor::PlainTensor;
 
 /// What the id of the operation ends in, behind the name of the axis.

@@ -1,5 +1,8 @@
 //! Options of a partition.
 
+use burn::config::Config;
+use serde::{Deserialize, Serialize};
+
 /// The mesh axis over which [`partition`](super::partition) splits a step, and how.
 ///
 /// ```
@@ -8,7 +11,8 @@
 /// let options = PartitionOptions::new("tp", 4, 1).with_sequence_dim(1);
 /// assert_eq!((options.degree, options.sequence_dim), (4, Some(1)));
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct PartitionOptions {
     /// Name of the axis, which the ids of the collectives begin with: `tp.all_reduce`.
     pub axis: String,
@@ -18,8 +22,11 @@ pub struct PartitionOptions {
     pub rank: usize,
     /// Sequence parallelism: the dim along which activations stay split between the parts of the model that are split
     /// otherwise. `None` leaves them whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sequence_dim: Option<usize>,
 }
+
+impl Config for PartitionOptions {}
 
 impl PartitionOptions {
     /// The axis of this name and degree, seen from one of its ranks.

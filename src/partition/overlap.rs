@@ -20,9 +20,9 @@ use super::products::{ProductKind, ProductOp};
 use crate::Error;
 use crate::collective_matmul::PendingProduct;
 use crate::comm::Communicator;
-use crate::comm::lock::lock;
 use crate::graph::operation::only_moves;
 use crate::graph::{CustomOps, StepGraph, graph_error};
+use crate::lock::lock;
 use crate::tensor::PlainTensor;
 
 /// Takes collectives apart into start and wait, as far from each other as the data allow. Those between which nothing

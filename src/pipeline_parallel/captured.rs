@@ -18,7 +18,7 @@ use crate::graph::{StepGraph, StepKey, TensorTree, capture_forward, capture_step
 use crate::params::one_device;
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::{CutGraph, StageRun, cut_like, measure_operations};
-use crate::step::{Identity, StepFn};
+use crate::step::{ClosureIdentity, StepFn};
 
 impl PipelineState {
     /// Captures and cuts the step for this batch, unless that is done; `local` loses what this rank does not hold.
@@ -138,7 +138,7 @@ impl PipelineState {
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
         let signature = self.signature(&model, false);
         let model = local.insert(model);
-        let identity = Identity::of::<F>();
+        let identity = ClosureIdentity::of::<F>();
         let mut key = StepKey::new(identity, signature?, &inputs)?;
         let (firsts, sizes) = batch.sizes();
         let capture = |meta_module: &M, forward: &mut F| {
@@ -234,7 +234,7 @@ impl PipelineState {
             self.cut = cuts.first().cloned();
             if let Some(model) = local.take() {
                 let held = self.hold(model);
-                *local = Some(self.tied_params.share(held)?);
+                *local = Some(self.share(held)?);
             }
         }
         graphs.iter().zip(&cuts).try_for_each(|(graph, cut)| self.check_holders(graph, cut))?;

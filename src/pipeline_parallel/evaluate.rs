@@ -8,8 +8,8 @@ use super::schedule::Unit;
 use super::step::bound;
 use super::{Pipelined, stage_error};
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::graph::TensorTree;
+use crate::lock::lock;
 use crate::params::one_device;
 use crate::tensor::PlainTensor;
 

@@ -48,6 +48,7 @@ pub mod cut;
 mod eager;
 mod evaluate;
 mod graph_stage;
+mod loaded;
 mod memory;
 mod module_impl;
 mod output_join;

@@ -10,7 +10,7 @@ use burn_ir::TensorId;
 use super::stage_error;
 use crate::Error;
 use crate::graph::StepGraph;
-use crate::graph::operation::{Reduced, linear_step, reduced};
+use crate::graph::operation::{SumOrMean, linear_step, sum_or_mean};
 use crate::tensor::PlainTensor;
 
 /// How one output is put together.
@@ -106,11 +106,11 @@ impl Value {
                 return Some(Self { kind: Kind::Same, behind });
             }
             let op = maker(id)?;
-            match reduced(op) {
-                Some(Reduced::Sum(input)) => {
+            match sum_or_mean(op) {
+                Some(SumOrMean::Sum(input)) => {
                     return Some(Self { kind: Kind::Sum(input.shape.num_elements()), behind });
                 }
-                Some(Reduced::Mean(input)) => {
+                Some(SumOrMean::Mean(input)) => {
                     return Some(Self { kind: Kind::Mean(input.shape.num_elements()), behind });
                 }
                 None => {}

@@ -10,13 +10,13 @@ use super::PipelineConfig;
 use super::schedule::Timetable;
 use super::state::PipelineState;
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
     CheckedOptimizers, ClipRecord, ComparedCall, GradientLayout, GradientSink, MicroBatchResult, RandomSource,
     SameInputs, SplitParam, StepEngine, TensorTree, read_params,
 };
+use crate::lock::lock;
 use crate::nesting::refuse_wrapping;
 use crate::params::{self, ParamSlice, SliceSource, one_device};
 use crate::partition::ShardReport;
@@ -237,7 +237,8 @@ impl<M: Module> StepEngine for Pipelined<M> {
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatchResult, Error> {
-        let comparison = self.same_inputs.start(ComparedCall::Step, &inputs)?;
+        let updates = self.checked_optimizers.updates();
+        let comparison = self.same_inputs.start(ComparedCall::Step, &inputs, updates)?;
         let shards = lock(&self.state).row_shards.clone();
         let divisor = unit.unwrap_or(1.0);
         if let Some(shards) = &shards {
@@ -287,7 +288,8 @@ impl<M: Module> StepEngine for Pipelined<M> {
         F: FnMut(&M, I) -> O,
         O: TensorTree + Clone + Send + 'static,
     {
-        let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs)?;
+        let updates = self.checked_optimizers.updates();
+        let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs, updates)?;
         let outputs = self.run_forward(inputs, forward)?;
         comparison.finish()?;
         Ok(outputs)

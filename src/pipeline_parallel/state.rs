@@ -6,6 +6,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use burn::module::{Module, ParamId};
 
 use super::captured_step::CapturedStep;
+use super::loaded::LoadedFrom;
 use super::schedule::{Schedule, Timetable};
 use super::tied::TiedParams;
 use super::{PipelineConfig, stage_error};
@@ -32,6 +33,8 @@ pub(super) struct PipelineState {
     /// The first cut, to which all others keep.
     pub cut: Option<CutGraph>,
     pub tied_params: TiedParams,
+    /// Until the first cut, what the model was loaded from.
+    loaded_from: LoadedFrom,
     /// The parameters whose moments were restored before the first cut: on the ranks of their own stages alone.
     pub early_moments: HashSet<ParamId>,
     /// What the last captured step of a model that is split as well was given, for each axis.
@@ -102,6 +105,7 @@ impl PipelineState {
             holders,
             cut: None,
             tied_params: TiedParams::default(),
+            loaded_from: LoadedFrom::default(),
             early_moments: HashSet::new(),
             shards: Vec::new(),
             row_shards: None,
@@ -188,7 +192,25 @@ impl PipelineState {
         })?;
         let loaded = params::load(local, source, &|id| kept.contains(&id).then(|| self.param_slice(id))?)?;
         self.tied_params.loaded = true;
+        if self.cut.is_none() && self.group.size() > 1 {
+            self.loaded_from.add(source);
+        }
         Ok(loaded)
+    }
+
+    /// Has all ranks that hold a parameter hold the same of it. They read it where the rank of its own stage has read
+    /// it, and are sent what is not to be had there.
+    ///
+    /// # Errors
+    /// Those of [`Communicator`].
+    pub(super) fn share<M: Module>(&mut self, model: M) -> Result<M, Error> {
+        let sources = std::mem::take(&mut self.loaded_from);
+        if sources.is_empty() || self.tied_params.is_empty() {
+            return self.tied_params.share(model, false);
+        }
+        let elsewhere: HashSet<ParamId> = self.tied_params.of_other_stages().collect();
+        let model = sources.read(model, &|id| elsewhere.contains(&id).then(|| self.param_slice(id))?);
+        self.tied_params.share(model, true)
     }
 
     /// What this rank holds of each parameter whose own stage is here, or that has none. Of what several stages hold,

@@ -12,6 +12,13 @@ use crate::params::{self, Renamed, one_device};
 use crate::pipeline_parallel::cut::CutGraph;
 use crate::tensor::PlainTensor;
 
+/// What a rank has of a parameter, as it tells the others: no value yet.
+const LAZY: u64 = 0;
+/// A value that was not looked at, or none.
+const UNKNOWN: u64 = 1;
+/// A value, whose digest comes with it.
+const THERE: u64 = 2;
+
 /// A parameter that several ranks hold.
 #[derive(Debug, Clone)]
 struct TiedParam {
@@ -100,20 +107,47 @@ impl TiedParams {
         self.groups.iter().fold(Counters::default(), |sum, (group, _)| sum + group.counters())
     }
 
-    /// The parameters, with the values that the ranks of their own stages bring. Those that are lazy there wait.
+    /// Those that this rank holds beside the ones of its own stages.
+    pub(super) fn of_other_stages(&self) -> impl Iterator<Item = ParamId> {
+        let of_group = |(group, tied_params): &(Communicator, Vec<TiedParam>)| {
+            let rank = group.rank();
+            tied_params.iter().filter(move |tie| tie.home != rank).map(|tie| tie.id).collect::<Vec<_>>()
+        };
+        self.groups.iter().flat_map(of_group)
+    }
+
+    /// The parameters, with the values that the ranks of their own stages bring. Those that are lazy there wait. What
+    /// all holders have `read` for themselves is compared, and not sent if it is the same.
     ///
     /// # Errors
     /// Those of [`Communicator`].
-    pub(super) fn share<M: Module>(&mut self, model: M) -> Result<M, Error> {
+    pub(super) fn share<M: Module>(&mut self, model: M, read: bool) -> Result<M, Error> {
         let lazy = params::lazy_params(&model);
+        let all = self.groups.iter().flat_map(|(_, tied_params)| tied_params);
+        let made = all.filter(|tie| read && !lazy.contains(&tie.id)).map(|tie| tie.id).collect();
+        let mut values = read_params(&model, &made)?;
+        let mut sent = HashSet::new();
         for (group, tied_params) in &self.groups {
-            let here: Vec<u8> = tied_params.iter().map(|tie| u8::from(lazy.contains(&tie.id))).collect();
-            let all = group.all_gather(here)?;
-            let waits = |(place, tie): &(usize, &TiedParam)| all[tie.home * tied_params.len() + place] == 1;
-            self.pending.extend(tied_params.iter().enumerate().filter(waits).map(|(_, tie)| tie.id));
+            let mut here = Vec::new();
+            for tie in tied_params {
+                let value = values.remove(&tie.id).filter(|value| value.shape() == tie.shape);
+                here.extend(match value.and_then(|value| value.digest().ok()) {
+                    Some(digest) => [THERE, digest],
+                    None => [if lazy.contains(&tie.id) { LAZY } else { UNKNOWN }, 0],
+                });
+            }
+            let all = group.all_gather(here.clone())?;
+            for (place, tie) in tied_params.iter().enumerate() {
+                let of = |holder: usize| &all[holder * here.len() + 2 * place..][..2];
+                let home = of(tie.home);
+                match home[0] {
+                    LAZY => drop(self.pending.insert(tie.id)),
+                    THERE if (0..group.size()).all(|holder| of(holder) == home) => {}
+                    _ => drop(sent.insert(tie.id)),
+                }
+            }
         }
-        let now = |tie: &TiedParam| !self.pending.contains(&tie.id);
-        self.shared(model, &now)
+        self.shared(model, &|tie| sent.contains(&tie.id))
     }
 
     /// The model with those parameters shared that have waited, if any still must be. Collective over the holders.
@@ -203,7 +237,7 @@ mod tests {
     use burn::tensor::Tensor;
 
     use super::*;
-    use crate::comm::lock::lock;
+    use crate::lock::lock;
     use crate::prelude::*;
 
     /// Groups are made for the model, and not for the shapes that come: on a network each is a communicator.

@@ -11,7 +11,7 @@ use crate::layout::Layout;
 /// What a plan says of one axis.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct AxisPlan {
-    pub(super) rules: Vec<Rule>,
+    pub(super) rules: Vec<ParamRule>,
     pub(super) inputs: Vec<InputRule>,
     pub(super) sequence_dim: Option<usize>,
     /// Why no model can be split so.
@@ -20,7 +20,7 @@ pub(crate) struct AxisPlan {
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(into = "RuleText")]
-pub(super) struct Rule {
+pub(super) struct ParamRule {
     pub(super) pattern: String,
     pub(super) layout: Layout,
     /// Whether it may match nothing.
@@ -36,7 +36,7 @@ pub(super) struct InputRule {
     pub(super) shard: usize,
 }
 
-impl Rule {
+impl ParamRule {
     pub(super) fn matches(&self, path: &str) -> bool {
         matches(&self.pattern, path)
     }
@@ -112,8 +112,8 @@ pub(super) fn local_dims(
     Ok(local)
 }
 
-impl From<Rule> for RuleText {
-    fn from(Rule { pattern, layout, optional: if_present, padded }: Rule) -> Self {
+impl From<ParamRule> for RuleText {
+    fn from(ParamRule { pattern, layout, optional: if_present, padded }: ParamRule) -> Self {
         let shard = match layout {
             Layout::Sharded(dim) => Some(dim),
             _ => None,
@@ -122,13 +122,13 @@ impl From<Rule> for RuleText {
     }
 }
 
-impl<'de> Deserialize<'de> for Rule {
+impl<'de> Deserialize<'de> for ParamRule {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         table_as::<RuleText, Self, D>(deserializer)
     }
 }
 
-impl TryFrom<RuleText> for Rule {
+impl TryFrom<RuleText> for ParamRule {
     type Error = String;
 
     fn try_from(text: RuleText) -> Result<Self, String> {

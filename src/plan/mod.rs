@@ -60,7 +60,7 @@ pub(crate) use cost::{must_split, warn_of_nothing_split};
 pub(crate) use from_layouts::{from_layouts, like};
 pub use table::{PlanRow, PlanTable};
 
-use self::axis_plan::{InputRule, Rule, plan_error};
+use self::axis_plan::{InputRule, ParamRule, plan_error};
 pub(crate) use self::compressed_paths::compress_paths;
 pub(crate) use self::pattern::{captures, matches};
 use self::text::PlanText;
@@ -102,7 +102,7 @@ impl Plan {
 
     /// Splits the parameters that match along `dim`.
     pub fn shard(self, pattern: impl Into<String>, dim: usize) -> Self {
-        self.rule(Rule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: false, padded: false })
+        self.rule(ParamRule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: false, padded: false })
     }
 
     /// Splits the parameters that match along `dim`, padded with zeros to the next size that the ranks divide evenly:
@@ -115,21 +115,21 @@ impl Plan {
     /// by element from them can, with sums, means and the softmax over the padded dim; other activations are gathered,
     /// and a parameter that is read in another way is an error then.
     pub fn shard_padded(self, pattern: impl Into<String>, dim: usize) -> Self {
-        self.rule(Rule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: false, padded: true })
+        self.rule(ParamRule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: false, padded: true })
     }
 
     /// Splits the parameters that match along `dim`; it is no error if there is none, or if earlier rules take them
     /// all.
     pub fn shard_if_present(self, pattern: impl Into<String>, dim: usize) -> Self {
-        self.rule(Rule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: true, padded: false })
+        self.rule(ParamRule { pattern: pattern.into(), layout: Layout::Sharded(dim), optional: true, padded: false })
     }
 
     /// Leaves the parameters that match whole on every rank, whatever later rules say.
     pub fn replicate(self, pattern: impl Into<String>) -> Self {
-        self.rule(Rule { pattern: pattern.into(), layout: Layout::Replicated, optional: false, padded: false })
+        self.rule(ParamRule { pattern: pattern.into(), layout: Layout::Replicated, optional: false, padded: false })
     }
 
-    fn rule(mut self, rule: Rule) -> Self {
+    fn rule(mut self, rule: ParamRule) -> Self {
         self.own.rules.push(rule);
         self
     }

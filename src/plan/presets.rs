@@ -2,7 +2,7 @@
 //!
 //! They go by field names, so that they fit a layer wherever it is in a model. [`Plan::then`] puts them together.
 
-use super::{Plan, Rule};
+use super::{ParamRule, Plan};
 use crate::layout::Layout;
 
 impl Plan {
@@ -147,8 +147,8 @@ impl Plan {
 }
 
 /// Of a layer in the field `field`, a parameter that has a dim for the vocabulary.
-fn part(field: &str, parameter: &str, dim: usize, optional: bool) -> Rule {
-    Rule { pattern: format!("*{field}.{parameter}"), layout: Layout::Sharded(dim), optional, padded: true }
+fn part(field: &str, parameter: &str, dim: usize, optional: bool) -> ParamRule {
+    ParamRule { pattern: format!("*{field}.{parameter}"), layout: Layout::Sharded(dim), optional, padded: true }
 }
 
 /// A plan that says, wherever it is looked at, that it was given an empty name.

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::axis_plan::{AxisPlan, InputRule, Rule};
+use super::axis_plan::{AxisPlan, InputRule, ParamRule};
 use crate::forms::{tables, tables_by_name};
 
 #[derive(Serialize, Deserialize)]
@@ -13,7 +13,7 @@ pub(super) struct PlanText {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) sequence_parallel: Option<usize>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) parameters: Vec<Rule>,
+    pub(super) parameters: Vec<ParamRule>,
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "tables")]
     pub(super) inputs: Vec<InputRule>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -28,7 +28,7 @@ pub(super) struct AxisText {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) sequence_parallel: Option<usize>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub(super) parameters: Vec<Rule>,
+    pub(super) parameters: Vec<ParamRule>,
     #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "tables")]
     pub(super) inputs: Vec<InputRule>,
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -34,7 +34,8 @@ impl Brought {
 }
 
 impl Pack {
-    /// As [`gather_agreed`](Self::gather_agreed), of what each rank has of the parameters, which may be something else on each.
+    /// As [`gather_agreed`](Self::gather_agreed), of what each rank has of the parameters, which may be something else
+    /// on each.
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`].

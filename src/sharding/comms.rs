@@ -1,7 +1,7 @@
 //! Who divides what with whom.
 
 use crate::Error;
-use crate::comm::{Communicator, Counters};
+use crate::comm::{Communicator, Counters, NEW_OPTIMIZER, agreed_number};
 
 /// The communicators of sharded replicas. Each kind of traffic has one of its own, so that it is counted by itself and
 /// runs in the background beside the others.
@@ -15,6 +15,8 @@ pub struct ShardComms {
     control: Communicator,
     /// Joins the ranks that hold the same rows, if there are several.
     copies: Option<Communicator>,
+    /// Carries what the ranks call first after an update.
+    next: Communicator,
 }
 
 impl ShardComms {
@@ -42,7 +44,22 @@ impl ShardComms {
             true => Some(group.split_named("shard_copies", (rank % ranks) as u64, key)?),
             false => None,
         };
-        Ok(Self { parameters, gradients, control, copies })
+        let next = parameters.clone();
+        Ok(Self { parameters, gradients, control, copies, next })
+    }
+
+    /// With a group that carries what the ranks call first after an update, if that is not to gather what was updated.
+    pub(crate) fn with_next(self, next: &Communicator) -> Self {
+        Self { next: next.clone(), ..self }
+    }
+
+    /// A rank that was given a new optimizer meets the others, who must have been given one too: else they are where
+    /// the call of this rank does not match theirs, and its name tells why. Collective.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::all_gather`].
+    pub(crate) fn meet_with_new_optimizer(&self) -> Result<(), Error> {
+        self.next.all_gather_agreed(vec![0u64], agreed_number(NEW_OPTIMIZER)).map(drop)
     }
 
     /// This rank among those that divide rows among themselves.

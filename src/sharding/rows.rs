@@ -97,7 +97,8 @@ impl Rows {
         }
     }
 
-    /// Lends a rank's shard of a tensor of the whole dims as [`PlainTensor::lend`] does: padded, it comes back so as well.
+    /// Lends a rank's shard of a tensor of the whole dims as [`PlainTensor::lend`] does: padded, it comes back so as
+    /// well.
     pub(crate) fn lend(&self, whole: PlainTensor, rank: usize) -> (PlainTensor, Option<Lender>) {
         let share = self.shard_elements();
         whole.lend(&self.padded_dims(), rank * share..(rank + 1) * share, &self.shard_dims())

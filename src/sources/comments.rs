@@ -1,6 +1,9 @@
-//! Tests that lines of comments are no wider than rustfmt makes those of code.
+//! Tests that every file begins with what it is for, and that lines of comments are no wider than rustfmt makes those
+//! of code.
 
 use super::{read_files, text};
+
+const FOLDERS: [&str; 6] = ["src", "tests", "examples", "benches", "fuzz", "tools"];
 
 /// The lines of comments that are wider than so many columns and could be broken: what is neither the row of a table
 /// nor the target of a link.
@@ -20,12 +23,21 @@ fn comments_keep_the_width_of_code() {
     let width = format.lines().find_map(|line| line.strip_prefix("max_width = ")).expect("rustfmt.toml sets a width");
     let width = width.trim().parse().expect("a number of columns");
     let mut found = Vec::new();
-    for folder in ["src", "tests", "examples", "benches", "fuzz", "tools"] {
+    for folder in FOLDERS {
         for (path, source) in read_files(folder, ".rs") {
             found.extend(wide(&source, width).iter().map(|(line, text)| format!("{folder}/{path}:{line}: {text}")));
         }
     }
     assert!(found.is_empty(), "comments of more than {width} columns:\n{}", found.join("\n"));
+}
+
+#[test]
+fn files_begin_with_what_they_are_for() {
+    let files =
+        FOLDERS.into_iter().flat_map(|folder| read_files(folder, ".rs").into_iter().map(move |file| (folder, file)));
+    let silent = files.filter(|(_, (_, source))| !source.starts_with("//! "));
+    let silent: Vec<String> = silent.map(|(folder, (path, _))| format!("{folder}/{path}")).collect();
+    assert!(silent.is_empty(), "these files do not say what they are for: {silent:?}");
 }
 
 #[test]

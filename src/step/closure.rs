@@ -6,14 +6,14 @@ use super::loss::Loss;
 
 /// What tells one closure from another: where it is written, and whether it has values of its own beside that.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Identity {
+pub struct ClosureIdentity {
     /// Closures written in different places are of different types.
     closure: TypeId,
     /// A function pointer is such a value too: two functions have one type of pointer.
     captures: bool,
 }
 
-impl Identity {
+impl ClosureIdentity {
     pub fn of<F>() -> Self {
         Self { closure: typeid::of::<F>(), captures: size_of::<F>() != 0 }
     }
@@ -26,14 +26,14 @@ impl Identity {
 
 /// The closure of a step, whatever it returns.
 pub struct StepFn<'a, M, I> {
-    pub identity: Identity,
+    pub identity: ClosureIdentity,
     call: &'a mut dyn FnMut(&M, I) -> Loss,
 }
 
 impl<'a, M, I> StepFn<'a, M, I> {
     /// `call` calls the user's closure, which is of type `F`.
     pub fn new<F>(call: &'a mut dyn FnMut(&M, I) -> Loss) -> Self {
-        Self { identity: Identity::of::<F>(), call }
+        Self { identity: ClosureIdentity::of::<F>(), call }
     }
 
     pub fn call(&mut self, model: &M, inputs: I) -> Loss {
@@ -50,8 +50,8 @@ impl<'a, M, I> StepFn<'a, M, I> {
 mod tests {
     use super::*;
 
-    fn identity<F: Fn(f32) -> f32>(_: F) -> Identity {
-        Identity::of::<F>()
+    fn identity<F: Fn(f32) -> f32>(_: F) -> ClosureIdentity {
+        ClosureIdentity::of::<F>()
     }
 
     #[test]

@@ -2,6 +2,25 @@
 //!
 //! The closure of a step returns a [`Loss`], or whatever becomes one.
 //! [`ParallelModule::step`](crate::train::ParallelModule::step) gives a [`Step`].
+//!
+//! ```
+//! use burn::nn::LinearConfig;
+//! use burn::prelude::*;
+//! use burn_parallel::prelude::*;
+//!
+//! launch::threads(2).run(|rank| {
+//!     let device = rank.device().autodiff();
+//!     let model = LinearConfig::new(4, 1).init(&device);
+//!     let mut model = model.data_parallel(&rank, DataParallelConfig::new())?;
+//!     let rows = 2 + rank.rank(); // two on one rank, three on the other
+//!     let x = Tensor::<2>::ones([rows, 4], &device);
+//!     let step = model.step(x, |model, x| Loss::sum(model.forward(x).powi_scalar(2).sum(), rows))?;
+//!     assert_eq!(step.weight, 5.0); // the mean is over the rows of both
+//!     println!("{}", step.loss.item());
+//!     Ok(())
+//! })?;
+//! # Ok::<(), Error>(())
+//! ```
 
 mod closure;
 mod counters;
@@ -17,6 +36,6 @@ pub use noise::{GradientNoise, NoNoise};
 pub use report::RunReport;
 pub use step::{LossValue, NotFinite, Step};
 
-pub(crate) use closure::{Identity, StepFn};
+pub(crate) use closure::{ClosureIdentity, StepFn};
 pub(crate) use loss::{LossParts, Weight};
 pub(crate) use noise::{NoisePart, NoiseState};

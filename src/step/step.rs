@@ -42,6 +42,22 @@ pub struct Step {
 }
 
 impl Step {
+    /// What a step gives before anything is made of it. Outputs, counters and runs are the caller's to add.
+    pub(crate) fn new(loss: LossValue, weight: f64, grads: GradientsParams, noise: NoiseState) -> Self {
+        Self {
+            loss,
+            weight,
+            grads,
+            outputs: Vec::new(),
+            counters: StepCounters::default(),
+            runs: Vec::new(),
+            grad_norm: None,
+            skipped: false,
+            not_finite: None,
+            noise,
+        }
+    }
+
     /// The noise of the gradient, with [`noise_scale`](crate::data_parallel::DataParallelConfig::with_noise_scale) and
     /// after [`clip_grad_norm`](Self::clip_grad_norm): estimates from this step alone; or why there are none. The same
     /// on all ranks.

@@ -1,8 +1,8 @@
 //! Tensors whose kind, rank and device are known at run time only: what parameters, gradients, activations and messages
 //! are to everything below a model.
 
+mod arena;
 mod backend;
-mod block;
 mod digest;
 mod lent;
 pub(crate) mod magnitude;

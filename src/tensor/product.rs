@@ -7,11 +7,9 @@
 
 use std::cell::Cell;
 use std::ops::{Add, Range};
-use std::sync::Arc;
 
 use burn::tensor::f16;
 
-use super::Pool;
 use super::panel::Panel;
 
 /// Flex's: from so many multiplications on several threads make one product.
@@ -90,7 +88,7 @@ impl<T> Strided<T> {
 
 /// One product: of `rows x inner` by `inner x columns`.
 #[derive(Debug)]
-pub(crate) struct Product<'a, T> {
+pub(crate) struct Product<T> {
     pub(crate) rows: usize,
     pub(crate) inner: usize,
     pub(crate) columns: usize,
@@ -98,11 +96,9 @@ pub(crate) struct Product<'a, T> {
     pub(crate) right: Strided<T>,
     /// Whether it is added to what is there.
     pub(crate) adds: bool,
-    /// What is made on the way is made in.
-    pub(crate) pool: &'a Arc<Pool>,
 }
 
-impl<T: Multiplied> Product<'_, T> {
+impl<T: Multiplied> Product<T> {
     /// The multiplications that it takes.
     pub(crate) fn work(&self) -> usize {
         self.rows.saturating_mul(self.columns).saturating_mul(self.inner)
@@ -138,13 +134,13 @@ impl<T: Multiplied> Product<'_, T> {
     /// # Safety
     /// That of `write`.
     unsafe fn by_columns(&self, out: *mut T, row_stride: usize, parallelism: gemm::Parallelism) {
-        let Self { rows, inner, columns, left, right, adds, pool } = *self;
+        let Self { rows, inner, columns, left, right, adds } = *self;
         let width = (OF_PANEL / rows).min(columns);
         with_panel(rows * width, |first: *mut T| {
             for begin in (0..columns).step_by(width) {
                 let columns = width.min(columns - begin);
                 let right = right.turned().below(begin).turned();
-                let product = Product { rows, inner, columns, left, right, adds: false, pool };
+                let product = Product { rows, inner, columns, left, right, adds: false };
                 let by_column = Strided { first: first.cast_const(), row: 1, column: rows as isize };
                 // SAFETY: the memory has so many elements, for which it is aligned, and nothing else refers to it; they
                 // are all written before they are read. The rest is as the caller says, of some columns.
@@ -174,7 +170,7 @@ impl<T: Multiplied> Product<'_, T> {
     /// # Safety
     /// That of `write`.
     unsafe fn by_panels(&self, out: *mut T, row_stride: usize, parallelism: gemm::Parallelism) {
-        let Self { rows, inner, columns, left, right, adds, pool } = *self;
+        let Self { rows, inner, columns, left, right, adds } = *self;
         let depth = DEPTH.min(inner);
         let width = (OF_PANEL / depth).min(columns);
         with_panel(depth * width, |first: *mut T| {
@@ -189,7 +185,6 @@ impl<T: Multiplied> Product<'_, T> {
                         left: left.turned().below(row).turned(),
                         right: Strided { first: first.cast_const(), row: panel.columns as isize, column: 1 },
                         adds: adds || row > 0,
-                        pool,
                     };
                     // SAFETY: the memory has the elements of a panel, for which it is aligned, and nothing else refers
                     // to it. The rest is as the caller says, of a part of the matrix.
@@ -256,7 +251,6 @@ mod tests {
     /// Into rows with something between them, and onto what is there, which a product that does not add never reads.
     #[test]
     fn products_are_written_and_added_where_they_are_wanted() {
-        let pool = Pool::of_thread();
         let (columns, row_stride) = (251, 260);
         let few = [(1, true, true), (7, true, false), (7, true, true), (64, true, true), (7, false, true)];
         let few = few.into_iter().map(|(rows, transposed, adds)| (rows, 271, transposed, adds));
@@ -271,7 +265,7 @@ mod tests {
                 column: column as isize,
             };
             let (l, r) = (strided(&left, [inner, 1]), strided(&right, [row, column]));
-            let product = Product { rows, inner, columns, left: l, right: r, adds, pool: &pool };
+            let product = Product { rows, inner, columns, left: l, right: r, adds };
             let before = if adds { numbers(rows * row_stride, 0.75) } else { vec![f32::NAN; rows * row_stride] };
             let mut out = before.clone();
             // SAFETY: all of them are that large.

@@ -1,7 +1,7 @@
 //! Memory that is used again: what large tensors of captured steps are made in.
 //!
 //! The system gives and takes memory of this size page by page, each of which it zeroes when it is first touched. That
-//! takes longer than to write it. So it stays with the steps of a thread, in two forms: a block in which tensors that
+//! takes longer than to write it. So it stays with the steps of a thread, in two forms: an arena in which tensors that
 //! live and die within a step have places that were worked out before, so that it is as large as the step needs; and
 //! pieces for tensors that leave the step or whose end is not known, which are used again by the next of about their
 //! size.
@@ -9,14 +9,15 @@
 use std::alloc::{Layout, handle_alloc_error};
 use std::cell::RefCell;
 use std::mem::MaybeUninit;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use burn::backend::flex::{FlexTensor, Layout as Strides};
 use burn::tensor::{Bytes, DType, Shape};
 use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProperty};
 
-use super::block::Block;
+use super::arena::Arena;
 use super::pieces::{Piece, Pieces};
+use crate::lock::lock;
 
 /// What is smaller comes from the allocator, which keeps it.
 pub(crate) const FROM: usize = 256 << 10;
@@ -28,7 +29,7 @@ pub(crate) const ALIGN: usize = 64;
 pub(crate) struct Pool {
     pieces: Mutex<Pieces>,
     /// As large as the largest step of those that have run.
-    block: Mutex<Option<Arc<Block>>>,
+    arena: Mutex<Option<Arc<Arena>>>,
     /// How many tensors did not find their place free.
     #[cfg(test)]
     elsewhere: std::sync::atomic::AtomicUsize,
@@ -64,16 +65,16 @@ impl Pool {
         Ok(Room { place: Place::Piece(piece, Arc::downgrade(self)), bytes })
     }
 
-    /// Room in the block, of which the step needs `size` bytes, from `start` on; elsewhere if somebody is still there.
+    /// Room in the arena, of which the step needs `size` bytes, from `start` on; elsewhere if somebody is still there.
     pub(crate) fn room_at(self: &Arc<Self>, start: usize, bytes: usize, size: usize) -> Room {
-        let block = {
-            let mut block = self.block.lock().unwrap_or_else(PoisonError::into_inner);
-            // Of a block that is too small tensors keep the rest alive.
-            let large = block.take().filter(|block| block.size() >= size);
-            block.insert(large.unwrap_or_else(|| Arc::new(Block::new(size)))).clone()
+        let arena = {
+            let mut arena = lock(&self.arena);
+            // Of an arena that is too small tensors keep the rest alive.
+            let large = arena.take().filter(|arena| arena.size() >= size);
+            arena.insert(large.unwrap_or_else(|| Arc::new(Arena::new(size)))).clone()
         };
-        match block.lend(start, bytes) {
-            true => Room { place: Place::Block(block, start), bytes },
+        match arena.lend(start, bytes) {
+            true => Room { place: Place::Arena(arena, start), bytes },
             false => {
                 #[cfg(test)]
                 self.elsewhere.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -118,7 +119,7 @@ impl Pool {
     }
 
     fn pieces(&self) -> MutexGuard<'_, Pieces> {
-        self.pieces.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.pieces)
     }
 }
 
@@ -127,8 +128,8 @@ impl Pool {
 enum Place {
     /// In a piece of its own, which returns to its pool, if there still is one.
     Piece(Piece, Weak<Pool>),
-    /// In a block, from there on.
-    Block(Arc<Block>, usize),
+    /// In an arena, from there on.
+    Arena(Arc<Arena>, usize),
     /// Given back.
     Nowhere,
 }
@@ -145,7 +146,7 @@ impl Room {
     pub(crate) fn pointer(&self) -> *mut u8 {
         match &self.place {
             Place::Piece(piece, _) => piece.pointer(),
-            Place::Block(block, start) => block.pointer(*start),
+            Place::Arena(arena, start) => arena.pointer(*start),
             Place::Nowhere => std::ptr::null_mut(),
         }
     }
@@ -166,7 +167,7 @@ impl Room {
 impl Drop for Room {
     fn drop(&mut self) {
         match std::mem::replace(&mut self.place, Place::Nowhere) {
-            Place::Block(block, start) => block.take_back(start),
+            Place::Arena(arena, start) => arena.take_back(start),
             Place::Piece(piece, pool) => {
                 let Some(pool) = pool.upgrade() else { return };
                 pool.pieces().take_back(piece);

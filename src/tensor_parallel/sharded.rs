@@ -9,7 +9,6 @@ use burn::tensor::Device;
 
 use super::TensorParallelConfig;
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::{Communicator, Counters};
 use crate::delegate::module_of_field;
 use crate::distribution::{ModelSplit, RowShards};
@@ -17,6 +16,7 @@ use crate::graph::{
     CheckedOptimizers, ClipRecord, ComparedCall, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache,
     MicroBatchResult, RandomSource, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph, StepObserver,
 };
+use crate::lock::lock;
 use crate::nesting::{self, refuse_wrapping};
 use crate::params::{self, ParamSlice, SliceSource, one_device};
 use crate::partition::{Exchange, ShardReport};
@@ -199,7 +199,8 @@ impl<M: Module> StepEngine for Sharded<M> {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatchResult, Error> {
         let signature = self.split.of_step(&self.local)?;
-        let comparison = self.same_inputs.start(ComparedCall::Step, &inputs)?;
+        let updates = self.checked_optimizers.updates();
+        let comparison = self.same_inputs.start(ComparedCall::Step, &inputs, updates)?;
         let (inputs, rows) = rows(inputs)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
@@ -247,7 +248,8 @@ impl<M: Module> StepEngine for Sharded<M> {
         O: TensorTree + Clone + Send + 'static,
     {
         let signature = self.split.of_forward(&self.local)?;
-        let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs)?;
+        let updates = self.checked_optimizers.updates();
+        let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs, updates)?;
         let mut state = lock(&self.state);
         let whole = || self.split.meta_module(&self.local);
         let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;

@@ -42,6 +42,7 @@ mod norm;
 mod optimize;
 mod parallel;
 mod report;
+mod same_strategy;
 mod strategy;
 mod unread;
 mod unreplicated;

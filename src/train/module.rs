@@ -166,9 +166,9 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// # The same on all ranks
     /// The learning rate and the optimizer, with its settings and its state, must be the same on all ranks (of a state
     /// that is divided each has its part), and a new optimizer takes the place of the old one on all of them after the
-    /// same step. Learning rates and settings are not compared: others on one rank train wrong, without an error.
-    /// [`compare_every`](crate::data_parallel::DataParallelConfig::with_compare_every), which is off by default, finds
-    /// it by the parameters of replicas that divide nothing; it does not compare the ranks of a split or a pipeline.
+    /// same step. The next step is an [`Error::Optimizer`] on all ranks if they were not, which names the ranks: the
+    /// next of all for replicas; for the ranks of a split or a pipeline, the next in which they compare inputs. Of
+    /// rates and optimizers by groups of parameters those are compared that parameters of no group have.
     ///
     /// # Errors
     /// [`Error::Optimizer`], which names a parameter if the optimizer was tried on one by itself; [`Error::Schedule`]
@@ -204,7 +204,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
 
     /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and
     /// lazy parameters are never made whole: so a model is loaded that no rank could hold. Not collective; every rank
-    /// has the same store.
+    /// has the same store. A pipeline that was not [prepared](crate::pipeline_parallel::Pipelined::prepare) reads the
+    /// rest in its first step: what several stages share.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if the source lacks a parameter, or has it with other dims than the whole one has;

@@ -10,7 +10,7 @@ use burn::tensor::Device;
 use super::module::UpdateShards;
 use super::module::sealed::Sealed;
 use super::strategy::Chosen;
-use super::{ParallelModule, Report, Strategy, unread};
+use super::{ParallelModule, Report, Strategy, same_strategy, unread};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::data_parallel::{DataParallel, Eager, Join, JoinLoader, Replica};
@@ -63,6 +63,8 @@ pub trait Parallelize: Module + Sized {
         if let Some(unread) = unread::of_one_replica(&strategy.data).filter(|_| dp == 1 && world.rank() == 0) {
             log::warn!("{unread}");
         }
+        let captured = strategy.captured(dp);
+        same_strategy::agree(world, [dp, pp, tp], captured.is_some())?;
         let mesh = Mesh::new(world, [("dp", dp), ("pp", pp), ("tp", tp)])?;
         let (replicas, data) = (mesh.axis("dp")?, strategy.data.clone());
         let (stages, layers) = (mesh.axis("pp")?, mesh.axis("tp")?);
@@ -71,7 +73,6 @@ pub trait Parallelize: Module + Sized {
             1 => TensorParallelConfig { plan: Plan::new(), ..strategy.tensor.clone() },
             _ => strategy.tensor.clone(),
         };
-        let captured = strategy.captured(dp);
         let wrapped = match (&strategy.pipeline, captured) {
             (_, None) => Wrapped::Eager(self.data_parallel(&replicas, data)?),
             (Some(pipeline), Some(_)) if pp > 1 => {

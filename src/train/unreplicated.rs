@@ -60,16 +60,8 @@ pub(super) fn step<E: StepEngine, I: TensorTree + Clone>(
     // Of no items at all the loss is NaN, the gradients are those of nothing.
     let factor = if weight > 0.0 { unit / weight } else { 1.0 };
     let gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.scale(factor))).collect();
-    Ok(Step {
-        loss: LossValue::mean(losses, weight),
-        weight,
-        grads: gradients_params(engine.local(), gradients),
-        outputs,
-        counters: engine.counters() - before,
-        runs,
-        skipped: false,
-        grad_norm: None,
-        not_finite: None,
-        noise: NoiseState::None(NoNoise::NoReplicas),
-    })
+    let grads = gradients_params(engine.local(), gradients);
+    let (loss, noise) = (LossValue::mean(losses, weight), NoiseState::None(NoNoise::NoReplicas));
+    let counters = engine.counters() - before;
+    Ok(Step { outputs, counters, runs, ..Step::new(loss, weight, grads, noise) })
 }

@@ -1,6 +1,6 @@
 //! Saves in the background hold what there was when they began, and nothing is lost at the end.
 
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 
 use crate::Dir;
@@ -13,7 +13,7 @@ fn training_goes_on_meanwhile() {
     for axes in [Axes::new(2, 1, 1), Axes::new(1, 1, 2), Axes::new(1, 2, 1)] {
         let run = launch::threads(2).run(|world| {
             let (mut model, mut optim) = (axes.wrap(&world, &net)?, optimizer());
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
             assert_eq!(checkpoints.wait()?, None);
             let mut states = Vec::new();
             for step in 0..4 {
@@ -23,7 +23,7 @@ fn training_goes_on_meanwhile() {
             }
             // Waits for the last.
             drop(checkpoints);
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
             for (step, expected) in states.iter().enumerate() {
                 checkpoints.restore_step(step as u64, TrainState::new(&mut model))?;
                 assert_eq!(values(&model.assemble()?), *expected, "{axes:?}, step {step}");
@@ -42,7 +42,7 @@ fn an_error_is_that_of_the_next_call() {
     let run = launch::threads(2).run(|world| {
         let mut model = Axes::new(2, 1, 1).wrap(&world, &net)?;
         let root = dir.path().join("runs");
-        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointConfig::new())?;
         world.barrier()?;
         if world.rank() == 0 {
             std::fs::remove_dir_all(&root).unwrap();

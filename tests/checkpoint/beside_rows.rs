@@ -1,7 +1,7 @@
 //! Replicas that hold rows of parameters, and beside these some whole, of which each updates its rows: adapters.
 
 use burn::module::{Lora, Module};
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::{Engine, Parallel};
@@ -34,7 +34,7 @@ fn adapters_go_on_with_their_moments() {
         let run = launch::threads(mesh.0).run(|world| {
             let mut optim = optimizer();
             let (mut model, _) = train(wrap(&world, &model, mesh)?, &mut optim, (0, 2))?;
-            let mut checkpoints = Checkpointer::new(&world, at(number), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&world, at(number), CheckpointConfig::new())?;
             checkpoints.save(2, TrainState::new(&mut model).with_optimizer("optim", &mut optim))
         });
         run.unwrap();
@@ -43,7 +43,7 @@ fn adapters_go_on_with_their_moments() {
         for mesh in MESHES {
             let run = launch::threads(mesh.0).run(|world| {
                 let (mut model, mut optim) = (wrap(&world, &model, mesh)?, optimizer());
-                let mut checkpoints = Checkpointer::new(&world, at(from), CheckpointOptions::new())?;
+                let mut checkpoints = Checkpointer::new(&world, at(from), CheckpointConfig::new())?;
                 checkpoints.restore(TrainState::new(&mut model).with_optimizer("optim", &mut optim))?;
                 Ok(train(model, &mut optim, (2, 4))?.1)
             });

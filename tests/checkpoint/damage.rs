@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -12,6 +12,7 @@ use crate::Dir;
 use crate::common::reference::{optimizer, values};
 use crate::net::{Axes, Net, train};
 use crate::sealed::{self, put_index, sealed};
+use crate::wrong_json::{OTHERS, REST, wrong};
 
 const STEP: &str = "step-000000001";
 const INDEX: &str = "step-000000001/checkpoint.json";
@@ -25,7 +26,7 @@ fn saved(net: &Net) -> Dir {
         let mut optim = optimizer();
         let (mut model, _) = train(axes.wrap(&world, net)?, &mut optim, (0, 1))?;
         let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
-        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(1, state)
+        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(1, state)
     });
     run.unwrap();
     dir
@@ -35,7 +36,7 @@ fn saved(net: &Net) -> Dir {
 fn restore(dir: &Dir, net: &Net) -> Result<(), String> {
     let run = launch::threads(1).run(|world| {
         let (mut model, mut optim) = (Axes::new(1, 1, 1).wrap(&world, net)?, optimizer());
-        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
         let restored = checkpoints.restore_step(1, TrainState::new(&mut model).with_optimizer("adamw", &mut optim));
         Ok(match restored {
             Ok(_) => Ok(()),
@@ -187,6 +188,45 @@ fn indices_that_lie() {
     let scalar = |index: &mut Value, value: Value| index["optimizers"]["adamw"][weight]["scalars"]["__rank"] = value;
     lies(&|index| scalar(index, json!({ "float": "x" })), &["which is no number"]);
     lies(&|index| scalar(index, json!({ "uint": 99 })), &["adamw"]);
+    assert_eq!(restore(&dir, &net), Ok(()));
+}
+
+#[test]
+fn one_thing_is_wrong() {
+    let text = br#"{"a":[1,{"b":"x\"]"}],"c":null}"#;
+    assert!(wrong(b"", 0, 0).is_none());
+    let wrong = |place, what| String::from_utf8(wrong(text, place, what).unwrap()).unwrap();
+    assert_eq!(wrong(0, 1), "true");
+    assert_eq!(wrong(1, 1), r#"{"a":true,"c":null}"#);
+    assert_eq!(wrong(3, 1), r#"{"a":[1,true],"c":null}"#);
+    assert_eq!(wrong(4, 1), r#"{"a":[1,{"b":true}],"c":null}"#);
+    assert_eq!(wrong(5, OTHERS.len()), r#"{"a":[1,{"b":"x\"]"}],"c":"#);
+    assert_eq!(wrong(1, OTHERS.len() + 2), r#"{"c":null}"#);
+    assert_eq!(wrong(5, OTHERS.len() + 2), r#"{"a":[1,{"b":"x\"]"}]}"#);
+    assert_eq!(wrong(5, OTHERS.len() + 3), r#"{"a":[1,{"b":"x\"]"}],"c":null,"c":null}"#);
+    assert_eq!(wrong(5, OTHERS.len() + 4), r#"{"a":[1,{"b":"x\"]"}],"x":null}"#);
+    assert_eq!(wrong(2, OTHERS.len() + 5 + 3 * (OTHERS.len() + REST)), r#"{"a":[{"b":"x\"]"},{"b":"x\"]"}],"c":null}"#);
+}
+
+/// The index with any one thing wrong, and its own checksum right: an error that names the checkpoint and changes
+/// nothing, or values.
+#[test]
+fn any_value_may_be_another() {
+    let net = Net::new();
+    let dir = saved(&net);
+    let index = fs::read(dir.path().join(INDEX)).unwrap();
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 150,
+        failure_persistence: None,
+        ..Default::default()
+    });
+    let outcome = runner.run(&(any::<usize>(), any::<usize>()), |(place, what)| {
+        put_index(&dir.path().join(STEP), &wrong(&index, place, what).unwrap());
+        let _ = restore(&dir, &net);
+        Ok(())
+    });
+    outcome.unwrap();
+    put_index(&dir.path().join(STEP), &index);
     assert_eq!(restore(&dir, &net), Ok(()));
 }
 

@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::nn::{Dropout, DropoutConfig, Linear, LinearConfig};
 use burn::optim::ModuleOptimizer;
 use burn::prelude::*;
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::comm::part;
 use burn_parallel::prelude::*;
 use burn_parallel::train::{Engine, Parallel};
@@ -129,7 +129,7 @@ fn a_run_goes_on_with_its_dropout_on_any_mesh() {
             .run(|world| {
                 let mut optim = optimizer();
                 let (mut model, _) = train(wrap(&world, &net, saved)?, &mut optim, saved, (0, 2), true)?;
-                let mut checkpoints = Checkpointer::new(&world, &at, CheckpointOptions::new())?;
+                let mut checkpoints = Checkpointer::new(&world, &at, CheckpointConfig::new())?;
                 checkpoints.save(2, TrainState::new(&mut model).with_optimizer("adamw", &mut optim))
             })
             .unwrap();
@@ -137,7 +137,7 @@ fn a_run_goes_on_with_its_dropout_on_any_mesh() {
         let losses = launch::threads(mesh.0 * mesh.1 * mesh.2)
             .run(|world| {
                 let (mut model, mut optim) = (wrap(&world, &net, mesh)?, optimizer());
-                let mut checkpoints = Checkpointer::new(&world, &at, CheckpointOptions::new())?;
+                let mut checkpoints = Checkpointer::new(&world, &at, CheckpointConfig::new())?;
                 checkpoints.restore(TrainState::new(&mut model).with_optimizer("adamw", &mut optim))?;
                 Ok(train(model, &mut optim, mesh, (2, 4), true)?.1)
             })
@@ -154,7 +154,7 @@ fn the_index_says_what_the_numbers_go_by() {
         let run = launch::threads(2).run(|world| {
             let mut optim = optimizer();
             let (mut model, _) = train(wrap(&world, &net, mesh)?, &mut optim, mesh, (0, steps), by_rows)?;
-            Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(step, TrainState::new(&mut model))
+            Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(step, TrainState::new(&mut model))
         });
         let saved = run.unwrap().swap_remove(0);
         let index = std::fs::read(saved.dir.join("checkpoint.json")).unwrap();

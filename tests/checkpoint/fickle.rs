@@ -6,7 +6,7 @@ use burn::module::ParamGroup;
 use burn::optim::{DynOptimizer, DynState, LearningRate, ModuleOptimizer, SgdConfig, StateSink, StateSource};
 use burn::tensor::kind::BridgeTensor;
 use burn::tensor::{Device, TensorData};
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 
 use crate::Dir;
@@ -53,7 +53,7 @@ fn a_save_names_the_parameter_whose_moments_change_by_themselves() {
             _ => only.with_group(head, Fickle(AtomicUsize::new(0)), None),
         };
         let mut model = train(axes.wrap(&world, &net)?, &mut optim, (0, 1))?.0;
-        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
         let failed = checkpoints.save(1, TrainState::new(&mut model).with_optimizer("fickle", &mut optim));
         assert_eq!(checkpoints.latest()?, None);
         Ok(failed.unwrap_err().to_string())

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 
 use crate::Dir;
@@ -21,10 +21,10 @@ fn names(dir: &Dir) -> Vec<String> {
 #[test]
 fn the_last_and_every_so_many_are_kept() {
     let (dir, net) = (Dir::fresh(), Net::new());
-    let options = CheckpointOptions::new().with_keep_last(2).with_keep_every(4);
+    let config = CheckpointConfig::new().with_keep_last(2).with_keep_every(4);
     let run = launch::threads(2).run(|world| {
         let mut model = AXES.wrap(&world, &net)?;
-        let mut checkpoints = Checkpointer::new(&world, dir.path(), options.clone())?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), config.clone())?;
         assert_eq!(checkpoints.latest()?, None);
         assert_eq!(checkpoints.restore(TrainState::new(&mut model))?, None);
         for step in 1..8 {
@@ -43,11 +43,11 @@ fn the_last_and_every_so_many_are_kept() {
 #[test]
 fn a_run_that_went_back_keeps_what_it_saves() {
     let (dir, net) = (Dir::fresh(), Net::new());
-    let options = CheckpointOptions::new().with_keep_last(2);
+    let config = CheckpointConfig::new().with_keep_last(2);
     let line = |from: Option<u64>, saves: &[u64]| {
         let run = launch::threads(2).run(|world| {
             let mut model = AXES.wrap(&world, &net)?;
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), options.clone())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), config.clone())?;
             if let Some(step) = from {
                 checkpoints.restore_step(step, TrainState::new(&mut model))?;
             }
@@ -75,7 +75,7 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
     let save = |step| {
         let run = launch::threads(2).run(|world| {
             let mut model = AXES.wrap(&world, &net)?;
-            Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(step, TrainState::new(&mut model))
+            Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(step, TrainState::new(&mut model))
         });
         run.unwrap();
     };
@@ -103,7 +103,7 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
         "step-9",
     ];
     assert_eq!(names(&dir), expected);
-    let run = launch::threads(1).run(|world| Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.latest());
+    let run = launch::threads(1).run(|world| Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.latest());
     // The one that was written last.
     assert_eq!(run.unwrap(), [Some(2)]);
 }
@@ -116,7 +116,7 @@ fn the_latest_is_what_was_written_last() {
     let run = |from: Option<u64>, saves: &[u64]| {
         let run = launch::threads(2).run(|world| {
             let mut model = AXES.wrap(&world, &net)?;
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
             let found = checkpoints.latest()?;
             match from {
                 Some(step) => drop(checkpoints.restore_step(step, TrainState::new(&mut model))?),
@@ -148,7 +148,7 @@ fn the_latest_is_what_was_written_last() {
     assert_eq!(run(Some(20), &[]), (Some(12), vec![10, 11, 12, 20, 30]));
     fs::write(dir.path().join(".order"), "ten").unwrap();
     let failed =
-        launch::threads(2).run(|world| Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.latest());
+        launch::threads(2).run(|world| Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.latest());
     let failed = failed.unwrap_err().to_string();
     assert!(failed.contains(".order: is no list of steps") && failed.contains("remove it"), "{failed}");
 }
@@ -159,7 +159,7 @@ fn a_directory_that_cannot_be_used_is_an_error_on_all_ranks_and_training_goes_on
     let (root, elsewhere) = (dir.path().join("runs"), dir.path().join("elsewhere"));
     let errors = launch::threads(2).run(|world| {
         let mut model = AXES.wrap(&world, &net)?;
-        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointConfig::new())?;
         checkpoints.save(1, TrainState::new(&mut model))?;
         world.barrier()?;
         if world.rank() == 0 {
@@ -196,7 +196,7 @@ fn a_rank_that_cannot_write_fails_the_save_of_all() {
     let (dir, net) = (Dir::fresh(), Net::new());
     let errors = launch::threads(2).run(|world| {
         let mut model = AXES.wrap(&world, &net)?;
-        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
         checkpoints.save(1, TrainState::new(&mut model))?;
         // A value that only this rank cannot write.
         let mut broken = std::collections::BTreeMap::from([((1, 2), 3)]);
@@ -220,8 +220,8 @@ fn a_rank_that_cannot_write_fails_the_save_of_all() {
 fn ranks_that_want_other_things_are_an_error() {
     let dir = Dir::fresh();
     let run = launch::threads(2).run(|world| {
-        let options = CheckpointOptions::new().with_keep_last(world.rank() + 1);
-        Checkpointer::new(&world, dir.path(), options).map(|_| ())
+        let config = CheckpointConfig::new().with_keep_last(world.rank() + 1);
+        Checkpointer::new(&world, dir.path(), config).map(|_| ())
     });
-    assert!(run.unwrap_err().to_string().contains("options of checkpoints"));
+    assert!(run.unwrap_err().to_string().contains("config of checkpoints"));
 }

@@ -19,5 +19,6 @@ mod room;
 mod sealed;
 mod strict;
 mod tied;
+mod wrong_json;
 
 use crate::common::dir::Dir;

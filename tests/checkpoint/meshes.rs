@@ -5,7 +5,7 @@ use std::fs;
 use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::Module;
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, DataPosition, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, DataPosition, TrainState};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 
@@ -39,8 +39,8 @@ fn any_mesh_goes_on_from_any_other() {
             .run(|world| {
                 let mut optim = optimizer();
                 let (mut model, _) = train(axes.wrap(&world, &model)?, &mut optim, (0, 2))?;
-                let options = CheckpointOptions::new().with_strategy(axes.strategy());
-                let mut checkpoints = Checkpointer::new(&world, &at, options)?;
+                let config = CheckpointConfig::new().with_strategy(axes.strategy());
+                let mut checkpoints = Checkpointer::new(&world, &at, config)?;
                 checkpoints.save(2, TrainState::new(&mut model).with_optimizer("adamw", &mut optim))
             })
             .unwrap();
@@ -56,7 +56,7 @@ fn any_mesh_goes_on_from_any_other() {
                 for (other, _) in others() {
                     let mut optim = optimizer();
                     let at = dir.path().join(other.to_string());
-                    let mut checkpoints = Checkpointer::new(&world, at, CheckpointOptions::new())?;
+                    let mut checkpoints = Checkpointer::new(&world, at, CheckpointConfig::new())?;
                     let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
                     let restored = checkpoints.restore(state)?.unwrap();
                     assert_eq!(restored.step, 2);
@@ -101,7 +101,7 @@ fn on_the_same_mesh_to_the_bit() {
                     let mut schedule = schedule();
                     let mut position = DataPosition::default();
                     let sampler = DistributedSampler::new(5, &world);
-                    let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+                    let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
                     let found = checkpoints.restore(
                         TrainState::new(&mut model)
                             .with_optimizer("adamw", &mut optim)
@@ -147,7 +147,7 @@ fn replicated_tensors_are_written_once() {
             .run(|world| {
                 let mut optim = optimizer();
                 let (mut model, _) = train(axes.wrap(&world, &net)?, &mut optim, (0, 1))?;
-                let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+                let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
                 let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
                 Ok(checkpoints.save(1, state)?.bytes_written)
             })
@@ -177,12 +177,12 @@ fn running_statistics_are_those_of_the_first_replica() {
         model = model.optimize(&mut optim, 0.1, gave)?;
         let mut number = 7;
         let state = TrainState::new(&mut model).with_value("number", &mut number);
-        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(1, state)?;
+        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(1, state)?;
         Ok(values(model.local()))
     });
     let restored = launch::threads(3).run(|world| {
         let mut model = wrap(&world)?;
-        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.restore(TrainState::new(&mut model))?;
+        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.restore(TrainState::new(&mut model))?;
         Ok(values(model.local()))
     });
     let refused = launch::threads(2).run(|world| {
@@ -190,7 +190,7 @@ fn running_statistics_are_those_of_the_first_replica() {
         let before = values(model.local());
         let mut number = String::new();
         let state = TrainState::new(&mut model).with_value("number", &mut number);
-        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.restore(state).unwrap_err();
+        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.restore(state).unwrap_err();
         assert_eq!(values(model.local()), before);
         Ok(())
     });

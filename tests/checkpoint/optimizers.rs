@@ -3,7 +3,7 @@
 
 use burn::module::ParamGroup;
 use burn::optim::{AdafactorConfig, AdamWConfig, LambConfig, ModuleOptimizer, MuonConfig};
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 
@@ -47,7 +47,7 @@ fn moments_of_whole_matrices_go_on_under_any_mesh() {
                 .run(|world| {
                     let mut optim = optimizer();
                     let (mut model, _) = train(saved.wrap(&world, &net)?, &mut optim, (0, 2))?;
-                    let mut checkpoints = Checkpointer::new(&world, &at, CheckpointOptions::new())?;
+                    let mut checkpoints = Checkpointer::new(&world, &at, CheckpointConfig::new())?;
                     checkpoints.save(2, TrainState::new(&mut model).with_optimizer("optim", &mut optim))
                 })
                 .unwrap();
@@ -56,7 +56,7 @@ fn moments_of_whole_matrices_go_on_under_any_mesh() {
                 let losses = launch::threads(axes.ranks())
                     .run(|world| {
                         let (mut model, mut optim) = (axes.wrap(&world, &net)?, optimizer());
-                        let mut checkpoints = Checkpointer::new(&world, &at, CheckpointOptions::new())?;
+                        let mut checkpoints = Checkpointer::new(&world, &at, CheckpointConfig::new())?;
                         checkpoints.restore(TrainState::new(&mut model).with_optimizer("optim", &mut optim))?;
                         Ok(train(model, &mut optim, (2, 4))?.1)
                     })

@@ -3,7 +3,7 @@
 use burn::module::{Module, ModuleMapper, Param};
 use burn::optim::{AdafactorConfig, AdamWConfig, ModuleOptimizer, MuonConfig, SgdConfig, momentum::MomentumConfig};
 use burn::tensor::{FloatDType, Tensor, bf16, f16};
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::optim::FusedOptimizer;
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
@@ -58,7 +58,7 @@ fn go_on(
     let run = launch::threads(axes.ranks()).run(|world| {
         let mut model = axes.wrap(&world, &net.clone().map(&mut Cast(dtype)))?;
         let mut optim = optimizer();
-        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
         let state = TrainState::new(&mut model).with_optimizer("optim", &mut optim);
         if checkpoints.restore(state)?.is_none() {
             model = train(model, &mut optim, (0, 2))?.0;
@@ -134,7 +134,7 @@ fn moments_keep_their_digits_however_often_they_are_restored() {
     for axes in [Axes::new(1, 1, 1), Axes::new(2, 1, 1).sharded(Sharding::Optimizer), Axes::new(1, 2, 2)] {
         let dir = Dir::fresh();
         let ran = launch::threads(axes.ranks()).run(|world| {
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
             let mut optim = adamw().init();
             let mut model = train(axes.wrap(&world, &net)?, &mut optim, (0, 2))?.0;
             checkpoints.save(2, TrainState::new(&mut model).with_optimizer("optim", &mut optim))?;
@@ -169,7 +169,7 @@ fn fused_optimizers_go_on_to_the_bit_in_any_precision() {
                 let mut optim = adamw().init_fused();
                 let model = axes.wrap(&world, &net.clone().map(&mut Cast(dtype)))?;
                 let (mut model, _) = train(model, &mut optim, (0, 2))?;
-                let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+                let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
                 checkpoints.save(2, TrainState::new(&mut model).with_optimizer("optim", &mut optim))?;
                 let expected = train(model, &mut optim, (2, 4))?.1;
                 let mut model = axes.wrap(&world, &net.clone().map(&mut Cast(dtype)))?;
@@ -198,7 +198,7 @@ fn refused_in_f64(axes: Axes) {
             let model = axes.wrap(&world, &net.clone().map(&mut Cast(FloatDType::F64)))?;
             let mut optim = adamw().init();
             let mut model = train(model, &mut optim, (0, 1))?.0;
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
             checkpoints.save(1, TrainState::new(&mut model).with_optimizer("optim", &mut optim))?;
             let restored = checkpoints.restore(TrainState::new(&mut model).with_optimizer("optim", &mut optim));
             let error = restored.unwrap_err().to_string();

@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 use serde_json::Value;
 
@@ -27,7 +27,7 @@ fn a_script_reads_what_was_saved() {
         let mut optim = optimizer();
         let (mut model, _) = train(axes.wrap(&world, &net)?, &mut optim, (0, 1))?;
         let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
-        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(1, state)?;
+        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(1, state)?;
         Ok(values(&model.assemble()?))
     });
     let expected = run.unwrap().swap_remove(0);
@@ -60,9 +60,9 @@ fn the_index_has_the_keys_of_the_docs() {
     let run = launch::threads(2).run(|world| {
         let (mut model, mut optim) = (axes.wrap(&world, &net)?, optimizer());
         model = train(model, &mut optim, (0, 1))?.0;
-        let options = CheckpointOptions::new().with_strategy(axes.strategy());
+        let config = CheckpointConfig::new().with_strategy(axes.strategy());
         let state = TrainState::new(&mut model).with_optimizer("adamw", &mut optim);
-        Checkpointer::new(&world, dir.path(), options)?.save(7, state)
+        Checkpointer::new(&world, dir.path(), config)?.save(7, state)
     });
     run.unwrap();
     let index = fs::read(dir.path().join("step-000000007/checkpoint.json")).unwrap();

@@ -2,7 +2,7 @@
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 
 use crate::Dir;
@@ -35,7 +35,7 @@ fn bytes_are_those_of_the_slices() {
         let (ranks, saving) = strategy(save);
         let run = launch::threads(ranks).run(|world| {
             let mut model = own(&linear).parallelize(&world, &saving)?;
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
             checkpoints.save(0, TrainState::new(&mut model))
         });
         run.unwrap();
@@ -43,7 +43,7 @@ fn bytes_are_those_of_the_slices() {
         let restored = launch::threads(ranks).run(|world| {
             let zeros = own(&linear).map(&mut Zeros);
             let mut model = zeros.parallelize(&world, &loading)?;
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
             let restored = checkpoints.restore(TrainState::new(&mut model))?.unwrap();
             assert_eq!(values(&model.assemble()?), expected);
             Ok(restored.bytes_read)

@@ -9,7 +9,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 use burn_parallel::train::Parallel;
 
@@ -88,7 +88,7 @@ fn one_case() {
     let run = |world: Rank| {
         let mut optim = optimizer();
         let (mut model, _) = train(Axes::new(2, 1, 1).wrap(&world, &net)?, &mut optim, (0, 1))?;
-        let mut checkpoints = Checkpointer::new(&world, root, CheckpointOptions::new().with_keep_last(1))?;
+        let mut checkpoints = Checkpointer::new(&world, root, CheckpointConfig::new().with_keep_last(1))?;
         let save = |checkpoints: &mut Checkpointer, step, model: &mut Parallel<Net>, optim: &mut _| {
             checkpoints.save(step, TrainState::new(model).with_optimizer("adamw", optim))
         };

@@ -22,7 +22,7 @@ pub fn sealed(index: &[u8], files: &[(String, &[u8])]) -> Option<Vec<u8>> {
     let mut index: Value = serde_json::from_slice(index).ok()?;
     let block = index["block_bytes"].as_u64()?.clamp(1, 1 << 30) as usize;
     let mut listed = Vec::new();
-    for file in index["files"].as_array_mut()? {
+    for file in index.get_mut("files")?.as_array_mut()? {
         let there = files.iter().find(|(name, _)| file["name"] == name.as_str());
         if let Some((_, bytes)) = there {
             file["bytes"] = bytes.len().into();
@@ -31,16 +31,16 @@ pub fn sealed(index: &[u8], files: &[(String, &[u8])]) -> Option<Vec<u8>> {
     }
     let moments = |params: &mut Value| -> Option<()> {
         for param in params.as_object_mut()?.values_mut() {
-            for tensor in param["moments"].as_object_mut()?.values_mut() {
+            for tensor in param.get_mut("moments")?.as_object_mut()?.values_mut() {
                 seal(tensor, &listed, block);
             }
         }
         Some(())
     };
-    for params in index["optimizers"].as_object_mut()?.values_mut() {
+    for params in index.get_mut("optimizers")?.as_object_mut()?.values_mut() {
         moments(params);
     }
-    for tensor in index["model"].as_object_mut()?.values_mut() {
+    for tensor in index.get_mut("model")?.as_object_mut()?.values_mut() {
         seal(tensor, &listed, block);
     }
     serde_json::to_vec(&index).ok()
@@ -54,7 +54,7 @@ fn parts(file: &[u8]) -> Option<(Value, &[u8])> {
 }
 
 fn seal(tensor: &mut Value, files: &[Option<(Value, &[u8])>], block: usize) -> Option<()> {
-    for slice in tensor["slices"].as_array_mut()? {
+    for slice in tensor.get_mut("slices")?.as_array_mut()? {
         let (header, data) = files.get(slice["file"].as_u64()? as usize)?.as_ref()?;
         let place = &header[slice["tensor"].as_str()?]["data_offsets"];
         let bytes = data.get(place[0].as_u64()? as usize..place[1].as_u64()? as usize)?;

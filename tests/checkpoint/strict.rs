@@ -5,7 +5,7 @@ use burn::nn::{Linear, LinearConfig};
 use burn::optim::momentum::MomentumConfig;
 use burn::optim::{ModuleOptimizer, SgdConfig};
 use burn::tensor::Tensor;
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 
 use crate::Dir;
@@ -40,7 +40,7 @@ fn saved(dir: &Dir) -> Two {
         let state = TrainState::new(&mut model).with_optimizer("optim", &mut optim);
         let mut number = 7;
         let state = state.with_value("number", &mut number);
-        Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?.save(1, state)?;
+        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(1, state)?;
         Ok(model.local().clone())
     });
     run.unwrap().swap_remove(0)
@@ -49,14 +49,14 @@ fn saved(dir: &Dir) -> Two {
 fn refused<M: Module + Sync>(
     dir: &Dir,
     model: &M,
-    options: CheckpointOptions,
+    config: CheckpointConfig,
     optim: Option<&ModuleOptimizer>,
     words: &[&str],
 ) {
     let run = launch::threads(2).run(|world| {
         let mut model = own(model).data_parallel(&world, DataParallelConfig::new())?;
         let before = values(model.local());
-        let mut checkpoints = Checkpointer::new(&world, dir.path(), options.clone())?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), config.clone())?;
         let mut optim = optim.cloned();
         let mut state = TrainState::new(&mut model);
         if let Some(optim) = &mut optim {
@@ -82,7 +82,7 @@ fn parameters_that_are_missing_and_that_nobody_expects() {
     let dir = Dir::fresh();
     let two = saved(&dir);
     let other = Other { first: linear(4), third: linear(4) };
-    let strict = CheckpointOptions::new();
+    let strict = CheckpointConfig::new();
     let words = [
         "lacks",
         "third.bias, third.weight",
@@ -116,17 +116,18 @@ fn parameters_that_are_missing_and_that_nobody_expects() {
 fn optimizers_of_another_kind_and_names_that_are_not_there() {
     let dir = Dir::fresh();
     let two = saved(&dir);
-    let strict = CheckpointOptions::new();
+    let strict = CheckpointConfig::new();
     let momentum: ModuleOptimizer = SgdConfig::new().with_momentum(Some(MomentumConfig::new())).init();
     refused(&dir, &two, strict.clone(), Some(&momentum), &["optimizer `optim` does not take `", "of another kind"]);
     launch::threads(1)
         .run(|world| {
             let mut model = own(&two).data_parallel(&world, DataParallelConfig::new())?;
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
             let (mut optim, mut text, mut number) = (optimizer(), String::from("as it was"), 1);
             let state = TrainState::new(&mut model).with_optimizer("adam", &mut optim);
             let error = checkpoints.restore(state).unwrap_err().to_string();
             assert!(error.contains("lacks") && error.contains("optimizers/adam"), "{error}");
+            assert!(error.contains("it has the optimizers optim"), "{error}");
             let state = TrainState::new(&mut model).with_value("number", &mut text);
             let error = checkpoints.restore(state).unwrap_err().to_string();
             assert!(error.contains("value `number`") && error.contains("string"), "{error}");
@@ -175,7 +176,7 @@ fn what_one_rank_cannot_do_is_the_error_of_all() {
     let dir = Dir::fresh();
     let run = launch::threads(3).timeout(std::time::Duration::from_secs(20)).run(|world| {
         let mut model = own(&linear(4)).data_parallel(&world, DataParallelConfig::new())?;
-        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
         let mut errors = Vec::new();
         for problem in ["it will not", "panics"] {
             let mut value = Fickle((world.rank() == 1).then_some(problem));

@@ -6,7 +6,7 @@ use burn::optim::momentum::MomentumConfig;
 use burn::optim::{AdamWConfig, ModuleOptimizer, MuonConfig, SgdConfig};
 use burn::prelude::*;
 use burn::tensor::activation;
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Parallel;
@@ -149,7 +149,7 @@ fn every_stage_that_holds_a_parameter_goes_on_with_its_moments() {
             let run = launch::threads(saved.ranks()).run(|world| {
                 let mut optim = optimizer();
                 let (mut model, _) = train(saved.wrap(&world, &model)?, &mut optim, (0, 2))?;
-                let mut checkpoints = Checkpointer::new(&world, at(number), CheckpointOptions::new())?;
+                let mut checkpoints = Checkpointer::new(&world, at(number), CheckpointConfig::new())?;
                 checkpoints.save(2, TrainState::new(&mut model).with_optimizer("optim", &mut optim))
             });
             run.unwrap();
@@ -159,7 +159,7 @@ fn every_stage_that_holds_a_parameter_goes_on_with_its_moments() {
             let run = launch::threads(axes.ranks()).run(|world| {
                 let (mut model, mut optim) = (axes.wrap(&world, &model)?, optimizer());
                 model.prepare(share(&model, 2)?, Tied::loss)?;
-                let mut checkpoints = Checkpointer::new(&world, at(from), CheckpointOptions::new())?;
+                let mut checkpoints = Checkpointer::new(&world, at(from), CheckpointConfig::new())?;
                 checkpoints.restore(TrainState::new(&mut model).with_optimizer("optim", &mut optim))?;
                 let (mut model, losses) = train(model, &mut optim, (2, 4))?;
                 checkpoints.save(4, TrainState::new(&mut model).with_optimizer("optim", &mut optim))?;
@@ -181,7 +181,7 @@ fn moments_that_came_before_the_cut_are_refused() {
     let run = launch::threads(1).run(|world| {
         let mut optim = optimizer();
         let (mut model, _) = train(mesh(1, 1, 1).wrap(&world, &model)?, &mut optim, (0, 1))?;
-        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
         checkpoints.save(1, TrainState::new(&mut model).with_optimizer("adamw", &mut optim))
     });
     run.unwrap();
@@ -189,7 +189,7 @@ fn moments_that_came_before_the_cut_are_refused() {
         let run = launch::threads(2 * dp).run(|world| {
             let config = PipelineConfig::new(2).with_cut(Cut::before(["blocks.1.*"]));
             let wrap = || own(&model).parallelize(&world, &Strategy::new().with_dp(dp).with_pp(2, config.clone()));
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
             // The values alone go to all that need them.
             let (mut bare, mut optim) = (wrap()?, optimizer());
             checkpoints.restore(TrainState::new(&mut bare))?;

@@ -10,8 +10,8 @@ use burn_parallel::comm::{Communicator, ReduceOp};
 
 /// A time-out that no test waits for.
 pub const LONG: Duration = Duration::from_secs(60);
-/// A time-out that some tests wait for.
-pub const SHORT: Duration = Duration::from_millis(400);
+/// A time-out that some tests wait for, and that ranks beside much else do not need.
+pub const SHORT: Duration = Duration::from_millis(1500);
 /// What the panics say that tests make.
 pub const PURPOSE: &str = "panics on purpose";
 

@@ -4,6 +4,10 @@ use std::process::Command;
 
 use crate::program::{command, finetune, numbers, outcome, prepared, same, trained};
 
+/// A run that measures noise, as `trained` makes it.
+const NOISY: [&str; 11] =
+    ["--data", "in:data.jsonl", "--seq", "64", "--lr", "1e-3", "--batch", "4", "--steps", "6", "--noise-scale"];
+
 /// Accumulation and replicas see the same noise, and a batch that has grown goes on where the run was saved.
 #[test]
 fn noise_is_measured_and_the_batch_grows() {
@@ -17,6 +21,14 @@ fn noise_is_measured_and_the_batch_grows() {
     let accumulated = noise(&["--micro-batch", "2"]).unwrap();
     assert!(two > 0.0 && (accumulated / two - 1.0).abs() < 0.05, "{accumulated}, {two}");
     assert_eq!(noise(&[]), None, "one micro-batch on one replica");
+    let told = finetune(&directory, &[&NOISY[..], &["--dp", "2"]].concat());
+    let helps = match two / 4.0 {
+        ratio if ratio > 4.0 => "a larger batch would take fewer steps",
+        ratio if ratio < 0.25 => "a smaller batch would take less data for the same loss",
+        _ => "the batch suits it",
+    };
+    let (told, words) = (String::from_utf8_lossy(&told.stdout), format!("{two:.0} rows; with 4 rows a step: {helps}"));
+    assert!(told.contains(&words), "{words}: {told}");
     // A batch of tokens is measured too.
     let tokens = trained(&directory, &["--batch-tokens", "300", "--steps", "3", "--noise-scale", "--dp", "2"]);
     assert!(tokens["noise_scale_rows"].as_f64().is_some() && tokens["rows"].as_u64() > Some(1), "{tokens}");
@@ -61,6 +73,10 @@ fn the_summary_says_what_batch_was_used_and_what_would_help() {
         (&["--batch", "4", "--noise-scale"], &["take two smaller micro-batches"]),
         (&["--batch", "4", "--noise-scale", "--pp", "2"], &["with `pp` take two replicas (`dp`)"]),
         (&["--batch", "4", "--noise-scale", "--dp", "2"], &["4 rows = 2 replicas x 1 micro-batches of at most 2 rows"]),
+        (
+            &["--batch", "4", "--eval", "in:eval.jsonl", "--generate", "why?", "--generate-tokens", "2"],
+            &["The model writes:", "loss, last steps", "loss, held-out data", "held by the first rank", " tokens/s"],
+        ),
     ] {
         let said = said(flags);
         words.iter().for_each(|words| assert!(said.contains(words), "{flags:?}: {words}: {said}"));
@@ -89,13 +105,15 @@ fn the_batch_that_fits_is_found() {
     let directory = prepared();
     // More than any trial takes.
     directory.write("large.txt", "what fits is found out by trying\n".repeat(4000).as_bytes());
-    let rows = |kilobytes: &str| {
-        let flags = ["--data", "in:large.txt", "--seq", "64", "--batch", "auto", "--dp", "2", "--steps", "1"];
+    let limited = |kilobytes: &str, dp: &str| {
+        let flags = ["--data", "in:large.txt", "--seq", "64", "--batch", "auto", "--dp", dp, "--steps", "1"];
         let program = command(&directory, &[&flags[..], &["--json", "in:outcome.json"]].concat());
         let script = format!("ulimit -d {kilobytes} && exec \"$0\" \"$@\"");
         let mut limited = Command::new("sh");
-        let output =
-            limited.args(["-c", &script]).arg(program.get_program()).args(program.get_args()).output().unwrap();
+        limited.args(["-c", &script]).arg(program.get_program()).args(program.get_args()).output().unwrap()
+    };
+    let rows = |kilobytes: &str| {
+        let output = limited(kilobytes, "2");
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && told.contains("rows at once fit on a rank"), "{told}");
         // It takes a while: each trial is told, and what came of it.
@@ -107,6 +125,26 @@ fn the_batch_that_fits_is_found() {
     };
     let (little, more) = (rows("60000"), rows("100000"));
     assert!(2 <= little && little < more && more < 256, "{little}, {more}");
+    // So many models that none is made.
+    let output = limited("60000", "1000");
+    let told = String::from_utf8_lossy(&output.stderr);
+    let (first, last) = (told.lines().next().unwrap(), told.lines().last().unwrap());
+    assert!(output.status.code() == Some(1) && !told.contains("tries"), "{told}");
+    assert!(last.starts_with("finetune: --batch auto: not even one row fits into the "), "{told}");
+    assert!(
+        first.contains("at most 1 rows at once are looked for") && last.contains(" bytes of RLIMIT_DATA: "),
+        "{told}"
+    );
+}
+
+/// A trial takes steps, also for a run that takes none.
+#[test]
+fn a_dry_run_tries_batches_in_earnest() {
+    let directory = prepared();
+    let flags = ["--data", "in:data.jsonl", "--seq", "64", "--engine", "auto", "--batch", "auto", "--dry-run"];
+    let output = command(&directory, &flags).env("BURN_PARALLEL_TRIAL_ROWS", "2").output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && told.contains("step 2/2: "), "{told}");
 }
 
 /// A batch is no more than an epoch, whatever would fit, and the rest of the flags are to suit it.

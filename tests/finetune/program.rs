@@ -267,6 +267,8 @@ fn a_dry_run_says_what_would_be_and_trains_nothing() {
         zero.contains(&format!("parameters {parameters}, gradients {}, optimizer {parameters} bytes", parameters / 2)),
         "{zero}"
     );
+    let pp = said(&["--pp", "2"]);
+    assert!(pp.contains("The cut into 2 stages:") && pp.contains("\nstage 1: ") && pp.contains("rank 1"), "{pp}");
     assert!(!directory.path().join("save").exists());
 }
 

@@ -67,6 +67,7 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--strategy", "in:nowhere.toml"], "nowhere.toml"),
         (&["--generate", &"a ".repeat(200)], "and the model was made for 256"),
         (&["--json", "/nowhere/at/all.json"], "cannot write --json"),
+        (&["--eval", "in:eval.jsonl", "--json", "in:eval.jsonl"], "eval.jsonl\" would overwrite the text"),
         (&["--resume", "in:nowhere"], "nowhere: there are no checkpoints"),
         (&["--save", "in:data.jsonl"], "data.jsonl: it is not a directory"),
         (&["--save", "in:data.jsonl/below"], "--save"),
@@ -75,6 +76,10 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--transport", "nccl"], "--transport nccl"),
         (&["--dtype", "f16"], "possible values: f32, bf16"),
         (&["--batch", "some"], "or `auto`"),
+        (
+            &["--batch", "1000000", "--seq", "256", "--engine", "eager"],
+            "--seq 256: the attention of 1000000 rows at once takes",
+        ),
         (&["--batch", "auto", "--micro-batch", "2"], "leave --micro-batch out"),
         (&["--batch", "auto", "--launch", "processes"], "give --launch threads"),
         (&["--batch", "auto", "--batch-tokens", "200"], "--batch"),
@@ -101,6 +106,33 @@ fn flags_that_make_no_sense_are_refused() {
     refused(&directory, &["--save", "in:old"], "there is a model already: give --resume");
     fs::create_dir_all(directory.path().join("begun/checkpoints")).unwrap();
     refused(&directory, &["--resume", "in:begun"], "begun: there are no checkpoints");
+}
+
+/// What the model or the replicas say to a file comes when ranks have started.
+#[test]
+fn a_strategy_that_does_not_suit_the_model_is_refused() {
+    let directory = prepared();
+    for (text, what) in [
+        ("pp = 2\n[pipeline]\nmicro_batches = 2\ncut = { before = ['nowhere.*'] }\n", "pattern `nowhere.*` of the cut"),
+        (
+            "dp = 2\n[data]\nsharding = 'optimizer'\nsharding_ranks = 3\n",
+            "set `sharding_ranks` to a number that divides 2",
+        ),
+        ("dp = 2\n[data]\nbucket_bytes = 0\n", "`bucket_bytes` is 0"),
+        ("pp = 2\n[pipeline]\nmicro_batches = 2\nwhole_inputs = ['9']\n", "the step has no input `9` to give whole"),
+    ] {
+        directory.write("strategy.toml", text.as_bytes());
+        let flags = ["--data", "in:data.jsonl", "--seq", "64", "--batch", "4", "--strategy", "in:strategy.toml"];
+        for more in [&[][..], &["--dry-run"]] {
+            let output = finetune(&directory, &[&flags[..], more].concat());
+            let stderr = String::from_utf8(output.stderr).unwrap();
+            assert_eq!(output.status.code(), Some(2), "{text}: {stderr}");
+            // What the data is was told before.
+            let last = stderr.lines().last().unwrap();
+            assert!(output.stdout.is_empty(), "{text}");
+            assert!(last.starts_with("finetune: ") && last.contains(what), "{text}: {stderr}");
+        }
+    }
 }
 
 /// A run goes on with the model that it began with, or the flag is named that makes another.

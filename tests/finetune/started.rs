@@ -37,11 +37,15 @@ fn ranks_of_torchrun(directory: &Directory, flags: [&[&str]; 2]) -> Vec<Output> 
 #[test]
 fn ranks_that_read_other_data_are_refused() {
     let directory = prepared();
-    let flags = |data| ["--data", data, "--seq", "64", "--batch", "4", "--dp", "2"];
-    for output in ranks_of_torchrun(&directory, [&flags("in:data.jsonl"), &flags("in:eval.jsonl")]) {
-        let stderr = String::from_utf8_lossy(&output.stderr);
-        assert_eq!(output.status.code(), Some(2), "{stderr}");
-        assert!(stderr.contains("is not the same file on all machines"), "{stderr}");
+    let (data, eval) = ("in:data.jsonl", "in:eval.jsonl");
+    let flags =
+        |data, eval| ["--data", data, "--eval", eval, "--seq", "64", "--batch", "4", "--steps", "1", "--dp", "2"];
+    for other in [flags(eval, eval), flags(data, data)] {
+        for output in ranks_of_torchrun(&directory, [&flags(data, eval), &other]) {
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{stderr}");
+            assert!(stderr.contains("is not the same file on all machines"), "{stderr}");
+        }
     }
 }
 

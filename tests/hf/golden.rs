@@ -11,6 +11,8 @@ use crate::folder;
 pub struct Golden {
     pub tokens: Vec<Vec<Vec<i64>>>,
     pub losses: Vec<f64>,
+    /// Of the first token of the first row.
+    pub logits_first: Vec<f64>,
 }
 
 /// The models of the directories.

@@ -2,12 +2,14 @@
 
 use std::fs;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::prelude::*;
 use burn_parallel::hf::{self, Mapping, Weights};
 use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
 
+use crate::common::llama::{Batch, Llama};
+use crate::common::reference;
 use crate::common::rotary::Rotary;
 use crate::golden::Name;
 use crate::{Dir, counting, file_of, values};
@@ -81,9 +83,110 @@ fn each_rank_reads_its_slices_and_nothing_else() {
         assert_eq!(of([2, 1, 1]), 2 * whole);
         // Norms are whole on both ranks: two of 64 elements for each layer, and the last.
         assert_eq!(of([1, 1, 2]), whole + 9 * 64 * 4);
-        // A tied embedding is read on its own stage; the first step sends it to the other.
+        // A tied embedding is read on its own stage; the rank of the other reads it in the first step.
         assert_eq!(of([1, 2, 1]), whole);
     }
+}
+
+/// The batch of PyTorch's first step.
+fn batch(name: Name, device: &Device) -> Batch {
+    let rows = &name.golden().tokens[0];
+    let dims = [rows.len(), rows[0].len()];
+    Batch::of_documents(Tensor::from_data(TensorData::new(rows.concat(), dims), device))
+}
+
+/// Rows of logits, the first of which PyTorch has as well.
+fn check_logits<P: ParallelModule<Model = Llama>>(name: Name, model: &P) -> Result<(), Error> {
+    let logits = model.forward_with(batch(name, &Device::flex()), |model, batch| {
+        model.forward(batch.tokens, batch.positions, batch.documents)
+    })?;
+    let expected = name.golden().logits_first;
+    let found: Vec<f32> = logits.slice([0..1, 0..1, 0..expected.len()]).into_data().try_to_vec().unwrap();
+    let largest = expected.iter().fold(0f64, |most, x| most.max(x.abs()));
+    for (found, expected) in found.iter().zip(&expected) {
+        assert!((f64::from(*found) - expected).abs() <= 2e-5 * largest, "{name:?}: {found}, not {expected}");
+    }
+    Ok(())
+}
+
+/// Before a pipeline is prepared or after, on its own or split as well, tied or not: each rank reads what it holds, and
+/// sends nothing of it.
+#[test]
+fn pipelines_are_loaded_before_and_after_they_are_prepared() {
+    for name in Name::BOTH {
+        for (axes, prepared) in [([1, 2, 1], true), ([1, 2, 1], false), ([1, 2, 2], true), ([1, 2, 2], false)] {
+            launch::threads(axes.iter().product())
+                .run(|world| {
+                    let device = world.device().autodiff();
+                    let mut model = name.fresh(&device).parallelize(&world, &name.strategy(axes))?;
+                    if prepared {
+                        model.prepare(batch(name, &device), Llama::loss)?;
+                    }
+                    let mut weights = hf::open(name.folder())?.mapped(Mapping::llama())?;
+                    let headers = weights.bytes_read();
+                    let mut model = model.load(&mut weights)?;
+                    let at_once = held(model.local());
+                    assert_eq!(weights.bytes_read() - headers, at_once);
+                    name.golden().check(&mut model, (0, 1), 2e-5)?;
+                    check_logits(name, &model)?;
+                    let later = held(model.local()) - at_once;
+                    assert_eq!(weights.bytes_read() - headers, at_once + later, "on rank {}", world.rank());
+                    let other_stage = model.mesh().coordinate("pp")? == 1;
+                    assert_eq!(later > 0, name.tied() && other_stage && !prepared);
+                    assert_eq!(model.counters().pipeline.of("broadcast").calls, 0, "{name:?} {axes:?} {prepared}");
+                    Ok(())
+                })
+                .unwrap();
+        }
+    }
+}
+
+/// The same where replicas divide the rows of all parameters among themselves (ZeRO 3).
+#[test]
+fn stages_of_divided_parameters_read_their_rows() {
+    for prepared in [true, false] {
+        launch::threads(4)
+            .run(|world| {
+                let (name, device) = (Name::Qwen2, world.device().autodiff());
+                let data = DataParallelConfig::new().with_sharding(Sharding::Parameters);
+                let mut model = name.fresh(&device).parallelize(&world, &name.strategy([2, 2, 1]).with_data(data))?;
+                let share = (model.mesh().coordinate("dp")?, 2);
+                if prepared {
+                    model.prepare(batch(name, &device), Llama::loss)?;
+                }
+                let mut model = model.load(&mut hf::open(name.folder())?.mapped(Mapping::llama())?)?;
+                name.golden().check(&mut model, share, 2e-5)?;
+                assert_eq!(model.counters().pipeline.of("broadcast").calls, 0);
+                Ok(())
+            })
+            .unwrap();
+    }
+}
+
+/// What is not what was read any more is sent.
+#[test]
+fn what_changes_before_the_first_step_counts() {
+    struct Doubled;
+    impl ModuleMapper for Doubled {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            param.map(|value| Tensor::from_data((value * 2.0).into_data(), &Device::flex().autodiff()).require_grad())
+        }
+    }
+    launch::threads(2)
+        .run(|world| {
+            let device = world.device().autodiff();
+            let model = Name::Qwen2.fresh(&device).parallelize(&world, &Name::Qwen2.strategy([1, 2, 1]))?;
+            let model = model.load(&mut hf::open(Name::Qwen2.folder())?.mapped(Mapping::llama())?)?;
+            let mut model = model.map(&mut Doubled);
+            model.prepare(batch(Name::Qwen2, &device), Llama::loss)?;
+            assert_eq!(model.counters().pipeline.of("broadcast").calls, 1);
+            let embedding = "model.embed_tokens.weight";
+            let file = crate::values(&mut hf::open(Name::Qwen2.folder())?, embedding);
+            let doubled: Vec<f32> = file.iter().map(|value| 2.0 * value).collect();
+            assert_eq!(reference::values(model.local())[embedding].values, doubled, "on rank {}", world.rank());
+            Ok(())
+        })
+        .unwrap();
 }
 
 #[test]

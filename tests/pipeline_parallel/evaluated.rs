@@ -9,29 +9,12 @@ use burn::prelude::*;
 use burn::tensor::activation;
 use burn_parallel::prelude::*;
 
-use crate::common::models::{Numbers, device};
+use crate::common::models::{Numbers, Two, device, two};
 use crate::common::reference::{filled, values};
 use crate::common::store::Store;
 
 fn rows(count: usize) -> Tensor<2> {
     Numbers(11).tensor([count, 6], &device())
-}
-
-#[derive(Module, Debug)]
-struct Two {
-    first: Linear,
-    second: Linear,
-}
-
-fn two() -> Two {
-    let linear = |takes, gives| LinearConfig::new(takes, gives).init(&device());
-    filled(Two { first: linear(6, 8), second: linear(8, 3) })
-}
-
-impl Two {
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        self.second.forward(activation::tanh(self.first.forward(x)))
-    }
 }
 
 /// One value for the batch, whatever the micro-batches.

@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamConfig, ModuleOptimizer};
 use burn::tensor::{Device, Tensor};
-use burn_parallel::checkpoint::{CheckpointOptions, Checkpointer, TrainState};
+use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 
 use crate::directories::{REST, dir::Dir, most};
@@ -49,7 +49,7 @@ fn a_save_holds_copies_of_a_few_moments_and_a_restore_each_once() {
             let x = Tensor::<2>::ones([2, WIDTH], &device);
             let step = model.step(x.clone(), |model, x| model.loss(x))?;
             model = model.optimize(&mut optim, 1e-3, step)?;
-            let mut checkpoints = Checkpointer::new(&rank, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&rank, dir.path(), CheckpointConfig::new())?;
             let (_, alone) = most(&rank, || checkpoints.save(1, TrainState::new(&mut model)))?;
             let mut save = |step, model: &mut _, optim: &mut _| {
                 let state = TrainState::new(model).with_optimizer("adam", optim);
@@ -109,7 +109,7 @@ fn what_is_repeated_keeps_no_memory() {
             let mut model = pristine.clone();
             let step = model.step(Tensor::<2>::ones([2, 4], &device), |model, x| model.loss(x))?;
             model = model.optimize(&mut optim, 1e-3, step)?;
-            let mut checkpoints = Checkpointer::new(&rank, dir.path(), CheckpointOptions::new())?;
+            let mut checkpoints = Checkpointer::new(&rank, dir.path(), CheckpointConfig::new())?;
             checkpoints.save(1, TrainState::new(&mut model).with_optimizer("adam", &mut optim))?;
             let repeated = |what: &str, rounds: usize, run: &mut dyn FnMut() -> Result<(), Error>| {
                 (0..WARM).try_for_each(|_| run())?;

@@ -6,6 +6,7 @@ mod checkpoints;
 mod compile;
 mod directories;
 mod gathered;
+mod generated;
 mod lazy;
 mod memory;
 mod recycled;

@@ -163,8 +163,8 @@ fn dividing(sharding: Sharding, engine: Engine) -> Strategy {
 }
 
 /// Products write the gradients of weights into the memory in which a bucket is reduced. With ZeRO parameters are
-/// gathered, rows of the sums made and those of parameters updated where those of the step before were: no thread, those
-/// that communicate included, asks for memory of that size.
+/// gathered, rows of the sums made and those of parameters updated where those of the step before were: no thread,
+/// those that communicate included, asks for memory of that size.
 #[test]
 fn gradients_are_averaged_without_a_copy() {
     let _turn = crate::turn();

@@ -1,9 +1,11 @@
-//! What all strategies have in common: settings, what fits, the gradient norm, sharded replicas, and how often a step
-//! walks the model.
+//! What all strategies have in common: settings and configs, what fits, the gradient norm, sharded replicas, and how
+//! often a step walks the model.
 
 #[path = "../common/mod.rs"]
 mod common;
 
+mod alike;
+mod configs;
 mod fits;
 mod fused;
 mod grad_norm;

@@ -1,5 +1,7 @@
 //! Every optimizer of burn makes the update that it makes on one device, whatever parameters are divided over.
 
+use std::process::Command;
+
 use burn::grad_clipping::{GradientClipping, GradientClippingConfig};
 use burn::module::{Module, ParamGroup};
 use burn::nn::conv::{Conv1d, Conv1dConfig};
@@ -232,4 +234,14 @@ fn the_parameter_on_which_an_optimizer_panics_is_named() {
             "{sharding}: {error}"
         );
     }
+}
+
+/// What it says is in the error, and not printed before.
+#[test]
+fn a_panic_of_an_optimizer_prints_nothing() {
+    let mut itself = Command::new(std::env::current_exe().unwrap());
+    itself.args(["--exact", "optimizers::the_parameter_on_which_an_optimizer_panics_is_named", "--nocapture"]);
+    let output = itself.env("RUST_BACKTRACE", "0").output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !said.contains("panicked at"), "{said}");
 }

@@ -4,11 +4,9 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use burn::config::{Config, ConfigError};
-use burn::module::Module;
-use burn::nn::{Linear, LinearConfig};
 use burn::optim::{ModuleOptimizer, SgdConfig};
 use burn::prelude::*;
-use burn::tensor::{FloatDType, TensorData, activation};
+use burn::tensor::{FloatDType, TensorData};
 use burn_parallel::data_parallel::{Bucket, CastHook, CommHook};
 use burn_parallel::params::SliceSource;
 use burn_parallel::pipeline_parallel::schedule::Timetable;
@@ -16,26 +14,14 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
 use crate::common::failing::says;
-use crate::common::models::{Numbers, device};
-use crate::common::reference::filled;
-
-#[derive(Module, Debug)]
-struct Two {
-    first: Linear,
-    second: Linear,
-}
-
-fn two() -> Two {
-    let linear = |takes, gives| LinearConfig::new(takes, gives).init(&device());
-    filled(Two { first: linear(6, 8), second: linear(8, 3) })
-}
+use crate::common::models::{Numbers, Two, device, two};
 
 fn rows(seed: u64) -> Tensor<2> {
     Numbers(seed + 11).tensor([4, 6], &device())
 }
 
 fn loss(model: &Two, x: Tensor<2>) -> Tensor<1> {
-    model.second.forward(activation::tanh(model.first.forward(x))).powi_scalar(2).mean()
+    model.forward(x).powi_scalar(2).mean()
 }
 
 fn sgd() -> ModuleOptimizer {
@@ -129,6 +115,25 @@ fn what_is_wrong_in_a_table_is_shown_where_it_is() {
     // Nor is one file told of the forms of another.
     says(&"tensor = { plan = { parameter = 1 } }".parse::<Strategy>().unwrap_err(), &["the forms are"]);
     assert!(!"replicas = 2".parse::<Strategy>().unwrap_err().to_string().contains("the forms are"));
+}
+
+/// Nor does it matter who reads: serde alone, or burn's `Config`.
+#[test]
+fn forms_are_told_by_serde_alone() {
+    let by_config = |error: burn::config::ConfigError| error.to_string();
+    let rules = r#"{"parameters": [{"pattern": "a", "shards": 1}]}"#;
+    let json = format!("{{\n\"plan\": {rules}}}");
+    let cut = "{\"micro_batches\": 2,\n\"cut\": {\"befor\": []}}";
+    let strategy = format!("[tensor]\nplan = {}", rules.replace(": ", " = "));
+    for (said, words) in [
+        (serde_json::from_str::<TensorParallelConfig>(&json).unwrap_err().to_string(), ["line 2", "field `shards`"]),
+        (by_config(TensorParallelConfig::load_binary(json.as_bytes()).unwrap_err()), ["line 2", "field `shards`"]),
+        (by_config(PipelineConfig::load_binary(cut.as_bytes()).unwrap_err()), ["line 2", "variant `befor`"]),
+        (toml::from_str::<Strategy>(&strategy).unwrap_err().to_string(), ["line 2", "field `shards`"]),
+    ] {
+        assert!(words.iter().all(|word| said.contains(word)), "{said}");
+        assert_eq!(said.matches("; the forms are `").count(), 1, "{said}");
+    }
 }
 
 #[test]
@@ -363,7 +368,7 @@ fn errors_of_settings_come_without_a_log() {
 #[test]
 fn what_a_micro_batch_was_is_told_when_it_cannot_be_captured() {
     let pair = |model: &Two, (x, y): (Tensor<2>, Tensor<2>)| {
-        let found = model.second.forward(activation::tanh(model.first.forward(x)));
+        let found = model.forward(x);
         (found - y).powi_scalar(2).mean()
     };
     let targets = || Numbers(3).tensor::<2>([4, 3], &device());

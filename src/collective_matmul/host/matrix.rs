@@ -183,10 +183,10 @@ macro_rules! real {
                 terms: &[(Matrix<'_, Self>, &Matrix<'_, Self>)],
                 out: OutputRows<'_, Self>,
                 _: usize,
-                pool: &Arc<Pool>,
+                _: &Arc<Pool>,
             ) {
                 for (number, (left, right)) in terms.iter().enumerate() {
-                    gemm(*left, **right, out.data, out.row_stride, number > 0, pool);
+                    gemm(*left, **right, out.data, out.row_stride, number > 0);
                 }
             }
         }
@@ -214,7 +214,7 @@ impl Real for bf16 {
         for (number, (left, (right, inner, columns))) in terms.iter().enumerate() {
             let wide: Vec<f32> = left.elements().map(bf16::to_f32).collect();
             let left = Matrix::packed(&wide, rows, left.columns);
-            gemm(left, Matrix::packed(right, *inner, *columns), sum, *columns, number > 0, pool);
+            gemm(left, Matrix::packed(right, *inner, *columns), sum, *columns, number > 0);
         }
         for (row, wide) in out.data.chunks_mut(out.row_stride).zip(sum.chunks(columns)) {
             row.iter_mut().zip(wide).for_each(|(out, wide)| *out = bf16::from_f32(*wide));
@@ -223,19 +223,12 @@ impl Real for bf16 {
 }
 
 /// What Flex's `float_matmul` does, but for where the result goes, and that it can be added to what is there.
-fn gemm<T: Multiplied>(
-    left: Matrix<'_, T>,
-    right: Matrix<'_, T>,
-    out: &mut [T],
-    row_stride: usize,
-    adds: bool,
-    pool: &Arc<Pool>,
-) {
+fn gemm<T: Multiplied>(left: Matrix<'_, T>, right: Matrix<'_, T>, out: &mut [T], row_stride: usize, adds: bool) {
     let (rows, columns, inner) = (left.rows, right.columns, left.columns);
     assert!(!left.is_empty() && !right.is_empty() && left.fits() && right.fits());
     assert!(right.rows == inner && columns <= row_stride && (rows - 1) * row_stride + columns <= out.len());
     let (left, right) = (left.strided(), right.strided());
-    let product = Product { rows, inner, columns, left, right, adds, pool };
+    let product = Product { rows, inner, columns, left, right, adds };
     let parallelism = match product.work() >= SPLIT_FROM {
         true => gemm::Parallelism::Rayon(0),
         false => gemm::Parallelism::None,

@@ -32,9 +32,9 @@ use crate::comm::coalesced::pieces_on_device;
 use crate::comm::device::{
     DeviceTensor, DeviceTransport, bytes_moved, exclusive, flat, from_device, rows_received, to_device, with_dims,
 };
-use crate::comm::lock::lock;
 use crate::comm::payload::on_device;
 use crate::comm::{Arrival, Call, Extent, Operation, ReduceOp, TensorKind, Transfer, Transport, part, reduce};
+use crate::lock::lock;
 
 /// All-reduces of fewer elements are computed by every rank for itself: a second exchange would take longer.
 const SMALL: usize = 1 << 14;

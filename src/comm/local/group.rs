@@ -13,9 +13,9 @@ use super::mailbox::Mailboxes;
 use crate::Error;
 use crate::comm::backoff::Backoff;
 use crate::comm::call_log::CallHistory;
-use crate::comm::lock::lock;
 use crate::comm::transport::BufferMut;
 use crate::comm::{Call, CallLog};
+use crate::lock::lock;
 
 /// What a rank publishes for the others in a collective: its call and its buffers.
 ///

@@ -8,9 +8,9 @@ use crate::Error;
 use crate::comm::backoff::Backoff;
 use crate::comm::call_log::describe_missing;
 use crate::comm::departed::{GRACE, rank_lost};
-use crate::comm::lock::lock;
 use crate::comm::wait_graph::{WaitGraph, waits_for};
 use crate::comm::{Call, Operation};
+use crate::lock::lock;
 
 /// How long a rank that finds the group aborted waits for the error. The rank whose time runs out aborts first and
 /// writes the error then, so this takes microseconds; the limit is there because every wait has one.

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::comm::Arrival;
-use crate::comm::lock::lock;
+use crate::lock::lock;
 
 #[derive(Debug, Default)]
 struct Queue {

@@ -14,9 +14,9 @@ use super::collectives;
 use super::group::{CallDescriptor, Group, SplitGroup};
 use crate::Error;
 use crate::comm::backoff::Backoff;
-use crate::comm::lock::lock;
 use crate::comm::transport::check_rank;
 use crate::comm::{Arrival, Call, CallLog, Extent, Message, Operation, Transfer, Transport};
+use crate::lock::lock;
 
 /// One rank's member of a group of threads.
 #[derive(Debug)]
@@ -58,12 +58,13 @@ impl LocalTransport {
 
     /// Before each call: the world has not failed, and the others hear of what this rank has dropped.
     fn goes_on(&self) -> Result<(), Error> {
-        let world = &self.group.world_failure;
-        if let Some(error) = world.error() {
-            return Err(error.clone());
-        }
-        world.goes_on(self.group.members[self.rank]);
+        self.has_not_failed()?;
+        self.group.world_failure.goes_on(self.group.members[self.rank]);
         Ok(())
+    }
+
+    fn has_not_failed(&self) -> Result<(), Error> {
+        self.group.world_failure.error().map_or(Ok(()), |error| Err(error.clone()))
     }
 
     /// Synchronizes with the others, checks that all call the same, and runs `work`, which returns the bytes it moved.
@@ -235,7 +236,7 @@ impl Transport for LocalTransport {
 
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         check_rank(self, from, "recv")?;
-        self.goes_on()?;
+        self.has_not_failed()?;
         self.group.mailboxes.take(from, self.rank, tag).map(Arrival::into_host).transpose()
     }
 

@@ -6,13 +6,13 @@ use super::endpoint::{EndpointInfo, RecvBytes, Request, SendBytes};
 use super::request_table::RequestTable;
 use crate::Error;
 
-/// From, to and tag.
-pub(in crate::comm) type Route = (usize, usize, u64);
+/// By which a message meets its receive: from, to and tag.
+pub(in crate::comm) type Envelope = (usize, usize, u64);
 
 /// The borrowed buffer of a pending message.
 #[derive(Debug, Clone, Copy)]
 pub(in crate::comm) struct Borrowed {
-    pub route: Route,
+    pub envelope: Envelope,
     pub data: *mut u8,
     pub len: usize,
     request: usize,
@@ -47,9 +47,9 @@ struct InFlight {
 /// The messages of all ranks of a world.
 #[derive(Debug, Default)]
 pub(in crate::comm) struct MessageStore {
-    in_flight: HashMap<Route, VecDeque<InFlight>>,
-    /// Posted receives. Routes without one have no entry.
-    receives: HashMap<Route, VecDeque<Borrowed>>,
+    in_flight: HashMap<Envelope, VecDeque<InFlight>>,
+    /// Posted receives. An envelope without one has no entry.
+    receives: HashMap<Envelope, VecDeque<Borrowed>>,
     table: RequestTable,
 }
 
@@ -61,7 +61,7 @@ impl MessageStore {
     /// the send is `eager`; else the store borrows them until they are received.
     pub fn send(
         &mut self,
-        route: Route,
+        envelope: Envelope,
         SendBytes { data, len }: SendBytes,
         at: u64,
         eager: bool,
@@ -69,29 +69,29 @@ impl MessageStore {
     ) {
         let request = self.table.begin();
         requests.push(Request(request as u64));
-        let bytes = StoredBytes::Borrowed(Borrowed { route, data: data.cast_mut(), len, request });
+        let bytes = StoredBytes::Borrowed(Borrowed { envelope, data: data.cast_mut(), len, request });
         if eager {
             self.table.done(request);
-            return self.push(route, at, StoredBytes::Own(bytes.get().to_vec()));
+            return self.push(envelope, at, StoredBytes::Own(bytes.get().to_vec()));
         }
-        self.push(route, at, bytes);
+        self.push(envelope, at, bytes);
     }
 
     /// Inserts a message as if its sender had sent it.
-    pub fn inject(&mut self, route: Route, message: Vec<u8>) {
-        self.push(route, 0, StoredBytes::Own(message));
+    pub fn inject(&mut self, envelope: Envelope, message: Vec<u8>) {
+        self.push(envelope, 0, StoredBytes::Own(message));
     }
 
-    fn push(&mut self, route: Route, at: u64, bytes: StoredBytes) {
-        let messages = self.in_flight.entry(route).or_default();
+    fn push(&mut self, envelope: Envelope, at: u64, bytes: StoredBytes) {
+        let messages = self.in_flight.entry(envelope).or_default();
         let at = messages.back().map_or(0, |last| last.at).max(at);
         messages.push_back(InFlight { at, bytes });
     }
 
-    pub fn receive(&mut self, route: Route, RecvBytes { data, len }: RecvBytes, requests: &mut Vec<Request>) {
+    pub fn receive(&mut self, envelope: Envelope, RecvBytes { data, len }: RecvBytes, requests: &mut Vec<Request>) {
         let request = self.table.begin();
         requests.push(Request(request as u64));
-        self.receives.entry(route).or_default().push_back(Borrowed { route, data, len, request });
+        self.receives.entry(envelope).or_default().push_back(Borrowed { envelope, data, len, request });
     }
 
     /// Copies what has arrived at a rank by now into the buffers of its receives, and removes the requests that are
@@ -99,8 +99,8 @@ impl MessageStore {
     pub fn test(&mut self, info: &EndpointInfo, now: u64, requests: &mut Vec<Request>) -> Result<bool, Error> {
         let Self { in_flight, receives, table } = self;
         let mut wrong = None;
-        receives.retain(|route, receives| {
-            let messages = in_flight.get_mut(route).filter(|_| route.1 == info.rank);
+        receives.retain(|envelope, receives| {
+            let messages = in_flight.get_mut(envelope).filter(|_| envelope.1 == info.rank);
             let Some(messages) = messages else { return true };
             while !receives.is_empty()
                 && let Some(message) = messages.pop_front_if(|message| message.at <= now)
@@ -110,7 +110,7 @@ impl MessageStore {
                 match bytes.len() == receive.len {
                     // SAFETY: as long as that, and borrowed until the request is done.
                     true => unsafe { bytes.as_ptr().copy_to_nonoverlapping(receive.data, receive.len) },
-                    false => wrong = Some(format!("{} bytes came on {route:?} for {}", bytes.len(), receive.len)),
+                    false => wrong = Some(format!("{} bytes came on {envelope:?} for {}", bytes.len(), receive.len)),
                 }
                 table.done(receive.request);
                 if let StoredBytes::Borrowed(send) = message.bytes {

@@ -73,8 +73,8 @@ use self::world::Membership;
 pub(in crate::comm) use self::world::World;
 use super::Communicator;
 use super::WorldConfig;
-use super::lock::lock;
 use crate::Error;
+use crate::lock::lock;
 
 /// Joins a world: a rank's communicator, and the world, whose [`run_watchdog`](World::run_watchdog) a thread of its own
 /// must run.

@@ -10,9 +10,9 @@ use super::group::{Group, MessageKind};
 use super::inbox::{Inbox, Incoming};
 use super::world::World;
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::receive_buffer::ReceiveBuffer;
 use crate::comm::{Message, host_buffer};
+use crate::lock::lock;
 use burn::backend::TensorMetadata;
 use burn::tensor::DType;
 

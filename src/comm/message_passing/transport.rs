@@ -16,9 +16,9 @@ use super::wait::Wait;
 use super::world::{Membership, Proposal, World};
 use crate::Error;
 use crate::comm::departed::{GRACE, rank_lost};
-use crate::comm::lock::lock;
 use crate::comm::transport::check_rank;
 use crate::comm::{Call, CallLog, Extent, Message, Operation, Transfer, Transport};
+use crate::lock::lock;
 
 #[derive(Debug)]
 pub(super) struct MessagePassingTransport {
@@ -109,13 +109,13 @@ impl MessagePassingTransport {
 
     /// Before each call: the world has not failed, and the others hear of what this rank has dropped.
     fn goes_on(&self) -> Result<(), Error> {
-        match self.world().failure() {
-            Some(error) => Err(error.clone()),
-            None => {
-                self.world().goes_on();
-                Ok(())
-            }
-        }
+        self.has_not_failed()?;
+        self.world().goes_on();
+        Ok(())
+    }
+
+    fn has_not_failed(&self) -> Result<(), Error> {
+        self.world().failure().map_or(Ok(()), |error| Err(error.clone()))
     }
 
     /// Agrees with the others on their next collective. `prepare` is called before, if that is in shared memory.
@@ -243,6 +243,7 @@ impl Transport for MessagePassingTransport {
     }
 
     fn receive(&self, from: usize, tag: u64) -> Result<Message, Error> {
+        self.world().goes_on();
         let arrived = self.try_receive(from, tag)?;
         // Only a receive that has to wait is recorded in the call history.
         arrived.map_or_else(|| self.wait_for(from, tag), Ok)
@@ -250,7 +251,7 @@ impl Transport for MessagePassingTransport {
 
     fn try_receive(&self, from: usize, tag: u64) -> Result<Option<Message>, Error> {
         check_rank(self, from, "recv")?;
-        self.goes_on()?;
+        self.has_not_failed()?;
         let mut inbox = lock(&self.group.inboxes[from]);
         inbox.fill(self.world(), &self.group, from, tag)?;
         Ok(inbox.get(self.world(), from, tag)?.0)

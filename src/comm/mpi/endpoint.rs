@@ -13,8 +13,8 @@ use mpi_sys as sys;
 use super::process::{Mpi, check};
 use crate::Error;
 use crate::comm::host_buffer::zeroed;
-use crate::comm::lock::lock;
 use crate::comm::message_passing::{Endpoint, EndpointInfo, RecvBytes, Request, SendBytes, Thresholds};
+use crate::lock::lock;
 
 /// Bytes of one MPI message: counts are C ints. What is longer is sent as several.
 const SEGMENT: usize = 1 << 30;

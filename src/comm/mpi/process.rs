@@ -9,7 +9,7 @@ use std::{ptr, thread};
 use mpi_sys as sys;
 
 use crate::Error;
-use crate::comm::lock::lock;
+use crate::lock::lock;
 
 /// MPI, initialised.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use cubecl_server::runtime::Runtime;
 use cudarc::driver::{result as driver, sys as cuda};
 
 use crate::Error;
-use crate::comm::lock::lock;
+use crate::lock::lock;
 
 /// Nameable although `cubecl_cuda::compute` is private.
 pub(super) type Server = <CudaRuntime as Runtime>::Server;

@@ -53,10 +53,10 @@ use super::stream::{NcclStream, Preparing, prepare};
 use super::watchdog::{CommHandle, Watchdog};
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
-use crate::comm::lock::lock;
 use crate::comm::message_header::{DTYPES, MessageHeader};
 use crate::comm::sent_messages::SentMessages;
 use crate::comm::{Call, Extent, Operation, Transport};
+use crate::lock::lock;
 
 // NCCL transfers every dtype that a header can announce.
 const _: () = {

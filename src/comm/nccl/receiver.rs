@@ -13,11 +13,11 @@ use super::stream::{follow_here, prepare};
 use super::watchdog::Watchdog;
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
-use crate::comm::lock::lock;
 use crate::comm::message_header::MessageHeader;
 use crate::comm::posted_receives::{Asked, Key, PostedReceives};
 use crate::comm::sent_messages::{ask, ask_nothing_more};
 use crate::comm::{Arrival, Call, Extent, Message, Operation, Transport};
+use crate::lock::lock;
 
 /// The receiving side of a rank in a group.
 pub(super) struct Receiver {

@@ -25,10 +25,10 @@ use super::messages::{SendQueue, WaitingMessage};
 use super::nccl_comm::NcclComm;
 use super::stream::Prepared;
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::pending::{OutstandingJob, OutstandingJobs};
 use crate::comm::sent_messages::OrphanedMessages;
 use crate::comm::{Call, DeviceTensor, Transport};
+use crate::lock::lock;
 
 /// How often open communicators are checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
@@ -52,7 +52,7 @@ impl CommHandle {
 
 impl Drop for CommHandle {
     fn drop(&mut self) {
-        // Not with its own group: peers must see at once that this rank has left that.
+        // Not with its own group: peers must see that this rank has left that.
         let raw = self.lock().take(&self.watchdog.host);
         if !raw.is_over() {
             self.watchdog.close_in_background(raw);

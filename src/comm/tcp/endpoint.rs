@@ -11,8 +11,8 @@ use super::poll;
 use super::rendezvous::rendezvous_error;
 use super::transfers::{RecvBuffer, SendBuffer};
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::message_passing::{Clock, Endpoint, EndpointInfo, RecvBytes, Request, RequestTable, SendBytes};
+use crate::lock::lock;
 
 /// Most bytes of a control message: errors with the calls of all ranks.
 const TAKEN: usize = 16 << 20;

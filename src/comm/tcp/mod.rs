@@ -39,13 +39,13 @@
 //!
 //! A rank that is lost while data moves leaves the buffers of that collective half written.
 
+mod connect;
 mod connection;
 pub(crate) mod descriptors;
 mod endpoint;
 mod frame;
 #[cfg(fuzzing)]
 pub(in crate::comm) mod fuzzing;
-mod mesh;
 mod network;
 mod poll;
 mod read_uninit;
@@ -100,7 +100,7 @@ impl Session {
             let count = size.saturating_mul(2).max(size.saturating_add(MAX_UNKNOWN)).saturating_add(OWN_DESCRIPTORS);
             descriptors::reserve(count, &format!("a world of {size} ranks over TCP")).map_err(rendezvous_error)?;
         }
-        let endpoint = TcpEndpoint::new(rendezvous.rank(), mesh::connect(rendezvous)?)?;
+        let endpoint = TcpEndpoint::new(rendezvous.rank(), connect::connect(rendezvous)?)?;
         self.0.create(Box::new(endpoint), config)
     }
 }

@@ -41,7 +41,7 @@ pub(in crate::data_parallel) fn assemble<M: Module>(module: &M, gatherer: &Gathe
 
 /// The whole module with one element in the place of all those of each parameter that ranks hold rows of: nothing is
 /// gathered.
-pub(in crate::data_parallel) fn hollow<M: Module>(module: &M, gatherer: &Gatherer) -> M {
+pub(in crate::data_parallel) fn meta_whole<M: Module>(module: &M, gatherer: &Gatherer) -> M {
     let mut wholes = HashMap::new();
     visit_params(module, &mut |param| {
         if let Some(rows) = gatherer.rows(param.id()) {

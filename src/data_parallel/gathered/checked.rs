@@ -4,9 +4,10 @@
 //! ids by which the replica gathers rows; one of another replica has rows that are gathered, and gradients that are
 //! reduced, by that. Neither could train with the others.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use burn::module::{Module, ModuleVisitor, Param};
+use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::tensor::Tensor;
 
 use super::Gatherer;
@@ -14,16 +15,22 @@ use super::row_shard::last_visited;
 use crate::Error;
 use crate::params::{ModulePath, is_shard};
 use crate::sharding::Rows;
+use crate::tensor::PlainTensor;
 
-/// Makes sure that the parameters of which this rank holds rows are there as rows of this replica.
+/// This rank's rows of all parameters, as the module has them now. Makes sure that they are there as rows of this
+/// replica.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`], which names the first that is not.
-pub(in crate::data_parallel) fn check_rows<M: Module>(module: &M, gatherer: &Arc<Gatherer>) -> Result<(), Error> {
-    let mut check = Check { gatherer, path: ModulePath::default(), entered: false, problem: None };
+pub(in crate::data_parallel) fn checked_rows<M: Module>(
+    module: &M,
+    gatherer: &Arc<Gatherer>,
+) -> Result<HashMap<ParamId, PlainTensor>, Error> {
+    let (path, rows) = (ModulePath::default(), HashMap::new());
+    let mut check = Check { gatherer, path, entered: false, rows, problem: None };
     module.visit(&mut check);
     match check.problem {
-        None => Ok(()),
+        None => Ok(check.rows),
         Some(problem) => Err(Error::invalid(OPERATION, problem)),
     }
 }
@@ -49,6 +56,7 @@ struct Check<'a> {
     path: ModulePath,
     /// Whether rows come next.
     entered: bool,
+    rows: HashMap<ParamId, PlainTensor>,
     problem: Option<String>,
 }
 
@@ -97,6 +105,9 @@ impl ModuleVisitor for Check<'_> {
         let are_rows = std::mem::take(&mut self.entered);
         if self.problem.is_none() {
             self.problem = self.problem_of(param, are_rows);
+        }
+        if are_rows && self.problem.is_none() {
+            self.rows.entry(param.id).or_insert_with(|| param.base().into());
         }
     }
 }

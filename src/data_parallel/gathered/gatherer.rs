@@ -1,16 +1,18 @@
 //! Makes full parameters of the rows of all ranks.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::Duration;
 
 use burn::module::ParamId;
 
 use super::backward_order::BackwardOrder;
 use super::checked::of_other_dims;
+use super::group_numbers::group_numbers;
 use crate::Error;
 use crate::comm::{Communicator, Pending};
 use crate::graph::same_buffer;
+use crate::lock::lock;
 use crate::sharding::{Keep, Pack, Rows, ShardComms};
 use crate::tensor::PlainTensor;
 
@@ -36,6 +38,8 @@ pub(in crate::data_parallel) struct Gatherer {
     pub(super) places: HashMap<ParamId, usize>,
     /// Places of the parameters that are gathered together, and their pack.
     pub(super) groups: Vec<(Vec<usize>, Pack)>,
+    /// On what the ranks agree that gather a group: its name.
+    pub(super) numbers: Vec<u64>,
     /// The group of each parameter.
     pub(super) group_of: Vec<usize>,
     /// What stands for the parameters in the module.
@@ -95,11 +99,14 @@ impl Gatherer {
             group.iter().for_each(|place| group_of[*place] = number);
         }
         let pack = |group: &[usize]| Pack::new(group.iter().map(|place| params[*place].rows.clone()).collect());
-        let groups = groups.into_iter().map(|group| (group.clone(), pack(&group))).collect();
+        let groups: Vec<(Vec<usize>, Pack)> = groups.into_iter().map(|group| (group.clone(), pack(&group))).collect();
+        let paths =
+            |(group, _): &(Vec<usize>, Pack)| group.iter().map(|place| &*params[*place].path).collect::<Vec<_>>();
+        let numbers = group_numbers(groups.iter().map(paths));
         let places = params.iter().enumerate().map(|(place, param)| (param.id, place)).collect();
         let state = State { shards: vec![None; params.len()], ..State::default() };
         let (stand_ins, state) = (OnceLock::new(), Mutex::new(state));
-        Self { comms, wants, keep, params, places, groups, group_of, stand_ins, state }
+        Self { comms, wants, keep, params, places, groups, numbers, group_of, stand_ins, state }
     }
 
     pub fn keep(&self) -> Keep {
@@ -232,17 +239,17 @@ impl Gatherer {
     /// Those of [`Communicator::all_gather`](crate::comm::Communicator::all_gather) and of `take`.
     pub fn all(&self, mut take: impl FnMut(ParamId, PlainTensor)) -> Result<(), Error> {
         let shards = self.lock().shards.clone();
-        for (number, (members, pack)) in self.groups.iter().enumerate() {
+        for ((members, pack), number) in self.groups.iter().zip(&self.numbers) {
             let shards: Option<Vec<PlainTensor>> = members.iter().map(|place| shards[*place].clone()).collect();
             let shards = shards.ok_or_else(|| Error::invalid("assemble", "the rows of a parameter are not known"))?;
-            let full = pack.gather_agreed(shards, self.comms.parameters(), number as u64 + 1)?;
+            let full = pack.gather_agreed(shards, self.comms.parameters(), *number)?;
             members.iter().zip(full).for_each(|(place, full)| take(self.params[*place].id, full));
         }
         Ok(())
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use super::gatherer::{Ahead, FullParam, Gatherer, State};
+use super::gatherer::{Ahead, FullParam, Gathered, Gatherer, State};
+use super::group_numbers::alone;
 use super::wants::Want;
 use crate::Error;
 use crate::comm::{Pending, ReduceOp};
@@ -131,9 +132,8 @@ impl Gatherer {
 
     /// Begins to gather a group.
     fn start(&self, state: &State, group: usize, shards: Vec<PlainTensor>) -> Result<Pending<Vec<PlainTensor>>, Error> {
-        let number = group as u64 + 1;
-        self.announce(state, number)?;
-        let pack = self.groups[group].1.clone();
+        self.announce(state, group as u64 + 1)?;
+        let (pack, number) = (self.groups[group].1.clone(), self.numbers[group]);
         Ok(self.comms.parameters().start(move |comm| pack.gather_agreed(shards, comm, number)))
     }
 
@@ -143,10 +143,13 @@ impl Gatherer {
         let full = match &self.wants {
             Some(comm) => self.gather_wanted(state, comm, Want::Alone(place), Some(shard))?,
             None => {
-                let number = (self.groups.len() + place) as u64 + 1;
-                self.announce(state, number)?;
-                let pack = Pack::new(vec![self.params[place].rows.clone()]);
-                pack.gather_agreed(vec![shard.clone()], self.comms.parameters(), number)?
+                self.announce(state, (self.groups.len() + place) as u64 + 1)?;
+                let Gathered { path, rows, .. } = &self.params[place];
+                Pack::new(vec![rows.clone()]).gather_agreed(
+                    vec![shard.clone()],
+                    self.comms.parameters(),
+                    alone(path),
+                )?
             }
         };
         state.waited += began.elapsed();

@@ -1,6 +1,7 @@
 //! Rounds in which some ranks have no data: the first rank that has says what is gathered.
 
 use super::gatherer::{Gatherer, State};
+use super::group_numbers::alone;
 use crate::Error;
 use crate::sharding::Pack;
 
@@ -72,13 +73,13 @@ impl Gatherer {
         loop {
             let number = self.comms.control().broadcast(vec![OVER], leader)?[0];
             let Some(group) = number.checked_sub(1).map(|number| number as usize) else { return Ok(()) };
-            let alone;
-            let (members, pack) = match self.groups.get(group) {
-                Some((members, pack)) => (members, pack),
+            let by_itself;
+            let (members, pack, number) = match self.groups.get(group) {
+                Some((members, pack)) => (members, pack, self.numbers[group]),
                 None => {
                     let place = group - self.groups.len();
-                    alone = (vec![place], Pack::new(vec![self.params[place].rows.clone()]));
-                    (&alone.0, &alone.1)
+                    by_itself = (vec![place], Pack::new(vec![self.params[place].rows.clone()]));
+                    (&by_itself.0, &by_itself.1, alone(&self.params[place].path))
                 }
             };
             let shards = members.iter().map(shard).collect::<Result<_, _>>()?;

@@ -58,7 +58,7 @@ where
     let value = |tensor: &FloatTensor<Autodiff<B, C>>| tensor.clone().into_parts().0;
     let merged = merged::<B>(value(&whole), value(&a), value(&b), scale);
     let again = Again::<B> { ids, scale, backend: std::marker::PhantomData };
-    let prepared = Backward::<B, 3>::prepare::<BalancedCheckpointing>(Merged, nodes)
+    let prepared = Backward::<B, 3>::prepare::<BalancedCheckpointing>(Merge, nodes)
         .memory_bound()
         .retro_forward(again)
         .parents([&whole, &a, &b])
@@ -114,9 +114,9 @@ struct State {
 }
 
 #[derive(Debug)]
-struct Merged;
+struct Merge;
 
-impl<B: Backend> Backward<B, 3> for Merged {
+impl<B: Backend> Backward<B, 3> for Merge {
     type State = State;
 
     fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {

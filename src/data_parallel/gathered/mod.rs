@@ -32,6 +32,7 @@ mod backward_order;
 mod checked;
 mod gatherer;
 mod gathers;
+mod group_numbers;
 mod leader;
 mod logical;
 mod merge;
@@ -41,8 +42,8 @@ mod stand_in;
 mod wants;
 mod wrap;
 
-pub(super) use assemble::{assemble, hollow, shards_of};
-pub(super) use checked::check_rows;
+pub(super) use assemble::{assemble, meta_whole, shards_of};
+pub(super) use checked::checked_rows;
 pub(super) use gatherer::Gatherer;
 pub(super) use logical::Logical;
 pub(super) use wrap::shard_parameters;

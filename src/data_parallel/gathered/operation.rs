@@ -90,13 +90,13 @@ where
     let state = arrival.map(|(arrival, _)| arrival);
     let nodes = [tracked.node(), anchor(order).node()];
     let prepared = match keep {
-        Keep::Pass => Backward::<B, 2>::prepare::<BalancedCheckpointing>(Gathered, nodes)
+        Keep::Pass => Backward::<B, 2>::prepare::<BalancedCheckpointing>(Gather, nodes)
             .memory_bound()
             .retro_forward(Again::<B>::new(again))
             .parents([&tracked])
             .stateful(),
         Keep::MicroBatch | Keep::Step => {
-            Backward::<B, 2>::prepare::<BalancedCheckpointing>(Gathered, nodes).compute_bound().stateful()
+            Backward::<B, 2>::prepare::<BalancedCheckpointing>(Gather, nodes).compute_bound().stateful()
         }
     };
     let output = match prepared {
@@ -153,9 +153,9 @@ where
 /// Hands the gradient of the whole to the listener, if this is the backward of its own replica; else nobody wants it,
 /// for no rank could do anything with the gradient of a whole.
 #[derive(Debug)]
-struct Gathered;
+struct Gather;
 
-impl<B: Backend> Backward<B, 2> for Gathered
+impl<B: Backend> Backward<B, 2> for Gather
 where
     DispatchTensor: DispatchKindConversion<B>,
 {

@@ -13,7 +13,8 @@
 
 use std::time::Instant;
 
-use super::gatherer::{Gatherer, State};
+use super::gatherer::{Gathered, Gatherer, State};
+use super::group_numbers::alone;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::sharding::Pack;
@@ -137,15 +138,15 @@ impl Gatherer {
                         members.iter().map(|place| state.shards[*place].clone()).collect();
                     let shards =
                         shards.ok_or_else(|| Error::invalid("a sharded parameter", "its rows are not known"))?;
-                    let full = pack.gather_agreed(shards, self.comms.parameters(), group as u64 + 1)?;
+                    let full = pack.gather_agreed(shards, self.comms.parameters(), self.numbers[group])?;
                     if want.is_of(group) {
                         return Ok(full);
                     }
                 }
                 Agreed::Alone(place) => {
                     let own = own.cloned().into_iter().collect();
-                    let pack = Pack::new(vec![self.params[place].rows.clone()]);
-                    return pack.gather_agreed(own, self.comms.parameters(), (groups + place) as u64 + 1);
+                    let Gathered { path, rows, .. } = &self.params[place];
+                    return Pack::new(vec![rows.clone()]).gather_agreed(own, self.comms.parameters(), alone(path));
                 }
                 Agreed::Never { place, rank, other } => return Err(self.refuse_alone(place, rank, other)),
             }

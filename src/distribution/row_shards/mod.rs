@@ -25,9 +25,9 @@ use self::own_rows::{OwnRows, RowParam, Trained};
 use super::assemble::assemble;
 use super::distribute::{Round, agree_on_layouts, distribute};
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::{Communicator, GATHERED_PARAMETERS, Pending};
 use crate::graph::{StepGraph, graph_error, read_params};
+use crate::lock::lock;
 use crate::params::{self, ParamSlice, Renamed};
 use crate::partition::{Gathering, InRows, shard_parameters};
 use crate::plan::PlanTable;
@@ -123,14 +123,15 @@ impl RowShards {
         }
         let numbers = params.iter().enumerate().map(|(number, param)| (param.id, number)).collect();
         let control = format!("{GATHERED_PARAMETERS}_control");
+        let replicas = replicas.split_named(&control, 0, replicas.rank() as i64)?;
         Ok(Self {
             table: Arc::new(table),
             params: Arc::new(params),
             numbers: Arc::new(numbers),
             keep,
             reduce_dtype,
-            comms,
-            replicas: replicas.split_named(&control, 0, replicas.rank() as i64)?,
+            comms: comms.with_next(&replicas),
+            replicas,
             step: Arc::default(),
             gathered: (keep == Keep::Pass).then(Arc::default),
             sums: Arc::default(),

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::kernel::{Extent, Home, Instruction, Kernel, Value};
+use super::kernel::{BlockOp, Extent, Home, Kernel, Value};
 use super::loops::{Operand, add_rows, binary, choose, place_of, reduce, unary};
 use super::native::Native;
 use burn::tensor::DType;
@@ -143,7 +143,7 @@ impl<T: Native> Running<'_, T> {
     #[inline(always)]
     unsafe fn execute(
         &self,
-        instruction: &Instruction,
+        instruction: &BlockOp,
         part: usize,
         column: usize,
         height: usize,
@@ -157,9 +157,9 @@ impl<T: Native> Running<'_, T> {
         // SAFETY: the same.
         let write = |value: Value| unsafe { std::slice::from_raw_parts_mut(at[value], len(value)) };
         match *instruction {
-            Instruction::Fill { out, with } => write(out).fill(T::from_f64(with)),
-            Instruction::Unary { op, out, x } => unary(op, write(out), read(x)),
-            Instruction::Binary { op, out, a, b } => {
+            BlockOp::Fill { out, with } => write(out).fill(T::from_f64(with)),
+            BlockOp::Unary { op, out, x } => unary(op, write(out), read(x)),
+            BlockOp::Binary { op, out, a, b } => {
                 let (a, b) = ((extent(a), read(a)), (extent(b), read(b)));
                 let whole = extent(out);
                 let alike = |(extent, x)| match extent {
@@ -186,32 +186,32 @@ impl<T: Native> Running<'_, T> {
                     }
                 }
             }
-            Instruction::Choose { out, mask, a, b } => choose(write(out), read(mask), read(a), read(b)),
-            Instruction::Spread { out, x } => {
+            BlockOp::Choose { out, mask, a, b } => choose(write(out), read(mask), read(a), read(b)),
+            BlockOp::Spread { out, x } => {
                 let x = read(x);
                 let each = write(out).len() / x.len();
                 for (out, x) in write(out).chunks_exact_mut(each).zip(x) {
                     out.fill(*x);
                 }
             }
-            Instruction::Reduce { op, out, x } => {
+            BlockOp::Reduce { op, out, x } => {
                 // Not by an iterator's method with a closure, which would be a function of its own, without wide
                 // vectors.
                 for (out, row) in write(out).iter_mut().zip(read(x).chunks_exact(width)) {
                     *out = reduce(op, row);
                 }
             }
-            Instruction::PlaceOf { out, x, of } => {
+            BlockOp::PlaceOf { out, x, of } => {
                 let rows = read(x).chunks_exact(width).zip(read(of));
                 for (out, (row, of)) in write(out).iter_mut().zip(rows) {
                     *out = T::from_f64(place_of(row, *of) as f64);
                 }
             }
-            Instruction::Pick { out, x, index } => {
+            BlockOp::Pick { out, x, index } => {
                 let rows = read(x).chunks_exact(width).zip(read(index));
                 write(out).iter_mut().zip(rows).for_each(|(out, (row, index))| *out = row[place(*index, width)]);
             }
-            Instruction::AddAt { out, x, index, add } => {
+            BlockOp::AddAt { out, x, index, add } => {
                 let out = write(out);
                 match (extent(x), read(x)) {
                     (Extent::Full, x) => out.copy_from_slice(x),
@@ -224,7 +224,7 @@ impl<T: Native> Running<'_, T> {
                     *out = out.add(*add);
                 }
             }
-            Instruction::AddRows { sums, x } => {
+            BlockOp::AddRows { sums, x } => {
                 // SAFETY: each part has sums of its own.
                 let sums = unsafe {
                     let sums = self.sums[sums].add(part * self.columns + column);
@@ -232,8 +232,8 @@ impl<T: Native> Running<'_, T> {
                 };
                 add_rows(sums, read(x), width);
             }
-            Instruction::Round { x, to } => T::round(write(x), to),
-            Instruction::Expect { x, above } => {
+            BlockOp::Round { x, to } => T::round(write(x), to),
+            BlockOp::Expect { x, above } => {
                 let above = T::from_f64(above);
                 if !read(x).iter().all(|x| *x > above) {
                     self.unexpected.store(true, Ordering::Relaxed);

@@ -3,7 +3,7 @@
 use burn::tensor::DType;
 use burn_ir::ScalarIr;
 
-use super::loops::{Binary, Reduction, Unary};
+use super::loops::{Binary, RowReduction, Unary};
 
 /// How many elements of a value there are in a block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -19,8 +19,9 @@ pub(super) enum Extent {
 /// A value by its number.
 pub(super) type Value = usize;
 
+/// One instruction: an operation on values, a block of each.
 #[derive(Debug, Clone)]
-pub(super) enum Instruction {
+pub(super) enum BlockOp {
     Fill {
         out: Value,
         with: f64,
@@ -48,7 +49,7 @@ pub(super) enum Instruction {
         x: Value,
     },
     Reduce {
-        op: Reduction,
+        op: RowReduction,
         out: Value,
         x: Value,
     },
@@ -88,7 +89,7 @@ pub(super) enum Instruction {
     },
 }
 
-impl Instruction {
+impl BlockOp {
     pub(super) fn reads(&self) -> impl Iterator<Item = Value> {
         let read = match *self {
             Self::Fill { .. } => [None; 3],
@@ -149,7 +150,7 @@ pub(super) struct Kernel {
     pub(super) homes: Vec<Home>,
     /// How many registers there are beside those of inputs and results.
     pub(super) registers: usize,
-    pub(super) code: Vec<Instruction>,
+    pub(super) code: Vec<BlockOp>,
     pub(super) outputs: Vec<Output>,
 }
 
@@ -191,8 +192,8 @@ impl Kernel {
 
     /// Whether a row may be cut into several blocks.
     pub(super) fn cuts_rows(&self) -> bool {
-        use Instruction::{AddAt, AddRows, Pick, PlaceOf, Reduce};
-        let is_of_rows = |code: &Instruction| {
+        use BlockOp::{AddAt, AddRows, Pick, PlaceOf, Reduce};
+        let is_of_rows = |code: &BlockOp| {
             matches!(code, Reduce { .. } | AddRows { .. } | PlaceOf { .. } | Pick { .. } | AddAt { .. })
         };
         !self.code.iter().any(is_of_rows) && self.outputs.iter().all(|output| output.extent == Extent::Full)
@@ -200,12 +201,7 @@ impl Kernel {
 }
 
 /// Gives every value a home: registers are taken again after the last use.
-pub(super) fn homes(
-    extents: &[Extent],
-    inputs: &[Value],
-    code: &[Instruction],
-    outputs: &[Output],
-) -> (Vec<Home>, usize) {
+pub(super) fn homes(extents: &[Extent], inputs: &[Value], code: &[BlockOp], outputs: &[Output]) -> (Vec<Home>, usize) {
     let mut homes: Vec<Option<Home>> = vec![None; extents.len()];
     for (input, value) in inputs.iter().enumerate() {
         homes[*value] = Some(Home::Input(input));

@@ -56,8 +56,9 @@ pub(super) enum Binary {
     GeluBackward,
 }
 
+/// What a loop makes of the elements of a row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Reduction {
+pub(super) enum RowReduction {
     Sum,
     Mean,
     Max,
@@ -215,12 +216,12 @@ fn fold<T: Float>(x: &[T], start: T, f: impl Fn(T, T) -> T) -> T {
 
 /// One number of the elements of a row.
 #[inline(always)]
-pub(super) fn reduce<T: Float>(op: Reduction, x: &[T]) -> T {
+pub(super) fn reduce<T: Float>(op: RowReduction, x: &[T]) -> T {
     let larger = |a: T, b: T| if b > a || b.is_nan() { b } else { a };
     match op {
-        Reduction::Sum => fold(x, T::default(), T::add),
-        Reduction::Mean => fold(x, T::default(), T::add).div(T::from_f64(x.len() as f64)),
-        Reduction::Max => fold(x, T::from_f64(f64::NEG_INFINITY), larger),
+        RowReduction::Sum => fold(x, T::default(), T::add),
+        RowReduction::Mean => fold(x, T::default(), T::add).div(T::from_f64(x.len() as f64)),
+        RowReduction::Max => fold(x, T::from_f64(f64::NEG_INFINITY), larger),
     }
 }
 

@@ -6,8 +6,8 @@ use std::fmt::Debug;
 use burn::tensor::DType;
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
-use super::kernel::{Extent, Instruction, Kernel, Output, Value, homes};
-use super::loops::{Binary, Reduction, Unary};
+use super::kernel::{BlockOp, Extent, Kernel, Output, Value, homes};
+use super::loops::{Binary, RowReduction, Unary};
 use super::work::{Work, is_wide};
 
 /// The kernel of `operations`, which run over `dims`, with its inputs and results; `wanted` are the tensors that others
@@ -28,7 +28,7 @@ pub(super) fn lower(
         if let Work::AddRows(x) = work {
             let x = lowering.read(x)?;
             let x = lowering.spread(x, Extent::Full);
-            lowering.code.push(Instruction::AddRows { sums: lowering.outputs.len(), x });
+            lowering.code.push(BlockOp::AddRows { sums: lowering.outputs.len(), x });
             lowering.output(None, out, Extent::Full);
             results.push(out.clone());
             continue;
@@ -62,7 +62,7 @@ struct Lowering<'a> {
     known: HashMap<Value, f64>,
     /// What values are rounded to as they are made. Later on nothing changes a value: others may share it.
     rounded: HashMap<Value, DType>,
-    code: Vec<Instruction>,
+    code: Vec<BlockOp>,
     outputs: Vec<Output>,
 }
 
@@ -119,7 +119,7 @@ impl Lowering<'_> {
             return x;
         }
         let out = self.value(extent);
-        self.code.push(Instruction::Spread { out, x });
+        self.code.push(BlockOp::Spread { out, x });
         out
     }
 
@@ -161,7 +161,7 @@ impl Lowering<'_> {
                 let extent = [mask, a, b].map(|value| self.extents[value]).into_iter().max()?;
                 let [mask, a, b] = [mask, a, b].map(|value| self.spread(value, extent));
                 let out = self.value(extent);
-                self.make(Instruction::Choose { out, mask, a, b }, out, to)
+                self.make(BlockOp::Choose { out, mask, a, b }, out, to)
             }
             Work::Reduce(op, x) => {
                 let x = self.read(x)?;
@@ -171,22 +171,22 @@ impl Lowering<'_> {
             Work::PlaceOfMax(tensor) => {
                 let x = self.read(tensor)?;
                 let x = self.spread(x, Extent::Full);
-                let of = self.reduce(Reduction::Max, x, of_16_bits(tensor.dtype));
+                let of = self.reduce(RowReduction::Max, x, of_16_bits(tensor.dtype));
                 let out = self.value(Extent::Row);
-                self.make(Instruction::PlaceOf { out, x, of }, out, None)
+                self.make(BlockOp::PlaceOf { out, x, of }, out, None)
             }
             Work::Pick(x, index) => {
                 let (x, index) = (self.read(x)?, self.read(index)?);
                 let x = self.spread(x, Extent::Full);
                 let index = self.spread(index, Extent::Row);
                 let out = self.value(Extent::Row);
-                self.make(Instruction::Pick { out, x, index }, out, to)
+                self.make(BlockOp::Pick { out, x, index }, out, to)
             }
             Work::AddAt(x, index, add) => {
                 let [x, index, add] = [self.read(x)?, self.read(index)?, self.read(add)?];
                 let [index, add] = [index, add].map(|value| self.spread(value, Extent::Row));
                 let out = self.value(Extent::Full);
-                self.make(Instruction::AddAt { out, x, index, add }, out, to)
+                self.make(BlockOp::AddAt { out, x, index, add }, out, to)
             }
             Work::AddRows(_) => return None,
         })
@@ -198,57 +198,57 @@ impl Lowering<'_> {
         }
         let out = self.value(Extent::One);
         self.known.insert(out, with);
-        self.code.push(Instruction::Fill { out, with });
+        self.code.push(BlockOp::Fill { out, with });
         out
     }
 
     fn unary(&mut self, op: Unary, x: Value, to: Option<DType>) -> Value {
-        let same = |done: &Instruction| match *done {
-            Instruction::Unary { op: other, out, x: of } => (of == x && alike(other, op)).then_some(out),
+        let same = |done: &BlockOp| match *done {
+            BlockOp::Unary { op: other, out, x: of } => (of == x && alike(other, op)).then_some(out),
             _ => None,
         };
         self.made(same, to).unwrap_or_else(|| {
             let out = self.value(self.extents[x]);
-            self.make(Instruction::Unary { op, out, x }, out, to)
+            self.make(BlockOp::Unary { op, out, x }, out, to)
         })
     }
 
     fn binary(&mut self, op: Binary, a: Value, b: Value, to: Option<DType>) -> Value {
-        let same = |done: &Instruction| match *done {
-            Instruction::Binary { op: other, out, a: left, b: right } => {
+        let same = |done: &BlockOp| match *done {
+            BlockOp::Binary { op: other, out, a: left, b: right } => {
                 ((left, right) == (a, b) && alike(other, op)).then_some(out)
             }
             _ => None,
         };
         self.made(same, to).unwrap_or_else(|| {
             let out = self.value(self.extents[a].max(self.extents[b]));
-            self.make(Instruction::Binary { op, out, a, b }, out, to)
+            self.make(BlockOp::Binary { op, out, a, b }, out, to)
         })
     }
 
-    fn reduce(&mut self, op: Reduction, x: Value, to: Option<DType>) -> Value {
-        let same = |done: &Instruction| match *done {
-            Instruction::Reduce { op: other, out, x: of } => (of == x && other == op).then_some(out),
+    fn reduce(&mut self, op: RowReduction, x: Value, to: Option<DType>) -> Value {
+        let same = |done: &BlockOp| match *done {
+            BlockOp::Reduce { op: other, out, x: of } => (of == x && other == op).then_some(out),
             _ => None,
         };
         self.made(same, to).unwrap_or_else(|| {
             let out = self.value(Extent::Row);
-            self.make(Instruction::Reduce { op, out, x }, out, to)
+            self.make(BlockOp::Reduce { op, out, x }, out, to)
         })
     }
 
     /// What an instruction that is the same has made, rounded to the same: backward passes do again what was done
     /// forward.
-    fn made(&self, same: impl Fn(&Instruction) -> Option<Value>, to: Option<DType>) -> Option<Value> {
+    fn made(&self, same: impl Fn(&BlockOp) -> Option<Value>, to: Option<DType>) -> Option<Value> {
         self.code.iter().filter_map(same).find(|made| self.rounded.get(made).copied() == to)
     }
 
     /// A new value, and what it is rounded to.
-    fn make(&mut self, instruction: Instruction, out: Value, to: Option<DType>) -> Value {
+    fn make(&mut self, instruction: BlockOp, out: Value, to: Option<DType>) -> Value {
         self.code.push(instruction);
         if let Some(to) = to {
             self.rounded.insert(out, to);
-            self.code.push(Instruction::Round { x: out, to });
+            self.code.push(BlockOp::Round { x: out, to });
         }
         out
     }

@@ -1,11 +1,11 @@
 //! Fuses operations on the host: groups of element-wise operations, with what they broadcast, mask, cast and reduce,
 //! become one loop over blocks that stay in the caches.
 //!
-//! [`fuse`] works on a program, after all passes over the graph: it finds the groups ([`group`]) from operations alone,
-//! whatever layers they come from. So softmax, norms, activations and their backwards become one kernel each, or parts
-//! of one. A kernel is data ([`kernel`]): instructions over values, each with one element for the block, for each row,
-//! or for each place; it is made of burn's operations by [`lower`] and run on Flex tensors by [`run`], split over the
-//! threads of the rank. A result takes the memory of an input that nobody else holds; else memory that steps before
+//! [`fuse`] works on a program, after all passes over the graph: it finds the groups ([`fusion_group`]) from operations
+//! alone, whatever layers they come from. So softmax, norms, activations and their backwards become one kernel each, or
+//! parts of one. A kernel is data ([`kernel`]): instructions over values, each with one element for the block, for each
+//! row, or for each place; it is made of burn's operations by [`lower`] and run on Flex tensors by [`run`], split over
+//! the threads of the rank. A result takes the memory of an input that nobody else holds; else memory that steps before
 //! have used, and that is not zeroed first. Loops go on through tensors under other dims, and through what an index
 //! picks of each row: a loss by classes is part of the loop of its log-softmax, forward and backward, without zeros to
 //! add to. What burn computes as one, in passes without backward, is taken apart first ([`single`](mod@single)). Matrix
@@ -22,7 +22,7 @@
 
 mod block;
 mod functions;
-mod group;
+mod fusion_group;
 mod kernel;
 mod loops;
 mod lower;
@@ -43,7 +43,7 @@ use burn::backend::DispatchDevice;
 use burn::tensor::Device;
 use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId};
 
-use self::group::{Group, Part, grouped};
+use self::fusion_group::{FusionGroup, Grouped, grouped};
 use self::kernel::{Kernel, number};
 pub(crate) use self::multiply::{multiplies, multiply};
 use self::products::merged;
@@ -132,11 +132,11 @@ pub(crate) fn fuse<const SECTIONS: usize>(sections: [Vec<Item>; SECTIONS]) -> ([
     let sections = tiled(sections, &mut kernels.tiled);
     let readers = self::readers(&sections);
     let sections = sections.map(|items| {
-        let parts = grouped(items).into_iter();
-        parts
-            .flat_map(|part| match part {
-                Part::Item(item) => vec![item],
-                Part::Group(group) => fused(group, &readers, &mut kernels),
+        let found = grouped(items).into_iter();
+        found
+            .flat_map(|item| match item {
+                Grouped::Item(item) => vec![item],
+                Grouped::Group(group) => fused(group, &readers, &mut kernels),
             })
             .collect()
     });
@@ -156,7 +156,7 @@ fn readers(sections: &[Vec<Item>]) -> HashMap<TensorId, usize> {
 }
 
 /// A group as one operation; its operations as they are, if there is nothing to gain.
-fn fused(group: Group, readers: &HashMap<TensorId, usize>, kernels: &mut Kernels) -> Vec<Item> {
+fn fused(group: FusionGroup, readers: &HashMap<TensorId, usize>, kernels: &mut Kernels) -> Vec<Item> {
     let worth = group.is_worth_it();
     let dims = group.dims();
     let operations: Vec<OperationIr> = group.operations.into_values().map(|op| *op).collect();

@@ -2,13 +2,12 @@
 //! of a batch ([`Product`]), split over threads by Flex's rules.
 
 use std::mem::MaybeUninit;
-use std::sync::Arc;
 
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{DType, Element, Shape};
 use rayon::prelude::*;
 
-use crate::tensor::{Multiplied, Pool, Product, Room, SPLIT_FROM, Strided};
+use crate::tensor::{Multiplied, Product, Room, SPLIT_FROM, Strided};
 
 /// Flex's: from so many multiplications on several threads make several products of a batch.
 const SPLIT_BATCH_FROM: usize = 128 * 128 * 128;
@@ -18,20 +17,13 @@ pub(crate) fn multiplies(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F64)
 }
 
-/// The product of two tensors of one dtype of those that [`multiplies`], of the dims `dims`, made in `room`; what is
-/// made on the way is made in memory of `pool`.
+/// The product of two tensors of one dtype of those that [`multiplies`], of the dims `dims`, made in `room`.
 ///
 /// # Panics
 /// If dims do not fit each other, which burn has checked when the product was recorded.
-pub(crate) fn multiply(
-    left: &FlexTensor,
-    right: &FlexTensor,
-    dims: &[usize],
-    room: Room,
-    pool: &Arc<Pool>,
-) -> FlexTensor {
+pub(crate) fn multiply(left: &FlexTensor, right: &FlexTensor, dims: &[usize], room: Room) -> FlexTensor {
     let multiply = if left.dtype() == DType::F64 { multiply_as::<f64> } else { multiply_as::<f32> };
-    multiply(left, right, dims, room, pool)
+    multiply(left, right, dims, room)
 }
 
 /// A factor as it lies in memory.
@@ -90,7 +82,6 @@ struct Products<'a, T> {
     inner: usize,
     left: Factor<'a, T>,
     right: Factor<'a, T>,
-    pool: &'a Arc<Pool>,
 }
 
 fn multiply_as<T: Multiplied + Element + bytemuck::Pod>(
@@ -98,7 +89,6 @@ fn multiply_as<T: Multiplied + Element + bytemuck::Pod>(
     right: &FlexTensor,
     dims: &[usize],
     room: Room,
-    pool: &Arc<Pool>,
 ) -> FlexTensor {
     let [batch @ .., rows, columns] = dims else { panic!("a product has rows and columns") };
     let (rows, columns) = (*rows, *columns);
@@ -110,7 +100,7 @@ fn multiply_as<T: Multiplied + Element + bytemuck::Pod>(
     // SAFETY: the room has so many elements, for which it is aligned, and nothing else refers to it.
     let out = unsafe { std::slice::from_raw_parts_mut(room.pointer().cast::<MaybeUninit<T>>(), elements) };
     if elements > 0 {
-        Products { batch, rows, columns, inner, left, right, pool }.run(out);
+        Products { batch, rows, columns, inner, left, right }.run(out);
     }
     // SAFETY: every element has been written.
     let bytes = unsafe { room.filled() };
@@ -136,9 +126,9 @@ impl<T: Multiplied + Element + bytemuck::Pod> Products<'_, T> {
 
     /// Writes every element of one of the batch.
     fn one(&self, number: usize, out: &mut [MaybeUninit<T>], parallelism: gemm::Parallelism) {
-        let Self { batch, rows, columns, inner, ref left, ref right, pool } = *self;
+        let Self { batch, rows, columns, inner, ref left, ref right } = *self;
         let (left, right) = (left.of(number, batch), right.of(number, batch));
-        let product = Product { rows, inner, columns, left, right, adds: false, pool };
+        let product = Product { rows, inner, columns, left, right, adds: false };
         assert!(out.len() == rows * columns);
         // SAFETY: the factors were found to lie in their memory. `out` has a place for each element, row by row.
         unsafe { product.write(out.as_mut_ptr().cast::<T>(), columns, parallelism) };
@@ -150,7 +140,7 @@ mod tests {
     use burn::tensor::{Device, Tensor, TensorData};
 
     use super::*;
-    use crate::tensor::PlainTensor;
+    use crate::tensor::{PlainTensor, Pool};
 
     /// burn's product and this one, and whether the second was multiplied as it lies.
     fn compare<const D: usize>(what: &str, left: Tensor<D>, right: Tensor<D>) {
@@ -160,7 +150,7 @@ mod tests {
         // The second time in the memory of the first.
         for _ in 0..2 {
             let room = pool.room(expected.shape().num_elements() * expected.dtype().size());
-            let found = multiply(&flex(&left), &flex(&right), &expected.dims(), room, &pool);
+            let found = multiply(&flex(&left), &flex(&right), &expected.dims(), room);
             let found: Tensor<D> = PlainTensor::from_flex(found).float().unwrap();
             let (expected, found) = (expected.clone().cast(DType::F64), found.cast(DType::F64));
             let (expected, found) = (expected.into_data(), found.into_data());

@@ -5,7 +5,7 @@ use burn_ir::{TensorId, TensorIr};
 
 use super::super::instruction::Item;
 use super::super::operation::taken_apart;
-use super::tiled::Program;
+use super::tiled::FlatProgram;
 
 /// The program with softmax, norms and attention as single operations, whose tensors are numbered from `next_id`.
 pub(super) fn single<const SECTIONS: usize>(
@@ -17,7 +17,7 @@ pub(super) fn single<const SECTIONS: usize>(
         TensorIr::uninit(TensorId::new(*next_id - 1), Shape::from(dims.to_vec()), dtype)
     };
     let apart: Vec<Option<Vec<Item>>> = {
-        let program = Program::new(&sections);
+        let program = FlatProgram::new(&sections);
         let is_tiled = |query: &TensorIr, key: &TensorIr| program.is_computed(query) && program.is_computed(key);
         let items = program.items.iter().map(|item| match item {
             Item::Run(op) => {

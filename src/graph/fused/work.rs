@@ -8,7 +8,7 @@ use burn_ir::{
 };
 use half::{bf16, f16};
 
-use super::loops::{Binary, Reduction, Unary};
+use super::loops::{Binary, RowReduction, Unary};
 
 /// What an operation does to what it reads.
 pub(super) enum Work<'a> {
@@ -22,7 +22,7 @@ pub(super) enum Work<'a> {
     /// The same under other dims, of which the last stays.
     Reshape(&'a TensorIr),
     /// Over the last dim.
-    Reduce(Reduction, &'a TensorIr),
+    Reduce(RowReduction, &'a TensorIr),
     /// Of each row where its maximum is.
     PlaceOfMax(&'a TensorIr),
     /// Of each row the element at an index.
@@ -205,17 +205,17 @@ fn numeric<'a>(op: &'a Numeric, out: &TensorIr) -> Option<Work<'a>> {
         Numeric::GreaterEqualElem(op) => compared(Binary::GreaterEqual, op)?,
         Numeric::LowerElem(op) => compared(Binary::Lower, op)?,
         Numeric::LowerEqualElem(op) => compared(Binary::LowerEqual, op)?,
-        Numeric::SumDim(op) => reduction(Reduction::Sum, &op.input, &[op.axis])?,
-        Numeric::MeanDim(op) => reduction(Reduction::Mean, &op.input, &[op.axis])?,
-        Numeric::MaxDim(op) => reduction(Reduction::Max, &op.input, &[op.axis])?,
+        Numeric::SumDim(op) => reduction(RowReduction::Sum, &op.input, &[op.axis])?,
+        Numeric::MeanDim(op) => reduction(RowReduction::Mean, &op.input, &[op.axis])?,
+        Numeric::MaxDim(op) => reduction(RowReduction::Max, &op.input, &[op.axis])?,
         Numeric::ArgMax(op) => place_of_max(&op.input, op.axis)?,
-        Numeric::SumDims(op) => reduction(Reduction::Sum, &op.input, &op.axes)?,
+        Numeric::SumDims(op) => reduction(RowReduction::Sum, &op.input, &op.axes)?,
         _ => return None,
     })
 }
 
 /// Over the last dim, or sums over all others; dims of one element count for nothing.
-fn reduction<'a>(op: Reduction, x: &'a TensorIr, dims: &[usize]) -> Option<Work<'a>> {
+fn reduction<'a>(op: RowReduction, x: &'a TensorIr, dims: &[usize]) -> Option<Work<'a>> {
     let last = x.shape.num_dims() - 1;
     let reduced = |dim: usize| dims.contains(&dim);
     let long = |dim: &usize| x.shape[*dim] > 1;
@@ -225,7 +225,7 @@ fn reduction<'a>(op: Reduction, x: &'a TensorIr, dims: &[usize]) -> Option<Work<
     if (0..last).filter(long).all(|dim| !reduced(dim)) {
         return Some(Work::Reduce(op, x));
     }
-    let all = op == Reduction::Sum && !(reduced(last) && long(&last)) && (0..last).filter(long).all(reduced);
+    let all = op == RowReduction::Sum && !(reduced(last) && long(&last)) && (0..last).filter(long).all(reduced);
     // Sums of 16 bits are rounded after each dim.
     (all && long(&last) && matches!(x.dtype, DType::F32 | DType::F64)).then_some(Work::AddRows(x))
 }

@@ -206,23 +206,23 @@ pub(crate) fn reduces_last(op: &OperationIr) -> bool {
 
 /// The sum of all that it adds, or the mean: of a float or an int tensor, over all dims or over one.
 #[derive(Debug, Clone, Copy)]
-pub(crate) enum Reduced<'a> {
+pub(crate) enum SumOrMean<'a> {
     Sum(&'a TensorIr),
     Mean(&'a TensorIr),
 }
 
 /// What an operation sums or averages.
-pub(crate) fn reduced(op: &OperationIr) -> Option<Reduced<'_>> {
+pub(crate) fn sum_or_mean(op: &OperationIr) -> Option<SumOrMean<'_>> {
     match op {
         OperationIr::NumericFloat(_, numeric) => match numeric {
-            Numeric::Sum(op) => Some(Reduced::Sum(&op.input)),
-            Numeric::SumDim(op) => Some(Reduced::Sum(&op.input)),
-            Numeric::Mean(op) => Some(Reduced::Mean(&op.input)),
-            Numeric::MeanDim(op) => Some(Reduced::Mean(&op.input)),
+            Numeric::Sum(op) => Some(SumOrMean::Sum(&op.input)),
+            Numeric::SumDim(op) => Some(SumOrMean::Sum(&op.input)),
+            Numeric::Mean(op) => Some(SumOrMean::Mean(&op.input)),
+            Numeric::MeanDim(op) => Some(SumOrMean::Mean(&op.input)),
             _ => None,
         },
-        OperationIr::NumericInt(_, Numeric::Sum(op)) => Some(Reduced::Sum(&op.input)),
-        OperationIr::NumericInt(_, Numeric::SumDim(op)) => Some(Reduced::Sum(&op.input)),
+        OperationIr::NumericInt(_, Numeric::Sum(op)) => Some(SumOrMean::Sum(&op.input)),
+        OperationIr::NumericInt(_, Numeric::SumDim(op)) => Some(SumOrMean::Sum(&op.input)),
         _ => None,
     }
 }

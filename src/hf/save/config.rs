@@ -2,25 +2,50 @@
 
 use std::path::PathBuf;
 
+use burn::config::Config;
 use burn::tensor::DType;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::problem::wrong;
 use crate::Error;
+use crate::forms::optional_float;
 use crate::hf::index::is_plain;
 use crate::hf::mapping::Mapping;
 
 /// How a directory is written.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SaveConfig {
     pub(in crate::hf) mapping: Mapping,
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "dtype")]
     pub(super) dtype: Option<DType>,
+    #[serde(default = "shard_bytes")]
     pub(super) shard_bytes: u64,
+    #[serde(default = "piece_bytes")]
     pub(super) piece_bytes: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) files_of: Option<PathBuf>,
+    #[serde(default)]
     pub(super) overwrite: bool,
+    #[serde(default, rename = "merged_adapters", skip_serializing_if = "Option::is_none")]
     pub(super) merged: Option<f64>,
     /// Names and contents of further files.
+    #[serde(default, rename = "files", skip_serializing_if = "Vec::is_empty")]
     pub(super) texts: Vec<(String, String)>,
+}
+
+impl Config for SaveConfig {}
+
+fn shard_bytes() -> u64 {
+    5_000_000_000
+}
+
+fn piece_bytes() -> usize {
+    8 << 20
+}
+
+fn dtype<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<DType>, D::Error> {
+    optional_float(deserializer).map(|dtype| dtype.map(DType::from))
 }
 
 impl SaveConfig {
@@ -29,8 +54,8 @@ impl SaveConfig {
         Self {
             mapping,
             dtype: None,
-            shard_bytes: 5_000_000_000,
-            piece_bytes: 8 << 20,
+            shard_bytes: shard_bytes(),
+            piece_bytes: piece_bytes(),
             files_of: None,
             overwrite: false,
             merged: None,

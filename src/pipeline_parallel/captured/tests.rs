@@ -4,7 +4,7 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Tensor};
 
-use crate::comm::lock::lock;
+use crate::lock::lock;
 use crate::prelude::*;
 
 type Model = (Linear, Linear);

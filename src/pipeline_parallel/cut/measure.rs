@@ -8,7 +8,7 @@ use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr, TensorStatus};
 
 use super::cost::operation_cost;
 use crate::Error;
-use crate::error::catch_told;
+use crate::error::catch_quietly;
 use crate::graph::interpret::Interpreter;
 use crate::graph::operation::is_view;
 use crate::graph::{CustomOps, StepGraph};
@@ -82,7 +82,7 @@ fn measure(op: &OperationIr, device: &Device, runs: usize) -> Result<Option<f64>
     // Integers may be indices, of which 0 is always one, or divisors, of which it is none.
     for int in [0, 1] {
         let mut tensors = Interpreter::new(device, &CustomOps::new())?;
-        if let Ok(time) = catch_told(|_| true, || fastest(op, &mut tensors, int, runs)) {
+        if let Ok(time) = catch_quietly(|_| true, || fastest(op, &mut tensors, int, runs)) {
             return time.map(Some);
         }
     }

@@ -1,7 +1,6 @@
 //! The forward pass and the two backward passes of a stage over a micro-batch.
 
 use std::collections::{BTreeMap, HashMap};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use burn::module::ParamId;
 use burn_ir::{OperationIr, TensorId};
@@ -9,6 +8,7 @@ use burn_ir::{OperationIr, TensorId};
 use super::StageRun;
 use crate::Error;
 use crate::comm::panic_message;
+use crate::error::catch_quietly;
 use crate::graph::bind::{fits, is_on};
 use crate::graph::graph_error;
 use crate::graph::instruction::Instruction;
@@ -195,7 +195,7 @@ impl StageRun {
         })?;
         let (program, ops, origins) = (&self.sections[section], &self.ops, &self.origins);
         let mut position = 0;
-        let ran = catch_unwind(AssertUnwindSafe(|| {
+        let run = || {
             let mut given = HashMap::new();
             for (index, action) in program.iter().enumerate() {
                 position = index;
@@ -215,8 +215,8 @@ impl StageRun {
                 }
             }
             Ok(given)
-        }));
-        match ran {
+        };
+        match catch_quietly(|_| true, run) {
             Ok(outcome) => outcome,
             Err(payload) => {
                 let at = match program.get(position) {

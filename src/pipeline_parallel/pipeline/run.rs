@@ -157,6 +157,7 @@ impl<'a, I, S: Stage<I>> TimetableRun<'a, I, S> {
             Action::BackwardWeight(_) => stage.backward_weight(micro_batch).map(|()| Forwarded::default()),
             Action::Send(..) | Action::Receive(..) => Ok(Forwarded::default()),
         };
+        // A stage may be the user's own: what it panics with is printed as well, for its place.
         let given = catch_unwind(AssertUnwindSafe(pass))
             .unwrap_or_else(|panic| Err(stage_error(format!("the stage panicked: {}", panic_message(&*panic)))))?;
         if let Some(LossSum { sum, weight }) = given.loss {

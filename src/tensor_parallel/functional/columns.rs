@@ -26,7 +26,7 @@ use super::failed::{check_shape, zeros_instead};
 use super::tensor_list::TensorList;
 use crate::Error;
 use crate::collective_matmul::{PendingProduct, ProductCall, Products};
-use crate::comm::lock::lock;
+use crate::lock::lock;
 
 /// Most weights on one input: an operation of burn's tape has as many parents as its type says.
 const MOST: usize = 3;

@@ -1,6 +1,7 @@
 //! Checks that an optimizer suits parameters that are split, and updates them.
 
 mod joined;
+mod made;
 mod moments;
 mod optimizer_error;
 mod other_ranks;

@@ -23,7 +23,7 @@ struct Param {
 /// A number for the moments that an optimizer has of each parameter of which it has any but zeros: equal ones have the
 /// same.
 #[derive(Debug, Default)]
-pub(super) struct Moments(Vec<(ParamId, u64)>);
+pub(super) struct MomentDigests(Vec<(ParamId, u64)>);
 
 /// Demands that an optimizer has moments of no other parameters than those of `local`, of their dims, and `others`.
 /// Copies them, a few at a time, if there are any.
@@ -34,7 +34,7 @@ pub(super) fn check<M: Module>(
     optim: &ModuleOptimizer,
     local: &M,
     others: impl IntoIterator<Item = ParamId>,
-) -> Result<Moments, Error> {
+) -> Result<MomentDigests, Error> {
     let (mut params, mut seen) = (Vec::new(), HashSet::new());
     visit_floats(local, &mut |param| {
         if seen.insert(param.id()) {
@@ -46,13 +46,13 @@ pub(super) fn check<M: Module>(
     let others: Vec<ParamId> = others.into_iter().filter(|id| seen.insert(*id)).collect();
     let unreadable = |problem: String| optimizer_error(format!("its state cannot be read: {problem}"));
     let known = seen.into_iter().collect();
-    if let Some(path) = stranger(optim, known).map_err(unreadable)? {
+    if let Some(path) = unknown_param(optim, known).map_err(unreadable)? {
         return Err(optimizer_error(format!(
             "it has moments of `{path}` by an id that no parameter here has: load the state that was saved with this model, into an \
              optimizer of its own for each rank of a split or a pipeline, and the model's record before the model is wrapped"
         )));
     }
-    let (mut names, mut moments) = (StateNames::default(), Moments::default());
+    let (mut names, mut moments) = (StateNames::default(), MomentDigests::default());
     for portion in portions(&params, |param| param.bytes) {
         let ids: Vec<ParamId> = portion.iter().map(|param| param.id).collect();
         let states = names.read(optim, &ids).map_err(unreadable)?;
@@ -79,7 +79,7 @@ pub(super) fn check<M: Module>(
     Ok(moments)
 }
 
-impl Moments {
+impl MomentDigests {
     fn add<'a>(&mut self, states: impl IntoIterator<Item = (&'a ParamId, &'a ParamState)>) {
         for (id, state) in states {
             let mut number = None;
@@ -91,6 +91,11 @@ impl Moments {
         }
     }
 
+    /// A number for all of them; 0 if there are none.
+    pub fn all(&self) -> u64 {
+        self.0.iter().fold(0, |all: u64, (_, number)| all.wrapping_add(*number))
+    }
+
     /// A number for the moments of some parameters; 0 if there are none. Whatever the order.
     pub fn of(&self, ids: &HashSet<ParamId>) -> u64 {
         let mine = self.0.iter().filter(|(id, _)| ids.contains(id));
@@ -99,7 +104,7 @@ impl Moments {
 }
 
 /// The path of a parameter that is none of these, and of which an optimizer has moments.
-fn stranger(optim: &ModuleOptimizer, known: Vec<ParamId>) -> Result<Option<String>, String> {
+fn unknown_param(optim: &ModuleOptimizer, known: Vec<ParamId>) -> Result<Option<String>, String> {
     let record = without(optim, ParamGroup::from_ids(known));
     if record.is_empty() {
         return Ok(None);

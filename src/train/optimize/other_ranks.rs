@@ -13,10 +13,10 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
-use super::moments::Moments;
+use super::moments::MomentDigests;
 use super::optimizer_error::optimizer_error;
 use crate::Error;
-use crate::comm::Communicator;
+use crate::comm::{Communicator, NEW_OPTIMIZER, agreed_number};
 use crate::graph::SplitParam;
 use crate::tensor::PlainTensor;
 
@@ -48,25 +48,35 @@ pub(super) fn divided<'a>(params: impl Iterator<Item = (ParamId, Vec<&'a Communi
 }
 
 impl Divided<'_> {
-    /// Demands that no two ranks have the same moments of these parameters, but where the gradients of their parts, or
-    /// the parts themselves, are the same as well. Collective over the groups.
+    /// Demands that no two ranks have the same `moments` of these parameters, but where the gradients of their parts,
+    /// or the parts themselves, are the same as well. A rank that has an error in their place brings that, and all get
+    /// it. Collective over the groups.
     ///
     /// # Errors
     /// [`Error::Optimizer`], the same on all ranks; those of [`Communicator::all_gather`].
-    pub fn check<M: Module>(&self, moments: &Moments, (module, grads): (&M, &GradientsParams)) -> Result<(), Error> {
-        let Some(first) = self.groups.first() else { return Ok(()) };
-        let all = self.gather(vec![first.world_rank() as u64, moments.of(&self.params)])?;
-        let (ranks, moments): (Vec<u64>, Vec<u64>) = all.chunks_exact(2).map(|said| (said[0], said[1])).unzip();
-        let alike = first_alike(&moments);
+    pub fn check<M: Module>(
+        &self,
+        moments: Result<MomentDigests, Error>,
+        (module, grads): (&M, &GradientsParams),
+    ) -> Result<MomentDigests, Error> {
+        let Some(first) = self.groups.first() else { return moments };
+        let number = moments.as_ref().map_or(0, |moments| moments.of(&self.params));
+        let all = self.gather(vec![first.world_rank() as u64, u64::from(moments.is_err()), number])?;
+        let ranks: Vec<u64> = all.chunks_exact(3).map(|said| said[0]).collect();
+        if let Some(failed) = all.chunks_exact(3).find(|said| said[1] != 0) {
+            return Err(self.error_of(failed[0], moments, first)?);
+        }
+        let moments = moments?;
+        let alike = first_alike(&all.chunks_exact(3).map(|said| said[2]).collect::<Vec<_>>());
         if alike.is_empty() {
-            return Ok(());
+            return Ok(moments);
         }
         let mut digests = Digests { params: &self.params, grads, seen: HashSet::new(), all: Ok([0; 2]) };
         module.visit(&mut digests);
         let digests = digests.all.inspect_err(|error| first.fail(error.clone()))?;
         let all = self.gather(digests.to_vec())?;
         let differ = |(one, two): &(usize, usize)| (0..2).all(|of| all[2 * one + of] != all[2 * two + of]);
-        let Some((one, two)) = alike.into_iter().find(differ) else { return Ok(()) };
+        let Some((one, two)) = alike.into_iter().find(differ) else { return Ok(moments) };
         let error = optimizer_error(format!(
             "ranks {} and {} of the world hold different parts of the parameters, and their optimizers have the same moments of them: \
              each rank loads the state that it has saved itself, or all restore a checkpoint, which gives each its part",
@@ -76,9 +86,20 @@ impl Divided<'_> {
         Err(error)
     }
 
-    /// The numbers of all ranks.
+    /// The error that a rank of the world has found, for all of them. Collective.
+    fn error_of(&self, rank: u64, own: Result<MomentDigests, Error>, group: &Communicator) -> Result<Error, Error> {
+        let said = own.err().filter(|_| group.world_rank() as u64 == rank).map(|error| match error {
+            Error::Optimizer { problem } => problem,
+            error => error.to_string(),
+        });
+        let said = said.unwrap_or_default().into_bytes();
+        let said = self.groups.iter().try_fold(said, |all, group| group.all_gather(all))?;
+        Ok(optimizer_error(format!("on rank {rank} of the world {}", String::from_utf8_lossy(&said))))
+    }
+
+    /// The numbers of all ranks. Ranks whose optimizer is not new go on without: the name of the call tells them.
     fn gather(&self, mine: Vec<u64>) -> Result<Vec<u64>, Error> {
-        self.groups.iter().try_fold(mine, |all, group| group.all_gather(all))
+        self.groups.iter().try_fold(mine, |all, group| group.all_gather_agreed(all, agreed_number(NEW_OPTIMIZER)))
     }
 }
 

@@ -11,7 +11,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use super::panicked::Updated;
 use crate::Error;
 use crate::comm::panic_message;
-use crate::error::catch_told;
+use crate::error::catch_quietly;
 use crate::graph::SplitParam;
 
 /// The size of every dim of a small parameter; even, to be halved.
@@ -56,7 +56,7 @@ pub(super) fn whole<M: Module>(
 fn whole_along<M: Module>(optim: &ModuleOptimizer, local: &M, split: &[SplitParam]) -> Result<HashSet<ParamId>, Error> {
     let by_id: HashMap<ParamId, &SplitParam> = split.iter().map(|param| (param.id, param)).collect();
     let attempt = |part| {
-        catch_told(|_| true, || train(optim, local, &by_id, part))
+        catch_quietly(|_| true, || train(optim, local, &by_id, part))
             .map_err(|panic| Updated::of_parts(split).error(optim, &panic_message(&*panic)))
     };
     let (whole, halves) = (attempt(Probed::Whole)?, [attempt(Probed::Half(0))?, attempt(Probed::Half(1))?]);

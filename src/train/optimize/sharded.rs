@@ -7,7 +7,9 @@ use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::joined::{Joined, PartWithGradient};
-use super::other_ranks::{divided, groups_of};
+use super::made::update_of;
+use super::moments::MomentDigests;
+use super::other_ranks::{Divided, divided, groups_of};
 use super::panicked::Updated;
 use super::update::update;
 use super::whole::{Dealt, OwnUpdate};
@@ -49,11 +51,15 @@ impl ShardedStep<'_> {
         let (shards, unchanged): (Vec<_>, Vec<_>) = shards.0.into_iter().partition(|shard| with_gradient(shard));
         let (shards, unchanged) = (ShardParams(shards), ShardParams(unchanged));
         let ids: HashSet<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
-        let mut new = !checked.is_known(optim);
+        let another = !checked.is_known(optim);
+        let mut new = another;
         let whole = checked.whole(optim, &ids, || {
             new = true;
             find_whole(optim, &shards, &split)
         })?;
+        if new {
+            comms.meet_with_new_optimizer()?;
+        }
         let (mut work, dealt) = Dealt::deal(shards, gradients, &whole, comms)?;
         let (parts, rest) = take_parts(&mut work, &whole, &split);
         let (owned, joined) = Joined::join(parts, &split, &mut work.grads)?;
@@ -66,7 +72,7 @@ impl ShardedStep<'_> {
             comms.control().fail(error.clone());
         };
         if new {
-            let moments = moments::check(optim, &all, held.iter().copied()).inspect_err(fail)?;
+            let moments = moments::check(optim, &all, held.iter().copied());
             let axes: HashMap<ParamId, Vec<&Communicator>> =
                 split.iter().map(|param| (param.id, groups_of(param))).collect();
             let groups = |id: &ParamId| {
@@ -74,11 +80,15 @@ impl ShardedStep<'_> {
                 (*id, std::iter::once(comms.control()).chain(others).collect::<Vec<_>>())
             };
             let divided = divided(held.iter().map(groups));
-            divided.iter().try_for_each(|divided| divided.check(&moments, (&all, &work.grads))).inspect_err(fail)?;
+            let all_have = |moments, divided: &Divided<'_>| divided.check(moments, (&all, &work.grads));
+            divided.iter().fold(moments, all_have).inspect_err(fail)?;
         }
+        // Each rank has moments of its own rows.
+        let compared = update_of(optim, &lr, another.then_some(&MomentDigests::default()));
         let tried = new.then(|| Updated::of(&all, &work.grads));
         let updated = update(all, optim, lr, work.grads, tried).inspect_err(fail)?;
         checked.remember(optim);
+        checked.updates().record(compared);
         let (owned, rest): (Vec<_>, Vec<_>) = updated.0.into_iter().partition(|shard| ours.contains(&shard.param.id()));
         let parts = joined.divide(owned)?;
         let updated = dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms)?;

@@ -8,6 +8,8 @@ use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::Device;
 
 use super::joined::Joined;
+use super::made::update_of;
+use super::moments::MomentDigests;
 use super::other_ranks::{divided, groups_of};
 use super::own_parts::own_parts;
 use super::panicked::Updated;
@@ -38,7 +40,8 @@ impl SplitStep<'_> {
     pub fn run<M: Module, L: Module>(self, model: M, local: impl Fn(&M) -> &L) -> Result<M, Error> {
         let Self { optim, lr, mut grads, checked, split } = self;
         let ids: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
-        let mut new = !checked.is_known(optim);
+        let another = !checked.is_known(optim);
+        let mut new = another;
         let whole = checked.whole(optim, &ids, || {
             new = true;
             parts::whole(optim, local(&model), &split)
@@ -48,12 +51,15 @@ impl SplitStep<'_> {
             false => own_parts(local(&model), &whole, &split, &mut grads)?,
         };
         if parts.is_empty() {
-            if new {
-                check_moments(optim, local(&model), &grads, &split)?;
-            }
+            let moments = match new {
+                true => check_moments(optim, local(&model), &grads, &split)?,
+                false => MomentDigests::default(),
+            };
+            let compared = update_of(optim, &lr, another.then_some(&moments));
             let tried = new.then(|| Updated::of(local(&model), &grads));
             let updated = update(model, optim, lr, grads, tried)?;
             checked.remember(optim);
+            checked.updates().record(compared);
             return Ok(updated);
         }
         let groups: Vec<_> = split.iter().filter_map(|param| param.over.as_ref()?.axes.first()).collect();
@@ -61,28 +67,32 @@ impl SplitStep<'_> {
         let fail = |error: &Error| groups.iter().for_each(|(_, group)| group.fail(error.clone()));
         let (owned, joined) = Joined::join(parts, &split, &mut grads)?;
         let all = WithOwned { owned, model };
-        if new {
-            check_moments(optim, &all, &grads, &split).inspect_err(fail)?;
-        }
+        let moments = match new {
+            true => check_moments(optim, &all, &grads, &split).inspect_err(fail)?,
+            false => MomentDigests::default(),
+        };
+        let compared = update_of(optim, &lr, another.then_some(&moments));
         let tried = new.then(|| Updated::of(&all, &grads));
         let WithOwned { owned, model } = update(all, optim, lr, grads, tried).inspect_err(fail)?;
         checked.remember(optim);
+        checked.updates().record(compared);
         let values = joined.divide(owned.0)?.into_iter().map(|part| (part.param.id(), part.param.value())).collect();
         Ok(params::replace_values(model, values))
     }
 }
 
 /// Demands that an optimizer that is new here has moments of this rank's parts, and nothing else. Collective over the
-/// ranks that hold parts of one parameter.
+/// ranks that hold parts of one parameter, which all get the error of one of them.
 fn check_moments<M: Module>(
     optim: &ModuleOptimizer,
     local: &M,
     grads: &GradientsParams,
     split: &[SplitParam],
-) -> Result<(), Error> {
-    let moments = moments::check(optim, local, [])?;
+) -> Result<MomentDigests, Error> {
+    let moments = moments::check(optim, local, []);
+    // A rank that knows better already meets the others all the same: they wait for it.
     let divided = divided(split.iter().map(|param| (param.id, groups_of(param))));
-    divided.iter().try_for_each(|divided| divided.check(&moments, (local, grads)))
+    divided.iter().fold(moments, |moments, divided| divided.check(moments, (local, grads)))
 }
 
 /// A model, and before it the parameters that this rank updates as wholes: an optimizer gives each its gradient, and

@@ -6,6 +6,7 @@ mod lm;
 mod mlp;
 mod rnn;
 mod tied;
+mod two;
 
 use burn::module::Module;
 use burn::nn::loss::CrossEntropyLossConfig;
@@ -17,6 +18,7 @@ pub use self::lm::{Lm, token_rows};
 pub use self::mlp::Mlp;
 pub use self::rnn::Rnn;
 pub use self::tied::Tied;
+pub use self::two::{Two, two};
 pub use super::fill::{Numbers, seeded};
 
 /// Tokens, and what follows them.

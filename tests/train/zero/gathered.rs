@@ -253,6 +253,7 @@ fn ranks_that_use_other_layers_are_told_so() {
         .unwrap_err()
         .to_string();
     assert!(error.contains("do not agree"), "{error}");
+    assert!(error.contains("parameters of `layers.0`") && error.contains("parameters of `layers.1`"), "{error}");
     // First what helps.
     let (setting, captured) = (error.find("allow_unused_parameters"), error.find("captured"));
     assert!(setting.is_some() && setting < captured, "{error}");

@@ -88,7 +88,7 @@ fn a_rank_that_stops_before_the_others_ends_all() {
         for (what, ranks, then) in then {
             let began = Instant::now();
             let error = launch::threads(ranks)
-                .timeout(Duration::from_secs(1))
+                .timeout(Duration::from_secs(3))
                 .run(|world| {
                     let mut split = own(&model).parallelize(&world, &strategy(engine, Keep::Pass))?;
                     let (text, wanted) = prompt(world.rank());
@@ -98,7 +98,7 @@ fn a_rank_that_stops_before_the_others_ends_all() {
                     then(&world, &mut split)
                 })
                 .unwrap_err();
-            assert!(began.elapsed() < Duration::from_secs(10), "{engine:?}: a rank that {what}");
+            assert!(began.elapsed() < Duration::from_secs(20), "{engine:?}: a rank that {what}");
             let said = error.to_string();
             assert!(said.contains("`join`"), "{engine:?}: a rank that {what}: {said}");
         }
@@ -110,7 +110,7 @@ fn a_rank_that_stops_before_the_others_ends_all() {
 fn a_forward_of_ones_own_ends_the_run_with_the_error() {
     let model = MODEL.init(&device());
     let error = launch::threads(2)
-        .timeout(Duration::from_secs(1))
+        .timeout(Duration::from_secs(3))
         .run(|world| {
             let data = DataParallelConfig::new().with_sharding(Sharding::Parameters);
             let replica = own(&model).data_parallel(&world, data)?;

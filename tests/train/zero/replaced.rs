@@ -142,3 +142,23 @@ fn a_new_layer_and_one_of_its_own_are_taken() {
         all_same(&format!("{size} ranks"), &expected, &run(size, config(Sharding::Parameters)), 1e-5);
     }
 }
+
+/// In a loop of one's own nobody looks at the model before its forward: the error has the name of what ranks gather.
+#[test]
+fn a_layer_that_one_rank_alone_replaces_in_its_own_loop_is_named() {
+    for place in 0..3 {
+        let ended = launch::threads(2).timeout(Duration::from_secs(3)).run(|rank| {
+            let mut model = own(&layers()).data_parallel(&rank, config(Sharding::Parameters))?;
+            for step in 0..3 {
+                if (step, rank.rank()) == (1, 1) {
+                    model[place] = filled(LinearConfig::new(WIDTH, WIDTH).init(&device()));
+                }
+                let loss = loss(&model, input(step, rank.rank()));
+                model.backward(loss)?;
+            }
+            Ok(())
+        });
+        let error = ended.unwrap_err().to_string();
+        assert!(error.contains(&format!("`{place}")), "layer {place}: {error}");
+    }
+}

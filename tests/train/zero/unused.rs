@@ -327,7 +327,7 @@ fn failures_end_all_ranks() {
 #[test]
 fn the_error_names_the_setting() {
     for without_data in [false, true] {
-        let ended = launch::threads(3).timeout(Duration::from_secs(2)).run(|world| {
+        let ended = launch::threads(3).timeout(Duration::from_secs(4)).run(|world| {
             let mut model = wrap(&world, &layers(), config(Sharding::Parameters))?;
             let batch = (input(0, 0, 0), vec![world.rank(), 4]);
             let none = without_data && world.rank() == 2;
@@ -343,7 +343,7 @@ fn the_error_names_the_setting() {
 /// A rank that waits for the others in another way, while they wait for its rows, is told what it may not do.
 #[test]
 fn a_rank_that_waits_in_another_way_is_told_so() {
-    let ended = launch::threads(2).timeout(Duration::from_secs(1)).run(|world| {
+    let ended = launch::threads(2).timeout(Duration::from_secs(3)).run(|world| {
         let model = own(&layers()).data_parallel(&world, allowing(Keep::Pass))?;
         drop(layers_of(&model, if world.rank() == 0 { &[0] } else { &[0, 1] }));
         world.barrier()

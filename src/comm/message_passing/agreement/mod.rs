@@ -12,8 +12,8 @@ use super::wait::Wait;
 use super::world::{Proposal, World};
 use crate::Error;
 use crate::comm::departed::{GRACE, rank_lost};
-use crate::comm::lock::lock;
 use crate::comm::{CallLog, Operation};
+use crate::lock::lock;
 
 /// How long a rank waits for the commit once the world has failed.
 const COMMIT_GRACE: Duration = Duration::from_secs(2);

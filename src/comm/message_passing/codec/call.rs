@@ -3,7 +3,7 @@
 use burn::tensor::DType;
 
 use super::{Reader, Writer};
-use crate::comm::{Call, Extent, Operation, ReduceOp, element, split_names};
+use crate::comm::{Call, Extent, Operation, ReduceOp, agreed_names, element};
 
 /// In the place of the number of a dtype.
 const NO_DTYPE: u8 = u8::MAX;
@@ -35,11 +35,8 @@ impl Writer {
         self.list(call.extent.dims(), |w, dim| {
             w.number(*dim as u64);
         });
-        // Others may not know for what a rank wants to split a group.
-        if call.operation == Operation::Split {
-            self.text(&call.split_name().unwrap_or_default());
-        }
-        self
+        // Others may not know for what a rank wants to split a group, or what it wants to gather.
+        self.text(&call.agreed_name().unwrap_or_default())
     }
 }
 
@@ -80,14 +77,12 @@ impl Reader<'_> {
             "recv" => Operation::Receive { from: root, tag },
             _ => return None,
         };
-        if operation == Operation::Split {
-            let name = self.text()?;
-            if split_names::number(&name) == fingerprint {
-                split_names::keep(&name);
-            }
-        }
+        let name = self.text()?;
         let mut call = Call::new(operation, dtype, Extent::new(&dims));
         (call.pieces, call.fingerprint) = (pieces, fingerprint);
+        if call.agreed_number() == Some(agreed_names::number(&name)) {
+            agreed_names::keep(&name);
+        }
         Some(call)
     }
 }

@@ -1,7 +1,7 @@
 //! Encodes errors as bytes.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::{Reader, Writer};
@@ -9,6 +9,7 @@ use crate::Error;
 use crate::comm::CallLog;
 use crate::comm::element::number;
 use crate::error::StopSignal;
+use crate::lock::lock;
 
 /// Most bytes of the name of an operation or a transport, or of an advice.
 const LONGEST_WORD: usize = 128;
@@ -128,7 +129,7 @@ impl StaticNames {
 
     /// The name, for good; or what stands for it when there are too many.
     pub(super) fn keep(&self, name: &str) -> &'static str {
-        let mut names = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut names = lock(&self.0);
         match names.get(name) {
             Some(name) => name,
             None if names.len() < MOST_NAMES => {

@@ -8,7 +8,7 @@ use burn::tensor::DType;
 use super::error::{DEEPEST, MOST_NAMES, StaticNames};
 use super::{Reader, Writer};
 use crate::Error;
-use crate::comm::{Call, CallLog, Extent, Operation, ReduceOp, element, split_names};
+use crate::comm::{Call, CallLog, Extent, Operation, ReduceOp, agreed_names, element};
 
 fn there_and_back(error: &Error) -> Option<Error> {
     let mut writer = Writer::default();
@@ -119,11 +119,12 @@ fn what_would_overflow_is_garbled() {
     let garbled = |dims: &[usize]| {
         let mut writer = Writer::default();
         writer.call(&Call::new(Operation::AllGather, Some(DType::F32), Extent::flat(0)));
-        // The dims are the last that is written.
-        writer.0.truncate(writer.0.len() - 16);
+        // Its one dim and the name are the last that is written.
+        writer.0.truncate(writer.0.len() - 24);
         writer.list(dims, |w, dim| {
             w.number(*dim as u64);
         });
+        writer.text("");
         Reader(&writer.0).call().is_none()
     };
     assert!(!garbled(&[3, 4]));
@@ -150,10 +151,10 @@ fn names_of_splits_travel() {
         writer.text(name);
         Reader(&writer.0).call().map(|call| call.to_string())
     };
-    let number = split_names::number("what only another rank has");
+    let number = agreed_names::number("what only another rank has");
     assert_eq!(there(number, "something else"), Some(format!("split by a name of hash {number:016x}")));
     assert_eq!(there(number, "what only another rank has").as_deref(), Some("split(what only another rank has)"));
-    let number = split_names::number("two\nlines");
+    let number = agreed_names::number("two\nlines");
     assert_eq!(there(number, "two\nlines"), Some(format!("split by a name of hash {number:016x}")));
 }
 

@@ -62,7 +62,7 @@ unsafe impl Sync for SharedMapping {}
 
 impl fmt::Debug for SharedMapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Mapping").field("len", &self.len).finish_non_exhaustive()
+        f.debug_struct("SharedMapping").field("len", &self.len).finish_non_exhaustive()
     }
 }
 

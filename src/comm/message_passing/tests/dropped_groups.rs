@@ -34,6 +34,18 @@ fn why_a_rank_has_dropped_a_group_is_told_however_long_it_takes() {
     assert!(matches!(&error, Error::Aborted { rank: 0, reason, .. } if reason == "the disk is full"), "{error}");
 }
 
+/// The thread of a transport on top of this one polls, whatever its rank does meanwhile.
+#[test]
+fn a_poll_does_not_tell_of_groups_that_the_rank_has_dropped() {
+    let error = outcome(|comm| {
+        assert!(comm.transport_arc().try_receive(1, 0)?.is_none());
+        thread::sleep(Duration::from_millis(300));
+        comm.abort("the disk is full");
+        Ok(())
+    });
+    assert!(matches!(&error, Error::Aborted { rank: 0, .. }), "{error}");
+}
+
 #[test]
 fn a_rank_that_goes_on_without_a_group_is_missed_there() {
     let lost = |error: &Error| matches!(error, Error::RankLost { group, rank: 0, .. } if &**group == "world/0");

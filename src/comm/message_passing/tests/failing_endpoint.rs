@@ -28,7 +28,8 @@ fn a_header_is_kept_when_its_bytes_cannot_be_sent() {
     let world = World::new(2, [0], network((MessageKind::Payload, 0), Some(MessageKind::Header)));
     let error = world.comms[0].send(vec![5u8; LONG], 1, 0x77).unwrap_err().to_string();
     assert!(error.contains("refused on purpose"), "{error}");
-    let header = world.network.under_way().into_iter().find(|lent| lent.route.2 == MessageKind::Header as u64).unwrap();
+    let header =
+        world.network.under_way().into_iter().find(|lent| lent.envelope.2 == MessageKind::Header as u64).unwrap();
     let before = bytes_of(&header).to_vec();
     let used = use_what_is_free();
     assert_eq!(bytes_of(&header), before);
@@ -70,7 +71,7 @@ fn a_commit_is_kept_when_it_cannot_be_sent_to_all() {
     let error = world.comms[0].barrier().unwrap_err().to_string();
     assert!(error.contains("refused on purpose"), "{error}");
     let message =
-        world.network.under_way().into_iter().find(|lent| lent.route.2 == MessageKind::Commit as u64).unwrap();
+        world.network.under_way().into_iter().find(|lent| lent.envelope.2 == MessageKind::Commit as u64).unwrap();
     let before = bytes_of(&message).to_vec();
     let _used = use_what_is_free();
     assert_eq!(bytes_of(&message), before);

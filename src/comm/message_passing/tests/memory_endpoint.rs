@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::Error;
-use crate::comm::lock::lock;
-use crate::comm::message_passing::message_store::{Borrowed, MessageStore, Route};
+use crate::comm::message_passing::message_store::{Borrowed, Envelope, MessageStore};
 use crate::comm::message_passing::{Endpoint, EndpointInfo, RecvBytes, Request, SendBytes, Thresholds};
+use crate::lock::lock;
 
 /// What the endpoints of a world share.
 #[derive(Debug, Default)]
@@ -32,8 +32,8 @@ impl MemoryNetwork {
     }
 
     /// Inserts a message as if its sender had sent it.
-    pub fn inject(&self, route: Route, message: Vec<u8>) {
-        lock(&self.store).inject(route, message);
+    pub fn inject(&self, envelope: Envelope, message: Vec<u8>) {
+        lock(&self.store).inject(envelope, message);
     }
 
     /// All ranks are gone.

@@ -9,11 +9,11 @@ use super::World;
 use super::control_message::ControlMessage;
 use crate::Error;
 use crate::comm::call_log::describe_missing;
-use crate::comm::lock::lock;
 use crate::comm::message_passing::codec::with_log;
 use crate::comm::message_passing::group::Group;
 use crate::comm::wait_graph::{WaitGraph, waits_for};
 use crate::comm::{Call, CallLog};
+use crate::lock::lock;
 
 /// How long a coordinator waits for the reports of the others.
 const INQUIRY_LIMIT: Duration = Duration::from_millis(500);

@@ -18,7 +18,7 @@ pub(super) use self::failure::Proposal;
 use super::endpoint::{Endpoint, Request};
 use super::group::{Group, Left, MessageKind};
 use crate::Error;
-use crate::comm::lock::lock;
+use crate::lock::lock;
 
 /// The least time for a phase of a failure: machines are busy.
 const MIN_PHASE: Duration = Duration::from_millis(400);

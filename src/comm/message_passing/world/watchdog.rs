@@ -7,8 +7,8 @@ use std::time::{Duration, Instant};
 use super::World;
 use super::control_message::ControlMessage;
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::message_passing::group::{Group, MessageKind};
+use crate::lock::lock;
 
 /// How long a rank must have been in no call before its session leaves.
 const IDLE_TIME: Duration = Duration::from_millis(100);

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::network::Random;
 use super::schedule::Event;
-use super::scripts::plan;
+use super::scripts::conditions;
 use super::{RankContext, Simulation};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
@@ -22,12 +22,12 @@ type Outcomes = Rc<RefCell<Vec<(usize, Option<Error>, u64)>>>;
 /// A world in which all ranks go from collective to collective until one fails. If it is `full`, connections take less
 /// than what a collective puts into them.
 fn busy(size: usize, random: &mut Random, full: bool) -> (Simulation, Outcomes) {
-    let mut plan = plan(random);
+    let mut conditions = conditions(random);
     // Control messages are eager, as they are in truth: a rank that has gone can answer no CTS.
-    (plan.limits.eager, plan.limits.credit) = (16 << 10, 256 << 10);
-    plan.capacity = if full { random.pick(&[300, 600, 1500]) } else { 1 << 20 };
-    let bytes = if full { size * (5000 + random.below(3000)) } else { random.below(4 * plan.limits.turn) };
-    let (simulation, outcomes) = (Simulation::new(size, plan, random.clone()), Outcomes::default());
+    (conditions.limits.eager, conditions.limits.credit) = (16 << 10, 256 << 10);
+    conditions.capacity = if full { random.pick(&[300, 600, 1500]) } else { 1 << 20 };
+    let bytes = if full { size * (5000 + random.below(3000)) } else { random.below(4 * conditions.limits.turn) };
+    let (simulation, outcomes) = (Simulation::new(size, conditions, random.clone()), Outcomes::default());
     for rank in 0..size {
         let outcomes = outcomes.clone();
         simulation.rank(rank, TIMEOUT, move |comm, context| {
@@ -164,8 +164,8 @@ fn a_world_is_over_when_one_rank_never_ends() {
         let mut random = Random(seed);
         let size = 2 + random.below(7);
         let endless = random.below(size);
-        let plan = plan(&mut random);
-        let mut simulation = Simulation::new(size, plan, random);
+        let conditions = conditions(&mut random);
+        let mut simulation = Simulation::new(size, conditions, random);
         let outcomes = Outcomes::default();
         for rank in 0..size {
             let outcomes = outcomes.clone();
@@ -192,8 +192,8 @@ fn another_rank_coordinates_after_rank_0_has_left() {
     for seed in 0..20u64 {
         let mut random = Random(seed);
         let size = 3 + random.below(6);
-        let plan = plan(&mut random);
-        let mut simulation = Simulation::new(size, plan, random);
+        let conditions = conditions(&mut random);
+        let mut simulation = Simulation::new(size, conditions, random);
         let outcomes = Outcomes::default();
         for rank in 0..size {
             let outcomes = outcomes.clone();

@@ -5,10 +5,10 @@ use std::sync::{Arc, Mutex};
 
 use super::network::SimulatedNetwork;
 use crate::Error;
-use crate::comm::lock::lock;
 use crate::comm::message_passing::message_store::MessageStore;
 use crate::comm::message_passing::{Clock, Endpoint, EndpointInfo, RecvBytes, Request, SendBytes};
 use crate::comm::tcp::network::Network;
+use crate::lock::lock;
 
 /// The endpoint of one rank.
 #[derive(Debug)]

@@ -21,5 +21,5 @@ mod schedule;
 mod scripts;
 mod wakes;
 
-use self::network::Plan;
+use self::network::Conditions;
 use self::schedule::{RankContext, Simulation};

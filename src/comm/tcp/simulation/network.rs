@@ -7,11 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::schedule::{Pause, pause};
-use crate::comm::lock::lock;
 use crate::comm::message_passing::{Clock, Thresholds};
 use crate::comm::tcp::frame::Limits;
 use crate::comm::tcp::network::{Network, Stream};
 use crate::comm::tcp::read_uninit::ReadUninit;
+use crate::lock::lock;
 
 /// Most nanoseconds that others run when a thread yields its core to them.
 const YIELD: usize = 20_000;
@@ -47,7 +47,7 @@ impl Random {
 
 /// What is the same all through a schedule.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Plan {
+pub(super) struct Conditions {
     pub limits: Limits,
     pub thresholds: Thresholds,
     /// Bytes that are under way from one rank to another at most.
@@ -110,7 +110,7 @@ impl Streams {
 #[derive(Debug)]
 pub(super) struct State {
     pub size: usize,
-    pub plan: Plan,
+    pub conditions: Conditions,
     pub random: Random,
     /// Nanoseconds.
     pub now: u64,
@@ -126,17 +126,17 @@ pub(super) struct State {
 }
 
 impl State {
-    pub fn new(size: usize, plan: Plan, random: Random) -> Self {
+    pub fn new(size: usize, conditions: Conditions, random: Random) -> Self {
         let pipes = (0..size * size).map(|_| Pipe::default()).collect();
         // All is writable at first, and nothing readable.
         let ready = vec![Streams { read: 0, written: u64::MAX }; size];
-        Self { size, plan, random, now: 0, next_arrival: u64::MAX, pipes, ready, woken: vec![false; size] }
+        Self { size, conditions, random, now: 0, next_arrival: u64::MAX, pipes, ready, woken: vec![false; size] }
     }
 
     /// Notes what is ready after a pipe has changed.
     fn changed(&mut self, from: usize, to: usize) {
         let pipe = &self.pipes[from * self.size + to];
-        let (readable, writable) = (pipe.readable(), pipe.refused || pipe.bytes.len() < self.plan.capacity);
+        let (readable, writable) = (pipe.readable(), pipe.refused || pipe.bytes.len() < self.conditions.capacity);
         let (reader, writer) = (1u64 << from, 1u64 << to);
         let read = &mut self.ready[to].read;
         *read = if readable { *read | reader } else { *read & !reader };
@@ -195,17 +195,17 @@ impl State {
     }
 
     fn write(&mut self, from: usize, to: usize, pieces: &[IoSlice<'_>]) -> io::Result<usize> {
-        let Self { plan, random, now, next_arrival, .. } = self;
+        let Self { conditions, random, now, next_arrival, .. } = self;
         let pipe = &mut self.pipes[from * self.size + to];
         if pipe.refused || pipe.ended {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
         let total: usize = pieces.iter().map(|piece| piece.len()).sum();
-        let mut most = total.min(plan.capacity - pipe.bytes.len());
+        let mut most = total.min(conditions.capacity - pipe.bytes.len());
         if most == 0 {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        if random.one_in(plan.short) {
+        if random.one_in(conditions.short) {
             most = 1 + random.below(most);
         }
         let mut left = most;
@@ -216,8 +216,8 @@ impl State {
         }
         let mut left = most;
         while left > 0 {
-            let bytes = if random.one_in(plan.short) { 1 + random.below(left) } else { left };
-            let delay = if random.one_in(plan.late) { random.below(3_000_000) } else { random.below(30_000) };
+            let bytes = if random.one_in(conditions.short) { 1 + random.below(left) } else { left };
+            let delay = if random.one_in(conditions.late) { random.below(3_000_000) } else { random.below(30_000) };
             let after = pipe.coming.back().map_or(0, |(at, _)| *at);
             let at = after.max(*now + delay as u64);
             pipe.coming.push_back((at, bytes));
@@ -229,7 +229,7 @@ impl State {
     }
 
     fn read(&mut self, from: usize, to: usize, buffers: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        let Self { plan, random, now, .. } = self;
+        let Self { conditions, random, now, .. } = self;
         let pipe = &mut self.pipes[from * self.size + to];
         pipe.arrive(*now);
         let total: usize = buffers.iter().map(|buffer| buffer.len()).sum();
@@ -237,7 +237,7 @@ impl State {
         if most == 0 {
             return if pipe.readable() { Ok(0) } else { Err(io::ErrorKind::WouldBlock.into()) };
         }
-        if random.one_in(plan.short) {
+        if random.one_in(conditions.short) {
             most = 1 + random.below(most);
         }
         let mut left = most;
@@ -384,10 +384,10 @@ impl Network for SimulatedNetwork {
     }
 
     fn limits(&self) -> Limits {
-        lock(&self.state).plan.limits
+        lock(&self.state).conditions.limits
     }
 
     fn thresholds(&self) -> Thresholds {
-        lock(&self.state).plan.thresholds
+        lock(&self.state).conditions.thresholds
     }
 }

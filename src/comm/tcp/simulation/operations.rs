@@ -70,6 +70,8 @@ pub(super) fn perform(comm: &Communicator, context: &RankContext, step: &Step) -
     }
     let mine = || input(seed, rank, len);
     let all = || (0..size).map(|rank| input(seed, rank, len)).collect::<Vec<_>>().concat();
+    let parts =
+        || (0..size).map(|from| input(seed, from, len)[part(len, size, rank)].to_vec()).collect::<Vec<_>>().concat();
     match kind {
         0 => comm.barrier(),
         1 => same(&comm.all_reduce(mine(), ReduceOp::Sum)?, &sum(seed, size, len), "all_reduce"),
@@ -91,10 +93,7 @@ pub(super) fn perform(comm: &Communicator, context: &RankContext, step: &Step) -
             let result = comm.scatter((rank == root).then(mine), root)?;
             same(&result, &input(seed, root, len)[part(len, size, rank)], "scatter")
         }
-        7 => {
-            let parts: Vec<_> = (0..size).map(|from| input(seed, from, len)[part(len, size, rank)].to_vec()).collect();
-            same(&comm.all_to_all(mine())?, &parts.concat(), "all_to_all")
-        }
+        7 => same(&comm.all_to_all(mine())?, &parts(), "all_to_all"),
         8 => {
             // Round the ring, two messages of two tags, received the other way round.
             let (next, previous) = ((rank + 1) % size, (rank + size - 1) % size);
@@ -118,7 +117,8 @@ pub(super) fn perform(comm: &Communicator, context: &RankContext, step: &Step) -
             let agreed = seed >> 1;
             same(&comm.all_gather_agreed(mine(), agreed)?, &all(), "all_gather_agreed")?;
             let own = comm.reduce_scatter_in(None, mine(), ReduceOp::Sum, agreed)?;
-            same(&own, &sum(seed, size, len)[part(len, size, rank)], "reduce_scatter_in")
+            same(&own, &sum(seed, size, len)[part(len, size, rank)], "reduce_scatter_in")?;
+            same(&comm.all_to_all_agreed(mine(), agreed)?, &parts(), "all_to_all_agreed")
         }
         12 => wide(comm, step),
         _ => same(&comm.all_gather(mine())?, &all(), "all_gather"),

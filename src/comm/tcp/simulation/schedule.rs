@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use generator::{Generator, Gn};
 
 use super::message_endpoint::MessageEndpoint;
-use super::network::{Plan, Random, SimulatedNetwork, State, Streams};
+use super::network::{Conditions, Random, SimulatedNetwork, State, Streams};
 use crate::comm::Communicator;
 use crate::comm::WorldConfig;
-use crate::comm::lock::lock;
 use crate::comm::message_passing::message_store::MessageStore;
 use crate::comm::message_passing::{Endpoint, join_world};
 use crate::comm::tcp::endpoint::TcpEndpoint;
+use crate::lock::lock;
 
 /// Words of a coroutine's stack.
 const STACK: usize = 32 << 10;
@@ -114,8 +114,8 @@ pub(super) enum Event {
 }
 
 impl Simulation {
-    pub fn new(size: usize, plan: Plan, random: Random) -> Self {
-        let state = Arc::new(Mutex::new(State::new(size, plan, random)));
+    pub fn new(size: usize, conditions: Conditions, random: Random) -> Self {
+        let state = Arc::new(Mutex::new(State::new(size, conditions, random)));
         let (tasks, started) = (Vec::new(), Started::default());
         Self {
             state,

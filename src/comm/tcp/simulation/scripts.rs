@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use super::network::Random;
 use super::operations::{KINDS, Step, perform};
-use super::{Plan, RankContext, Simulation};
+use super::{Conditions, RankContext, Simulation};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::comm::message_passing::Thresholds;
@@ -22,7 +22,7 @@ const TIMEOUT: Duration = Duration::from_secs(3);
 const MOST: usize = 96 << 10;
 
 /// Sizes for a schedule.
-pub(super) fn plan(random: &mut Random) -> Plan {
+pub(super) fn conditions(random: &mut Random) -> Conditions {
     let data = random.pick(&[40, 64, 100, 256]);
     let eager = random.pick(&[16, 32, 64, 120]);
     // The capacity holds a few data frames, as a socket's buffers do; a turn is several frames, as it is in truth.
@@ -38,7 +38,7 @@ pub(super) fn plan(random: &mut Random) -> Plan {
         broadcast: random.pick(&[16, 64, 256]),
         inline: random.pick(&[8, 32, 128]),
     };
-    Plan {
+    Conditions {
         limits,
         thresholds,
         capacity: random.pick(&[64, 300, 2000, 20_000]),
@@ -48,8 +48,8 @@ pub(super) fn plan(random: &mut Random) -> Plan {
 }
 
 /// A number of bytes at one of the thresholds, a little beside it, or anywhere.
-fn bytes(random: &mut Random, plan: &Plan, ranks: usize) -> usize {
-    let (limits, thresholds) = (plan.limits, plan.thresholds);
+fn bytes(random: &mut Random, conditions: &Conditions, ranks: usize) -> usize {
+    let (limits, thresholds) = (conditions.limits, conditions.thresholds);
     let near = random.pick(&[
         limits.eager,
         limits.data,
@@ -60,7 +60,7 @@ fn bytes(random: &mut Random, plan: &Plan, ranks: usize) -> usize {
         thresholds.window * ranks,
         thresholds.broadcast,
         thresholds.inline,
-        plan.capacity,
+        conditions.capacity,
     ]);
     let times = random.pick(&[1, 1, 1, 2, 3]);
     let bytes = match random.below(8) {
@@ -72,10 +72,10 @@ fn bytes(random: &mut Random, plan: &Plan, ranks: usize) -> usize {
     bytes.min(MOST / ranks)
 }
 
-fn steps(random: &mut Random, plan: &Plan, ranks: usize, count: usize) -> Vec<Step> {
+fn steps(random: &mut Random, conditions: &Conditions, ranks: usize, count: usize) -> Vec<Step> {
     let step = |_| Step {
         kind: random.below(KINDS),
-        bytes: bytes(random, plan, ranks),
+        bytes: bytes(random, conditions, ranks),
         root: random.below(ranks),
         seed: random.next(),
         slow: (random.below(2 * ranks), random.below(3_000_000) as u64),
@@ -90,19 +90,19 @@ type Outcomes = Rc<RefCell<Vec<(usize, Result<(), Error>)>>>;
 fn schedule(seed: u64, messages: bool) -> Result<(), String> {
     let mut random = Random(seed.wrapping_mul(0xd1b5_4a32_d192_ed03));
     let size = 2 + random.below(7);
-    let plan = plan(&mut random);
+    let conditions = conditions(&mut random);
     // A mesh of `rows` times the rest, whose two axes are at work at the same time or in turns.
     let divisors: Vec<usize> = (1..=size).filter(|rows| size.is_multiple_of(*rows)).collect();
     let rows = random.pick(&divisors);
     let (both, count) = (random.one_in(2), 1 + random.below(4));
     let scripts = [
-        steps(&mut random, &plan, size, count),
-        steps(&mut random, &plan, rows, count),
-        steps(&mut random, &plan, size / rows, count),
-        steps(&mut random, &plan, size, 1),
+        steps(&mut random, &conditions, size, count),
+        steps(&mut random, &conditions, rows, count),
+        steps(&mut random, &conditions, size / rows, count),
+        steps(&mut random, &conditions, size, 1),
     ];
     let scripts = Rc::new(scripts);
-    let mut simulation = Simulation::new(size, plan, random);
+    let mut simulation = Simulation::new(size, conditions, random);
     let outcomes = Outcomes::default();
     let store = Arc::<Mutex<MessageStore>>::default();
     for rank in 0..size {
@@ -117,7 +117,7 @@ fn schedule(seed: u64, messages: bool) -> Result<(), String> {
         }
     }
     let ended = simulation.run();
-    let about = || format!("{size} ranks, {rows} rows, {plan:?}, {scripts:?}");
+    let about = || format!("{size} ranks, {rows} rows, {conditions:?}, {scripts:?}");
     let outcomes = outcomes.borrow();
     for (rank, outcome) in outcomes.iter() {
         outcome.as_ref().map_err(|error| format!("rank {rank}: {error}; {}", about()))?;

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::network::Random;
-use super::scripts::plan;
+use super::scripts::conditions;
 use super::{RankContext, Simulation};
 use crate::Error;
 use crate::comm::Communicator;
@@ -34,10 +34,10 @@ impl Awaited {
 /// back.
 fn delay(seed: u64, awaited: Awaited) -> u64 {
     let mut random = Random(seed);
-    let mut plan = plan(&mut random);
-    (plan.limits.eager, plan.limits.credit, plan.capacity) = (16 << 10, 256 << 10, 1 << 20);
-    (plan.late, plan.short) = (1000, 1000);
-    let mut simulation = Simulation::new(2, plan, random);
+    let mut conditions = conditions(&mut random);
+    (conditions.limits.eager, conditions.limits.credit, conditions.capacity) = (16 << 10, 256 << 10, 1 << 20);
+    (conditions.late, conditions.short) = (1000, 1000);
+    let mut simulation = Simulation::new(2, conditions, random);
     let (sent, came) = <(Rc<Cell<u64>>, Rc<Cell<u64>>)>::default();
     for rank in 0..2 {
         let (sent, came) = (sent.clone(), came.clone());

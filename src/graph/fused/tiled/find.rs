@@ -2,8 +2,8 @@
 //!
 //! All that can be reached from a product `[.., rows, columns]` through element-wise operations and reductions over the
 //! last dim is one [`Web`](super::web::Web), forward and backward together, if it ends in products everywhere: then
-//! nobody needs its tensors in memory. It is cut into [`stages`](super::stages): what depends on a product that the web
-//! ends in comes after it. Each stage is one operation, which makes what it reads of earlier ones again.
+//! nobody needs its tensors in memory. It is cut into [`phases`](super::phases): what depends on a product that the web
+//! ends in comes after it. Each phase is one operation, which makes what it reads of earlier ones again.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -12,19 +12,19 @@ use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId};
 
 use super::super::super::instruction::Item;
 use super::Tiled;
-use super::program::Program;
-use super::stages::Stage;
+use super::flat_program::FlatProgram;
+use super::phases::Phase;
 
-/// The program with attention as one operation for each stage; what these do is added to `all`.
+/// The program with attention as one operation for each phase; what these do is added to `all`.
 pub(in super::super) fn tiled<const SECTIONS: usize>(
     sections: [Vec<Item>; SECTIONS],
     all: &mut Vec<Tiled>,
 ) -> [Vec<Item>; SECTIONS] {
-    let mut program = Program::new(&sections);
+    let mut program = FlatProgram::new(&sections);
     let mut replaced: HashSet<usize> = HashSet::new();
     let mut added: HashMap<usize, Vec<Item>> = HashMap::new();
     let mut fills: BTreeSet<usize> = BTreeSet::new();
-    // What all stages read.
+    // What all phases read.
     let mut read: HashSet<TensorId> = HashSet::new();
     // Views by place, and what they come before now.
     let mut moved: HashMap<usize, usize> = HashMap::new();
@@ -35,13 +35,13 @@ pub(in super::super) fn tiled<const SECTIONS: usize>(
         let Some(web) = program.web(place).filter(|web| web.roles.keys().all(|place| !replaced.contains(place))) else {
             continue;
         };
-        let Some(stages) = program.stages(&web) else { continue };
+        let Some(phases) = program.phases(&web) else { continue };
         let is_there =
-            |stage: &Stage| stage.views.iter().all(|view| moved.get(view).is_none_or(|before| *before <= stage.before));
-        if !stages.iter().all(is_there) {
+            |phase: &Phase| phase.views.iter().all(|view| moved.get(view).is_none_or(|before| *before <= phase.before));
+        if !phases.iter().all(is_there) {
             continue;
         }
-        for Stage { before, views, tiles, op } in stages {
+        for Phase { before, views, tiles, op } in phases {
             for view in views {
                 if let Entry::Vacant(entry) = moved.entry(view) {
                     entry.insert(before);

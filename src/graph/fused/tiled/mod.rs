@@ -13,18 +13,18 @@
 //! A tile has no more columns than its mask leaves ([`narrowing`]): with a causal mask half of all.
 
 mod find;
+mod flat_program;
 mod leaves;
 mod narrowing;
-mod program;
+mod phases;
 mod run;
-mod stages;
 mod web;
 
 use burn::tensor::DType;
 
 pub(super) use self::find::tiled;
+pub(super) use self::flat_program::FlatProgram;
 use self::narrowing::Narrowing;
-pub(super) use self::program::Program;
 use super::super::custom::CustomOps;
 use super::super::graph_error;
 use super::kernel::{Kernel, number};

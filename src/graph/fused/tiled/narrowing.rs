@@ -4,7 +4,7 @@
 //! the gradients. If a whole range of columns is masked for all rows of a tile, nothing of it need be computed: the
 //! sums of a row lack terms that are 0, its maximum is among the columns that stay. One of several masks is enough.
 //! That this is so follows from the instructions of the kernel, but for one thing: that a row has a score that is far
-//! enough above the number of the mask. The kernel tells if one has not ([`Instruction::Expect`]), as a row that is
+//! enough above the number of the mask. The kernel tells if one has not ([`BlockOp::Expect`]), as a row that is
 //! masked from end to end, and then the tile is computed with all its columns.
 //!
 //! What is not computed is not seen either: a value that is no number, at a place that is masked for all rows of its
@@ -16,8 +16,8 @@ use std::ops::Range;
 use burn::tensor::DType;
 
 use super::super::block::Source;
-use super::super::kernel::{Extent, Instruction, Kernel, Value, homes};
-use super::super::loops::{Binary, Reduction, Unary};
+use super::super::kernel::{BlockOp, Extent, Kernel, Value, homes};
+use super::super::loops::{Binary, RowReduction, Unary};
 use super::super::work::rounded;
 
 /// The difference from which on an exponential is 0, in `f32` and what is computed in it, and in `f64`.
@@ -60,7 +60,7 @@ impl Narrowing {
         let mut masks: Vec<usize> = Vec::new();
         let mut expected: Vec<(usize, Value, f64)> = Vec::new();
         for instruction in &kernel.code {
-            let Instruction::Binary { op: Binary::MaskFill(_), b, .. } = *instruction else { continue };
+            let BlockOp::Binary { op: Binary::MaskFill(_), b, .. } = *instruction else { continue };
             let Some(mask) = inputs.iter().position(|value| *value == b) else { continue };
             if masks.contains(&mask) {
                 continue;
@@ -77,7 +77,7 @@ impl Narrowing {
         expected.sort_by_key(|(place, ..)| *place);
         for (place, x, fill) in expected.into_iter().rev() {
             let above = fill + under(kernel);
-            kernel.code.insert(place + 1, Instruction::Expect { x, above });
+            kernel.code.insert(place + 1, BlockOp::Expect { x, above });
         }
         let (homes, registers) = homes(&kernel.extents, &inputs, &kernel.code, &kernel.outputs);
         (kernel.homes, kernel.registers) = (homes, registers);
@@ -129,8 +129,8 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
     let mut exact: HashMap<Value, DType> = HashMap::new();
     for (place, instruction) in kernel.code.iter().enumerate() {
         match *instruction {
-            Instruction::Unary { op, out, x } => states[out] = unary(op, states[x], kernel.extents[out]),
-            Instruction::Binary { op, out, a, b } => {
+            BlockOp::Unary { op, out, x } => states[out] = unary(op, states[x], kernel.extents[out]),
+            BlockOp::Binary { op, out, a, b } => {
                 if let (Binary::MaskFill(value), Some(to)) = (op, exact.get(&a).copied())
                     && rounded(value, to) == value
                 {
@@ -146,36 +146,36 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
                     _ => binary(op, states[a], states[b], kernel.extents[out]),
                 };
             }
-            Instruction::Reduce { op, out, x } => {
+            BlockOp::Reduce { op, out, x } => {
                 states[out] = match (op, states[x]) {
-                    (Reduction::Sum, State::Zero) => State::Same,
-                    (Reduction::Max, State::Filled(fill)) => {
+                    (RowReduction::Sum, State::Zero) => State::Same,
+                    (RowReduction::Max, State::Filled(fill)) => {
                         tops.push((place, out, fill));
                         State::Top(fill)
                     }
                     _ => return None,
                 };
             }
-            Instruction::PlaceOf { out, x, of } => {
+            BlockOp::PlaceOf { out, x, of } => {
                 states[out] = match (states[x], states[of]) {
                     (State::Filled(fill), State::Top(top)) if fill == top => State::Elsewhere,
                     _ => return None,
                 };
             }
-            Instruction::AddAt { out, x, index, .. } if states[index] == State::Elsewhere => {
+            BlockOp::AddAt { out, x, index, .. } if states[index] == State::Elsewhere => {
                 states[out] = match numbers.get(&x) {
                     Some(0.0) => State::Zero,
                     _ if kernel.extents[x] == Extent::Full => states[x],
                     _ => State::Unknown,
                 };
             }
-            Instruction::AddRows { .. } | Instruction::Pick { .. } | Instruction::AddAt { .. } => return None,
-            Instruction::Fill { out, with } => {
+            BlockOp::AddRows { .. } | BlockOp::Pick { .. } | BlockOp::AddAt { .. } => return None,
+            BlockOp::Fill { out, with } => {
                 numbers.insert(out, with);
             }
-            Instruction::Choose { .. } | Instruction::Spread { .. } => {}
-            Instruction::Round { x, to } if exact.insert(x, to) == Some(to) => {}
-            Instruction::Round { x, to } => {
+            BlockOp::Choose { .. } | BlockOp::Spread { .. } => {}
+            BlockOp::Round { x, to } if exact.insert(x, to) == Some(to) => {}
+            BlockOp::Round { x, to } => {
                 // A maximum that is rounded as it is made is looked at behind that.
                 let of_top = tops.last().is_some_and(|(top, out, _)| (*top + 1, *out) == (place, x));
                 states[x] = match states[x] {
@@ -184,11 +184,12 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
                     state => state,
                 };
             }
-            Instruction::Expect { .. } => {}
+            BlockOp::Expect { .. } => {}
         }
     }
     // A maximum is looked at as it is used: rounded.
-    let rounds = |place: usize, top: Value| matches!(kernel.code.get(place + 1), Some(Instruction::Round { x, .. }) if *x == top);
+    let rounds =
+        |place: usize, top: Value| matches!(kernel.code.get(place + 1), Some(BlockOp::Round { x, .. }) if *x == top);
     let tops = tops.into_iter().map(|(place, x, fill)| (place + usize::from(rounds(place, x)), x, fill)).collect();
     let is_zero = |value: Option<Value>| value.is_some_and(|value| states[value] == State::Zero);
     kernel.outputs.iter().all(|output| is_zero(output.value)).then_some(tops)

@@ -249,15 +249,8 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
     ) -> bool {
         let (first, height) = (rows.start, rows.len());
         let of = |tile: *mut T| Strided { first: tile.cast_const(), row: columns as isize, column: 1 };
-        let product = |[rows, columns, inner]: [usize; 3], left, right, adds| Product {
-            rows,
-            inner,
-            columns,
-            left,
-            right,
-            adds,
-            pool: self.pool,
-        };
+        let product =
+            |[rows, columns, inner]: [usize; 3], left, right, adds| Product { rows, inner, columns, left, right, adds };
         for (entering, (left, right)) in self.entering.iter().enumerate() {
             let inner = left_columns(&self.inputs[self.tiled.entering[entering].left]);
             let out = self.tile_of(running, entering);

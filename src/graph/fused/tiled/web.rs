@@ -6,9 +6,9 @@ use burn::tensor::DType;
 use burn_ir::{MatmulOpIr, OperationIr, TensorIr};
 
 use super::super::super::operation::{matmul, swap_dims};
-use super::super::group::MOST;
+use super::super::fusion_group::MOST;
 use super::super::work::{Work, is_wide};
-use super::program::Program;
+use super::flat_program::FlatProgram;
 
 /// What an operation is in a web.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,11 +29,11 @@ pub(super) struct Web {
     /// Whether all of it is computed in `f64`, else nothing.
     pub(super) wide: bool,
     pub(super) roles: BTreeMap<usize, Role>,
-    /// Operations that make the same number everywhere, which each stage does for itself.
+    /// Operations that make the same number everywhere, which each phase does for itself.
     pub(super) fills: BTreeSet<usize>,
 }
 
-impl Program<'_> {
+impl FlatProgram<'_> {
     /// What can be reached from a product; none if that is not all of attention.
     pub(super) fn web(&self, first: usize) -> Option<Web> {
         let MatmulOpIr { lhs, rhs, out } = matmul(self.op(first)?)?;

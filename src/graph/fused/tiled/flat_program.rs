@@ -7,8 +7,8 @@ use burn_ir::{OperationIr, TensorId, TensorIr};
 use super::super::super::instruction::Item;
 use super::super::super::operation::Class;
 
-/// A program, its sections one after the other.
-pub(in super::super) struct Program<'a> {
+/// A program as one list of items, its sections one after the other.
+pub(in super::super) struct FlatProgram<'a> {
     pub(in super::super) items: Vec<&'a Item>,
     /// Where sections begin.
     pub(super) sections: Vec<usize>,
@@ -20,7 +20,7 @@ pub(in super::super) struct Program<'a> {
     pub(super) read_before: HashMap<TensorId, usize>,
 }
 
-impl<'a> Program<'a> {
+impl<'a> FlatProgram<'a> {
     pub(in super::super) fn new(sections: &'a [Vec<Item>]) -> Self {
         let items: Vec<&Item> = sections.iter().flatten().collect();
         let ends = sections.iter().scan(0, |end, items| {

@@ -1,8 +1,14 @@
-//! What groups are split for, by the number by which the ranks agree on it: so errors and logs have a name to say.
+//! Names of the numbers that ranks agree on, which say what a group is split for, or what is gathered: so errors and
+//! logs have a name to say.
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::lock::lock;
+
+/// What ranks tell each other whose optimizer is new, where a model is divided.
+pub(crate) const NEW_OPTIMIZER: &str = "the moments of a new optimizer";
 
 /// Most bytes of a name that is kept.
 const LONGEST: usize = 48;
@@ -22,8 +28,8 @@ pub(super) fn number(name: &str) -> u64 {
     hasher.finish() >> 1
 }
 
-/// The number of a name, which is kept if it is short and there is room.
-pub(super) fn keep(name: &str) -> u64 {
+/// The number of a name, on which ranks can agree. The name is kept if it is short and there is room.
+pub(crate) fn keep(name: &str) -> u64 {
     let number = number(name);
     let harmless = (1..=LONGEST).contains(&name.len()) && !name.contains(char::is_control);
     let mut known = known();
@@ -39,5 +45,5 @@ pub(super) fn name(number: u64) -> Option<String> {
 }
 
 fn known() -> MutexGuard<'static, BTreeMap<u64, Box<str>>> {
-    KNOWN.lock().unwrap_or_else(PoisonError::into_inner)
+    lock(&KNOWN)
 }

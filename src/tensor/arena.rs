@@ -1,20 +1,21 @@
 //! One piece of memory in which the tensors of a step have their places.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use super::pieces::Piece;
+use crate::lock::lock;
 
 /// Memory whose places are lent, each to one tensor at a time. Whoever works out the places may err in who is still
 /// there: a place that is not free is not lent.
 #[derive(Debug)]
-pub(super) struct Block {
+pub(super) struct Arena {
     piece: Piece,
     /// Where places that are lent begin and end.
     lent: Mutex<BTreeMap<usize, usize>>,
 }
 
-impl Block {
+impl Arena {
     pub(super) fn new(bytes: usize) -> Self {
         Self { piece: Piece::zeroed(bytes), lent: Mutex::default() }
     }
@@ -43,15 +44,15 @@ impl Block {
     /// Where a place begins.
     ///
     /// # Panics
-    /// If it is not within the block.
+    /// If it is not within the arena.
     pub(super) fn pointer(&self, start: usize) -> *mut u8 {
-        assert!(start <= self.size(), "a place that was lent lies in its block");
+        assert!(start <= self.size(), "a place that was lent lies in its arena");
         // SAFETY: the place lies within the piece.
         unsafe { self.piece.pointer().add(start) }
     }
 
     fn lent(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {
-        self.lent.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.lent)
     }
 }
 
@@ -61,15 +62,15 @@ mod tests {
 
     #[test]
     fn no_byte_is_lent_twice() {
-        let block = Block::new(100);
-        assert!(block.lend(20, 30));
+        let arena = Arena::new(100);
+        assert!(arena.lend(20, 30));
         for (start, bytes) in
             [(20, 30), (0, 21), (49, 1), (30, 5), (0, 100), (90, 11), (101, 1), (usize::MAX, 2), (5, 0)]
         {
-            assert!(!block.lend(start, bytes), "{start} {bytes}");
+            assert!(!arena.lend(start, bytes), "{start} {bytes}");
         }
-        assert!(block.lend(0, 20) && block.lend(50, 50));
-        block.take_back(20);
-        assert!(!block.lend(19, 5) && block.lend(25, 25) && !block.lend(20, 6) && block.lend(20, 5));
+        assert!(arena.lend(0, 20) && arena.lend(50, 50));
+        arena.take_back(20);
+        assert!(!arena.lend(19, 5) && arena.lend(25, 25) && !arena.lend(20, 6) && arena.lend(20, 5));
     }
 }

@@ -1,4 +1,4 @@
-//! The stages of a web: what depends on a product that the web ends in comes after it. Each is one operation.
+//! The phases of a web: what depends on a product that the web ends in comes after it. Each is one operation.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -6,14 +6,14 @@ use burn::tensor::DType;
 use burn_ir::{CustomOpIr, MatmulOpIr, TensorId, TensorIr};
 
 use super::super::super::operation::{Class, matmul, permute, reshape, swap_dims};
-use super::super::group::MOST;
+use super::super::fusion_group::MOST;
 use super::super::lower::lower;
-use super::program::Program;
+use super::flat_program::FlatProgram;
 use super::web::{Role, Web};
 use super::{Entering, Input, Leaving, Narrowing, TILED, Tiled};
 
-/// What becomes of a stage.
-pub(super) struct Stage {
+/// What becomes of a phase.
+pub(super) struct Phase {
     /// What it comes before.
     pub(super) before: usize,
     /// Views that it reads and that are made later on, which come before it too.
@@ -22,34 +22,34 @@ pub(super) struct Stage {
     pub(super) op: CustomOpIr,
 }
 
-impl Program<'_> {
-    /// An operation for each stage, and what it comes before; none if one of them has no place in the program.
-    pub(super) fn stages(&self, web: &Web) -> Option<Vec<Stage>> {
+impl FlatProgram<'_> {
+    /// An operation for each phase, and what it comes before; none if one of them has no place in the program.
+    pub(super) fn phases(&self, web: &Web) -> Option<Vec<Phase>> {
         let (first, last) = (*web.roles.first_key_value()?.0, *web.roles.last_key_value()?.0);
         let mut after: HashMap<TensorId, usize> = HashMap::new();
         let mut leaving: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
         for place in first..=last {
             let Some(op) = self.op(place) else { continue };
             let read = op.inputs().filter_map(|input| after.get(&input.id)).copied();
-            let mut stage = read.max().unwrap_or(0);
+            let mut phase = read.max().unwrap_or(0);
             if web.roles.get(&place) == Some(&Role::Leaves) {
-                leaving.entry(stage).or_default().push(place);
-                stage += 1;
+                leaving.entry(phase).or_default().push(place);
+                phase += 1;
             }
-            if stage > 0 {
-                after.extend(op.outputs().map(|out| (out.id, stage)));
+            if phase > 0 {
+                after.extend(op.outputs().map(|out| (out.id, phase)));
             }
         }
-        let (mut stages, mut placed) = (Vec::new(), self.placed.clone());
+        let (mut phases, mut placed) = (Vec::new(), self.placed.clone());
         for leaving in leaving.into_values() {
-            let stage = self.stage(web, &leaving, &placed)?;
-            placed.extend(stage.op.outputs.iter().map(|out| (out.id, stage.before)));
-            stages.push(stage);
+            let phase = self.phase(web, &leaving, &placed)?;
+            placed.extend(phase.op.outputs.iter().map(|out| (out.id, phase.before)));
+            phases.push(phase);
         }
-        Some(stages)
+        Some(phases)
     }
 
-    fn stage(&self, web: &Web, leaving: &[usize], placed: &HashMap<TensorId, usize>) -> Option<Stage> {
+    fn phase(&self, web: &Web, leaving: &[usize], placed: &HashMap<TensorId, usize>) -> Option<Phase> {
         // What it is made of, from the ends.
         let mut needed: BTreeSet<usize> = leaving.iter().copied().collect();
         let mut wanted: Vec<usize> = leaving.to_vec();
@@ -78,13 +78,13 @@ impl Program<'_> {
         if !made || self.section(first) != self.section(last) || self.section(before) != self.section(last) {
             return None;
         }
-        // Another stage, or a view, that has come forward may read a product before this would make it.
+        // Another phase, or a view, that has come forward may read a product before this would make it.
         if outputs.iter().any(|out| self.read_before.get(&out.id).is_some_and(|read| *read <= before)) {
             return None;
         }
         let (tiles, inputs) = self.tiles(web, &needed, leaving)?;
         let op = CustomOpIr { id: TILED.into(), inputs, outputs, scalars: Vec::new() };
-        Some(Stage { before, views, tiles, op })
+        Some(Phase { before, views, tiles, op })
     }
 
     /// Whether a tensor is made before a place in the program, or can be by views that are made later: these are added.

@@ -1,4 +1,4 @@
-//! Ready mappings. All of them leave the adapters of a model alone: these are in no directory of a base.
+//! Preset mappings. All of them leave the adapters of a model alone: these are in no directory of a base.
 
 use super::mapping::Mapping;
 use super::rule::Rule;

@@ -1,17 +1,26 @@
 //! How checkpoints are kept and read.
 
+use burn::config::Config;
+use serde::{Deserialize, Serialize};
+
 /// How a [`Checkpointer`](super::Checkpointer) keeps checkpoints, and how strictly it reads them. The same on all
 /// ranks.
-#[derive(Debug, Clone, Default)]
-pub struct CheckpointOptions {
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct CheckpointConfig {
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) keep_last: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub(super) keep_every: Option<u64>,
     pub(super) allow_missing: Vec<String>,
     pub(super) allow_unexpected: Vec<String>,
-    pub(super) made_under: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) strategy: Option<String>,
 }
 
-impl CheckpointOptions {
+impl Config for CheckpointConfig {}
+
+impl CheckpointConfig {
     /// Keeps all, and reads strictly.
     pub fn new() -> Self {
         Self::default()
@@ -22,13 +31,13 @@ impl CheckpointOptions {
     /// one that was restored counts as written then. The last of this order is the
     /// [latest](super::Checkpointer::latest). All by default.
     pub fn with_keep_last(mut self, count: usize) -> Self {
-        self.keep_last = Some(count.max(1));
+        self.keep_last = Some(count);
         self
     }
 
     /// Keeps those whose step is a multiple of `steps` as well, however long ago they were written.
     pub fn with_keep_every(mut self, steps: u64) -> Self {
-        self.keep_every = (steps > 0).then_some(steps);
+        self.keep_every = Some(steps);
         self
     }
 
@@ -49,7 +58,7 @@ impl CheckpointOptions {
     /// Writes into each checkpoint how it was made, as the text of a [`Strategy`](crate::train::Strategy): for people,
     /// and scripts. Nothing that reads checkpoints depends on it.
     pub fn with_strategy(mut self, strategy: impl std::fmt::Display) -> Self {
-        self.made_under = Some(strategy.to_string());
+        self.strategy = Some(strategy.to_string());
         self
     }
 }

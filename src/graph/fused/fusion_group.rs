@@ -67,7 +67,7 @@ impl Space {
 
 /// A group of operations in the order of the program.
 #[derive(Debug)]
-pub(super) struct Group {
+pub(super) struct FusionGroup {
     space: Space,
     /// By place in the program.
     pub(super) operations: BTreeMap<usize, Box<OperationIr>>,
@@ -77,7 +77,7 @@ pub(super) struct Group {
     shared: HashSet<TensorId>,
 }
 
-impl Group {
+impl FusionGroup {
     /// The dims that the kernel runs over.
     pub(super) fn dims(&self) -> Vec<usize> {
         self.space.rows.iter().copied().chain([self.space.columns.unwrap_or(1)]).collect()
@@ -98,34 +98,35 @@ impl Group {
     }
 }
 
-/// What becomes of a program.
-pub(super) enum Part {
+/// What a program consists of once its groups are found.
+pub(super) enum Grouped {
     Item(Item),
-    Group(Group),
+    Group(FusionGroup),
 }
 
 #[derive(Default)]
 struct Grouping {
-    open: BTreeMap<usize, Group>,
+    open: BTreeMap<usize, FusionGroup>,
     maker: HashMap<TensorId, usize>,
-    parts: Vec<Part>,
+    found: Vec<Grouped>,
     next: usize,
 }
 
 /// The program with its groups, each where it has to run at the latest.
-pub(super) fn grouped(items: Vec<Item>) -> Vec<Part> {
+pub(super) fn grouped(items: Vec<Item>) -> Vec<Grouped> {
     let mut grouping = Grouping::default();
     for (place, item) in items.into_iter().enumerate() {
         grouping.take(place, item);
     }
     grouping.close_all();
-    grouping.parts
+    grouping.found
 }
 
 impl Grouping {
     fn take(&mut self, place: usize, item: Item) {
-        let old = |group: &Group| group.operations.last_key_value().is_none_or(|(last, _)| last + LONGEST < place);
-        let old: Vec<TensorId> = self.open.values().filter(|group| old(group)).filter_map(Group::first).collect();
+        let old =
+            |group: &FusionGroup| group.operations.last_key_value().is_none_or(|(last, _)| last + LONGEST < place);
+        let old: Vec<TensorId> = self.open.values().filter(|group| old(group)).filter_map(FusionGroup::first).collect();
         old.into_iter().for_each(|made| self.close_maker(made));
         match item {
             Item::Run(op) => match Space::of(&op) {
@@ -135,19 +136,19 @@ impl Grouping {
                         OperationIr::Custom(_) => self.close_all(),
                         _ => op.inputs().for_each(|input| self.close_maker(input.id)),
                     }
-                    self.parts.push(Part::Item(Item::Run(op)));
+                    self.found.push(Grouped::Item(Item::Run(op)));
                 }
             },
             Item::Output(tensor) => {
                 self.close_maker(tensor.id);
-                self.parts.push(Part::Item(Item::Output(tensor)));
+                self.found.push(Grouped::Item(Item::Output(tensor)));
             }
         }
     }
 
     fn close_all(&mut self) {
         while let Some((_, group)) = self.open.pop_first() {
-            self.parts.push(Part::Group(group));
+            self.found.push(Grouped::Group(group));
         }
         self.maker.clear();
     }
@@ -157,7 +158,7 @@ impl Grouping {
             for out in group.operations.values().flat_map(|op| op.outputs()) {
                 self.maker.remove(&out.id);
             }
-            self.parts.push(Part::Group(group));
+            self.found.push(Grouped::Group(group));
         }
     }
 
@@ -186,7 +187,7 @@ impl Grouping {
             }
         }
         if joined.is_empty() && matches!(Work::of(&op), Some((Work::Reshape(_), _))) {
-            self.parts.push(Part::Item(Item::Run(op)));
+            self.found.push(Grouped::Item(Item::Run(op)));
             return;
         }
         // Of no group it reads a result of, but perhaps the same as one.
@@ -206,8 +207,12 @@ impl Grouping {
             self.next += 1;
             self.next - 1
         });
-        let mut group =
-            Group { space: space.clone(), operations: BTreeMap::new(), late: HashSet::new(), shared: HashSet::new() };
+        let mut group = FusionGroup {
+            space: space.clone(),
+            operations: BTreeMap::new(),
+            late: HashSet::new(),
+            shared: HashSet::new(),
+        };
         for other in joined {
             if let Some(other) = self.open.remove(&other) {
                 group.operations.extend(other.operations);
