@@ -67,7 +67,7 @@ mod tests {
         let optimizers: Vec<ModuleOptimizer> = vec![
             adamw().init(),
             adamw().with_weight_decay(0.02).init(),
-            adamw().with_epsilon(1e-5).init(),
+            adamw().with_epsilon(1e-8).init(),
             adamw().with_beta_1(0.8).init(),
             adamw().with_beta_2(0.99).init(),
             adamw().with_grad_clipping(clip(0.05)).init(),
