@@ -82,7 +82,8 @@ mod tests {
             assert!(one.iter().all(|number| number.is_finite()), "{place}: {one:?}");
             assert_eq!(*one, made_by(&optimizers[place]));
             for (other, numbers) in made.iter().enumerate().skip(place + 1) {
-                let alike = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-3 * a.abs().max(b.abs());
+                // Twice what ranks take for rounding. Of two norms at which Adam's kin clip it sees least.
+                let alike = |(a, b): (&f32, &f32)| (a - b).abs() <= 2e-4 * a.abs().max(b.abs());
                 assert!(!one.iter().zip(numbers).all(alike), "{place} and {other} make {one:?} and {numbers:?}");
             }
         }
