@@ -14,7 +14,7 @@ pub(crate) const NEW_OPTIMIZER: &str = "the moments of a new optimizer";
 const LONGEST: usize = 48;
 
 /// So many names are kept: names come from peers as well, which must not fill the memory with them.
-const MOST: usize = 256;
+const MOST: usize = 4096;
 
 static KNOWN: Mutex<BTreeMap<u64, Box<str>>> = Mutex::new(BTreeMap::new());
 
@@ -41,7 +41,10 @@ pub(crate) fn keep(name: &str) -> u64 {
 
 /// The name of a number, if it was kept.
 pub(super) fn name(number: u64) -> Option<String> {
-    known().get(&number).map(|name| name.to_string())
+    match number == self::number(NEW_OPTIMIZER) {
+        true => Some(NEW_OPTIMIZER.into()),
+        false => known().get(&number).map(|name| name.to_string()),
+    }
 }
 
 fn known() -> MutexGuard<'static, BTreeMap<u64, Box<str>>> {

@@ -42,12 +42,14 @@ impl TryFrom<WorldText> for WorldConfig {
     type Error = Error;
 
     fn try_from(WorldText { timeout_s, name }: WorldText) -> Result<Self, Error> {
-        let mut config = Self::from_env()?;
-        if let Some(seconds) = timeout_s {
-            let timeout = seconds_of(seconds);
-            let wrong = || Error::invalid("WorldConfig", format!("`timeout_s` is {seconds}; it must be {EXPECTED}"));
-            config = config.with_timeout(timeout.ok_or_else(wrong)?);
-        }
+        let config = match timeout_s {
+            Some(seconds) => {
+                let wrong =
+                    || Error::invalid("WorldConfig", format!("`timeout_s` is {seconds}; it must be {EXPECTED}"));
+                Self { timeout: bounded(seconds_of(seconds).ok_or_else(wrong)?), name: NAME.into() }
+            }
+            None => Self::from_env()?,
+        };
         Ok(name.iter().fold(config, |config, name| config.with_name(name)))
     }
 }
@@ -57,6 +59,9 @@ impl From<WorldConfig> for WorldText {
         Self { timeout_s: Some(timeout.as_secs_f64()), name: Some(name.as_ref().into()) }
     }
 }
+
+/// The name of the group of all ranks.
+const NAME: &str = "world";
 
 /// What a time-out must be that is given in seconds.
 const EXPECTED: &str = "a positive number of seconds";
@@ -83,7 +88,7 @@ impl WorldConfig {
                 }
             }
         };
-        Ok(Self { timeout: bounded(timeout), name: "world".into() })
+        Ok(Self { timeout: bounded(timeout), name: NAME.into() })
     }
 
     /// Sets how long any wait may last before the whole world fails with [`Error::Timeout`]. It must not be 0, which is

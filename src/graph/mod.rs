@@ -101,7 +101,7 @@ pub use results::{StepObserver, StepOutputs, StepResult};
 pub(crate) use same_inputs::{ComparedCall, SameInputs};
 pub(crate) use signature::Signature;
 pub use step::{BatchNormBinding, InputBinding, ParamBinding, StepGraph};
-pub(crate) use updates::{Compared, NewOptimizer, Update, Updates};
+pub(crate) use updates::{Compared, Update, Updates};
 
 use crate::Error;
 

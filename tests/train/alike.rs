@@ -6,7 +6,7 @@ use burn::lr_scheduler::constant::ConstantLr;
 use burn::lr_scheduler::module_lr_scheduler::ModuleLrScheduler;
 use burn::module::{Module, ParamGroup};
 use burn::nn::{Linear, LinearConfig};
-use burn::optim::{AdamWConfig, ModuleOptimizer, SgdConfig};
+use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
@@ -69,7 +69,7 @@ fn meeting() -> Vec<Strategy> {
 /// What one rank gives to `optimize` in a step: the learning rate, and whether it calls it at all.
 type Change = fn(&mut ModuleOptimizer, rank: usize, last: usize, step: usize) -> Option<f64>;
 
-/// What comes of some steps, and how many each rank has made.
+/// Makes some steps.
 fn train(strategy: &Strategy, change: Change) -> Result<(), Error> {
     let ranks: usize = strategy.dp.unwrap() * strategy.pp * strategy.tp;
     let ran = launch::threads(ranks).timeout(Duration::from_secs(60)).run(|rank| {
@@ -87,9 +87,8 @@ fn train(strategy: &Strategy, change: Change) -> Result<(), Error> {
 
 /// The error of a change that all ranks find out together.
 fn refused(strategy: &Strategy, change: Change) -> Error {
-    let began = std::time::Instant::now();
     let error = train(strategy, change).expect_err(&format!("{strategy}: nobody has noticed"));
-    assert!(began.elapsed() < Duration::from_secs(50), "{strategy}: it has waited for the time-out: {error}");
+    assert!(!matches!(error, Error::Timeout { .. }), "{strategy}: {error}");
     error
 }
 
@@ -126,29 +125,6 @@ fn an_optimizer_that_is_new_on_one_rank_alone_is_named() {
         for strategy in meeting() {
             let error = refused(&strategy, change);
             says(&error, &["the moments of a new optimizer", "a rank whose optimizer is new", "after the same step"]);
-        }
-    }
-}
-
-#[test]
-fn other_settings_or_another_kind_on_one_rank_are_an_error() {
-    let settings: Change = |optim, rank, last, step| {
-        if (rank, step) == (last, 0) {
-            *optim = AdamWConfig::new().with_weight_decay(0.1).init();
-        }
-        Some(0.01)
-    };
-    let kind: Change = |optim, rank, last, step| {
-        if (rank, step) == (last, 0) {
-            *optim = SgdConfig::new().init();
-        }
-        Some(0.01)
-    };
-    for strategy in independent().into_iter().chain(meeting()) {
-        for change in [settings, kind] {
-            let error = refused(&strategy, change);
-            assert!(matches!(error, Error::Optimizer { .. }), "{strategy}: {error}");
-            says(&error, &["update number 1", "of another kind than that of rank", "other settings"]);
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Checks that an optimizer suits parameters that are split, and updates them.
 
+mod given;
 mod joined;
-mod made;
 mod moments;
 mod optimizer_error;
 mod other_ranks;

@@ -1,6 +1,6 @@
 //! Checks that the moments of an optimizer belong to the parameters of the model.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use burn::module::{Module, ParamGroup, ParamId};
 use burn::optim::ModuleOptimizer;
@@ -53,6 +53,9 @@ pub(super) fn check<M: Module>(
         )));
     }
     let (mut names, mut moments) = (StateNames::default(), MomentDigests::default());
+    // Replicas may know a parameter that was put in later by ids of their own.
+    let seeds: HashMap<ParamId, u64> = params.iter().map(|param| (param.id, xxh3_64(param.path.as_bytes()))).collect();
+    let seed = |id: &ParamId| seeds.get(id).copied().unwrap_or(id.val());
     for portion in portions(&params, |param| param.bytes) {
         let ids: Vec<ParamId> = portion.iter().map(|param| param.id).collect();
         let states = names.read(optim, &ids).map_err(unreadable)?;
@@ -71,20 +74,24 @@ pub(super) fn check<M: Module>(
                 }
             }
         }
-        moments.add(&states);
+        moments.add(&states, seed);
     }
     for ids in others.chunks(MOST_AT_ONCE) {
-        moments.add(&names.read(optim, ids).map_err(unreadable)?);
+        moments.add(&names.read(optim, ids).map_err(unreadable)?, seed);
     }
     Ok(moments)
 }
 
 impl MomentDigests {
-    fn add<'a>(&mut self, states: impl IntoIterator<Item = (&'a ParamId, &'a ParamState)>) {
+    fn add<'a>(
+        &mut self,
+        states: impl IntoIterator<Item = (&'a ParamId, &'a ParamState)>,
+        seed: impl Fn(&ParamId) -> u64,
+    ) {
         for (id, state) in states {
             let mut number = None;
             for (name, data) in state.moments.iter().filter(|(_, data)| data.as_bytes().iter().any(|byte| *byte != 0)) {
-                let before = number.unwrap_or(id.val());
+                let before = number.unwrap_or_else(|| seed(id));
                 number = Some(xxh3_64_with_seed(data.as_bytes(), before ^ xxh3_64(name.as_bytes())));
             }
             self.0.extend(number.map(|number| (*id, number)));

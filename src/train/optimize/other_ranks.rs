@@ -94,7 +94,10 @@ impl Divided<'_> {
         });
         let said = said.unwrap_or_default().into_bytes();
         let said = self.groups.iter().try_fold(said, |all, group| group.all_gather(all))?;
-        Ok(optimizer_error(format!("on rank {rank} of the world {}", String::from_utf8_lossy(&said))))
+        let said = String::from_utf8_lossy(&said);
+        // Those that are divided over other groups may have it of a rank already.
+        let told = said.starts_with(ON_RANK);
+        Ok(optimizer_error(if told { said.into() } else { format!("{ON_RANK}{rank} of the world {said}") }))
     }
 
     /// The numbers of all ranks. Ranks whose optimizer is not new go on without: the name of the call tells them.
@@ -102,6 +105,9 @@ impl Divided<'_> {
         self.groups.iter().try_fold(mine, |all, group| group.all_gather_agreed(all, agreed_number(NEW_OPTIMIZER)))
     }
 }
+
+/// Begins what another rank has found.
+const ON_RANK: &str = "on rank ";
 
 /// Places of equal numbers other than 0: of each but the first, with that.
 fn first_alike(numbers: &[u64]) -> Vec<(usize, usize)> {

@@ -6,8 +6,8 @@ use burn::lr_scheduler::module_lr_scheduler::ModuleLearningRate;
 use burn::module::ParamId;
 use burn::optim::{GradientsParams, ModuleOptimizer};
 
+use super::given::update_of;
 use super::joined::{Joined, PartWithGradient};
-use super::made::update_of;
 use super::moments::MomentDigests;
 use super::other_ranks::{Divided, divided, groups_of};
 use super::panicked::Updated;
@@ -84,7 +84,7 @@ impl ShardedStep<'_> {
             divided.iter().fold(moments, all_have).inspect_err(fail)?;
         }
         // Each rank has moments of its own rows.
-        let compared = update_of(optim, &lr, another.then_some(&MomentDigests::default()));
+        let compared = update_of(&lr, another.then_some(&MomentDigests::default()));
         let tried = new.then(|| Updated::of(&all, &work.grads));
         let updated = update(all, optim, lr, work.grads, tried).inspect_err(fail)?;
         checked.remember(optim);

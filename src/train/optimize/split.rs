@@ -7,8 +7,8 @@ use burn::module::{Devices, Module, ModuleMapper, ModuleVisitor, ParamId};
 use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::Device;
 
+use super::given::update_of;
 use super::joined::Joined;
-use super::made::update_of;
 use super::moments::MomentDigests;
 use super::other_ranks::{divided, groups_of};
 use super::own_parts::own_parts;
@@ -55,7 +55,7 @@ impl SplitStep<'_> {
                 true => check_moments(optim, local(&model), &grads, &split)?,
                 false => MomentDigests::default(),
             };
-            let compared = update_of(optim, &lr, another.then_some(&moments));
+            let compared = update_of(&lr, another.then_some(&moments));
             let tried = new.then(|| Updated::of(local(&model), &grads));
             let updated = update(model, optim, lr, grads, tried)?;
             checked.remember(optim);
@@ -71,7 +71,7 @@ impl SplitStep<'_> {
             true => check_moments(optim, &all, &grads, &split).inspect_err(fail)?,
             false => MomentDigests::default(),
         };
-        let compared = update_of(optim, &lr, another.then_some(&moments));
+        let compared = update_of(&lr, another.then_some(&moments));
         let tried = new.then(|| Updated::of(&all, &grads));
         let WithOwned { owned, model } = update(all, optim, lr, grads, tried).inspect_err(fail)?;
         checked.remember(optim);
