@@ -159,7 +159,11 @@ impl Communicator {
         let call = Call::new(operation, Some(data.dtype()), Extent::flat(own.len()));
         let mut output = TakenOutput::new(host_buffer::buffer_mut(&mut data));
         let input = output.part(own);
-        self.run(&call, |transport| transport.collective(&call, Transfer::OutOfPlace { input, output: &mut output }))?;
+        self.run(&call, |transport| {
+            let apart = (!transport.gathers_in_place()).then(|| host_buffer::copied(input));
+            let input = apart.as_ref().map_or(input, host_buffer::buffer_ref);
+            transport.collective(&call, Transfer::OutOfPlace { input, output: &mut output })
+        })?;
         Ok(data)
     }
 

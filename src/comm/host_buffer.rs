@@ -89,6 +89,14 @@ pub(crate) fn buffer_ref(tensor: &FlexTensor) -> BufferRef<'_> {
     read(tensor, |bytes| unsafe { BufferRef::from_raw(bytes.as_ptr(), tensor.shape().num_elements(), tensor.dtype()) })
 }
 
+/// The elements of a buffer as a tensor of its own.
+pub(crate) fn copied(buffer: BufferRef<'_>) -> FlexTensor {
+    let (dtype, elements) = (buffer.dtype(), buffer.elements());
+    // SAFETY: a buffer for reading.
+    let bytes = unsafe { std::slice::from_raw_parts(buffer.as_ptr(), elements * dtype.size()) };
+    FlexTensor::new(copy(bytes, dtype), Layout::contiguous([elements].into()), dtype)
+}
+
 /// An [`exclusive`] tensor as a buffer for reading and writing.
 pub(crate) fn buffer_mut(tensor: &mut FlexTensor) -> BufferMut<'_> {
     let (dtype, elements, start) = (tensor.dtype(), tensor.shape().num_elements(), tensor.layout().start_offset());

@@ -39,7 +39,9 @@ impl<'a> BufferRef<'a> {
     /// `elements` elements of `dtype` at `data`.
     ///
     /// # Safety
-    /// They must be initialised and aligned, and stay valid and unchanged for `'a`.
+    /// They must be initialised and aligned, and stay valid and unchanged for `'a`; but for an output with these
+    /// elements in it, which has the same in their place, and which a transport is given with them if it
+    /// [gathers in place](Transport::gathers_in_place).
     pub unsafe fn from_raw(data: *const u8, elements: usize, dtype: DType) -> Self {
         Self { data, elements, dtype, lent: PhantomData }
     }
@@ -70,7 +72,7 @@ impl<'a> BufferMut<'a> {
     ///
     /// # Safety
     /// They must be aligned, valid for writes, and for reads if the operation reads them, and untouched by others for
-    /// `'a`.
+    /// `'a`; but for an input that lies in it, as [`BufferRef::from_raw`] says.
     pub unsafe fn from_raw(data: *mut u8, elements: usize, dtype: DType) -> Self {
         Self { data, elements, dtype, lent: PhantomData }
     }
@@ -108,8 +110,8 @@ pub enum Transfer<'a, 'b> {
     /// buffers are reduced as one collective, without being copied together.
     InPlace(&'a mut [BufferMut<'b>]),
     /// A contribution and an output for the result: all the others. A rank that only receives passes an empty input.
-    /// The input of an all-gather may lie in the output, where the result has it: it is neither copied nor written over
-    /// then.
+    /// The input of an all-gather lies in the output, where the result has it, if the transport says that it
+    /// [gathers in place](Transport::gathers_in_place); else the two lie apart.
     OutOfPlace {
         /// This rank's contribution.
         input: BufferRef<'b>,
@@ -231,6 +233,12 @@ pub trait Transport: Debug + Send + Sync {
 
     /// The last collectives of every rank.
     fn log(&self) -> CallLog;
+
+    /// Whether the input of an all-gather may lie in its output, where the result has it: the transport does not write
+    /// to it then, nor to anything else of the output before it has the input's elements. If not, they are copied.
+    fn gathers_in_place(&self) -> bool {
+        false
+    }
 
     /// Whether a collective on host memory runs on the threads that call it, memory traffic included, so that one in
     /// the background takes a core from those that compute. Where a network or another device does the work, it does

@@ -86,8 +86,8 @@ impl Updates {
 impl Update {
     const WORDS: usize = 3;
 
-    /// The rate as ranks compare it: in 32 bits, since schedules that are computed on different processors may differ in
-    /// the last bit of 64; and there is one that is no number.
+    /// The rate as ranks compare it: in 32 bits, since schedules that are computed on different processors may differ
+    /// in the last bit of 64; and there is one that is no number.
     fn compared_rate(&self) -> u32 {
         if self.rate.is_nan() { f32::NAN.to_bits() } else { (self.rate as f32).to_bits() }
     }

@@ -166,8 +166,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// # The same on all ranks
     /// The learning rate and the optimizer, with its settings and its state, must be the same on all ranks (of a state
     /// that is divided each has its part), and a new optimizer takes the place of the old one on all of them after the
-    /// same step. Rates, states, and when an optimizer is new, are compared: the next step is an [`Error::Optimizer`] on
-    /// all ranks if they differ, which names the ranks: the next of all for replicas; for the ranks of a split or a
+    /// same step. Rates, states, and when an optimizer is new, are compared: the next step is an [`Error::Optimizer`]
+    /// on all ranks if they differ, which names the ranks: the next of all for replicas; for the ranks of a split or a
     /// pipeline, the next in which they compare inputs. Of rates by groups of parameters that is compared which
     /// parameters of no group have; settings are not.
     ///

@@ -810,9 +810,10 @@ pub fn losses_in(path: &str) -> Vec<f64> {
 fn losses_of_threads(name: &str, flags: &[&str], start: impl Fn(&[&str]) -> Output) {
     let folder = Folder::new(name);
     let (threads, processes) = (folder.path("threads.json"), folder.path("processes.json"));
-    let flags = [&["--steps", "6", "--batch", "10"], flags].concat();
-    assert!(tiny(&[&flags[..], &["--json", &threads]].concat()).status.success());
-    let output = start(&[&TINY[..], &flags, &["--json", &processes]].concat());
+    let model: &[&str] = if flags.contains(&"--d-model") { &["--layers", "1", "--seq", "16"] } else { &TINY };
+    let flags = [model, &["--steps", "6", "--batch", "10"], flags].concat();
+    assert!(train_lm(&[&flags[..], &["--json", &threads]].concat()).status.success());
+    let output = start(&[&flags[..], &["--json", &processes]].concat());
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert_eq!(String::from_utf8_lossy(&output.stdout).matches("The model writes").count(), 1);
     same_losses(&losses_in(&threads), &losses_in(&processes), 1e-6);
@@ -828,6 +829,8 @@ fn processes_have_the_losses_of_threads() {
     };
     losses_of_threads("tcp-dp-tp", &["--ranks", "4", "--dp", "2", "--tp", "2"], start);
     losses_of_threads("tcp-dp", &["--dp", "4"], start);
+    // Large parameters, whose rows are gathered into the memory of the others.
+    losses_of_threads("tcp-zero", &["--dp", "4", "--zero", "1", "--d-model", "384"], start);
     losses_of_threads("tcp-pp-tp", &["--dp", "1", "--pp", "2", "--tp", "2", "--micro-batches", "5"], start);
 }
 
@@ -879,6 +882,7 @@ mod mpi {
         let start = |flags: &[&str]| mpirun(4).unwrap().arg(example()).args(flags).output().unwrap();
         losses_of_threads("mpi-dp-tp", &["--dp", "2", "--tp", "2"], start);
         losses_of_threads("mpi-dp", &["--dp", "4"], start);
+        losses_of_threads("mpi-zero", &["--dp", "4", "--zero", "2", "--d-model", "384"], start);
     }
 
     #[test]

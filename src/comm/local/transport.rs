@@ -201,6 +201,10 @@ impl Transport for LocalTransport {
         self.group.size()
     }
 
+    fn gathers_in_place(&self) -> bool {
+        true
+    }
+
     fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
         match transfer {
             Transfer::Nothing => self.synchronize(CallDescriptor::nothing(call), |_| 0).map(|(_, moved)| moved),

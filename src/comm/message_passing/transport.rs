@@ -211,6 +211,10 @@ impl Transport for MessagePassingTransport {
         self.group.size()
     }
 
+    fn gathers_in_place(&self) -> bool {
+        true
+    }
+
     fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
         let descriptor = CallDescriptor { call: *call, color: 0, key: 0, attached: false };
         let mut committed = self.enter(descriptor, |shared_memory, rounds| {

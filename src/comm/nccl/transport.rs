@@ -237,6 +237,10 @@ impl Transport for NcclTransport {
         self.host.size()
     }
 
+    fn gathers_in_place(&self) -> bool {
+        self.host.gathers_in_place()
+    }
+
     fn collective(&self, call: &Call, transfer: Transfer<'_, '_>) -> Result<u64, Error> {
         self.host.collective(call, transfer)
     }

@@ -23,7 +23,22 @@ struct Param {
 /// A number for the moments that an optimizer has of each parameter of which it has any but zeros: equal ones have the
 /// same.
 #[derive(Debug, Default)]
-pub(super) struct MomentDigests(Vec<(ParamId, u64)>);
+pub(super) struct MomentDigests(Vec<MomentDigest>);
+
+#[derive(Debug)]
+struct MomentDigest {
+    id: ParamId,
+    /// A number for the path, 0 of a parameter that is elsewhere.
+    path: u64,
+    number: u64,
+}
+
+impl MomentDigest {
+    /// The number of these moments of this parameter.
+    fn of(&self, parameter: u64) -> u64 {
+        xxh3_64_with_seed(&self.number.to_le_bytes(), parameter)
+    }
+}
 
 /// Demands that an optimizer has moments of no other parameters than those of `local`, of their dims, and `others`.
 /// Copies them, a few at a time, if there are any.
@@ -53,9 +68,7 @@ pub(super) fn check<M: Module>(
         )));
     }
     let (mut names, mut moments) = (StateNames::default(), MomentDigests::default());
-    // Replicas may know a parameter that was put in later by ids of their own.
-    let seeds: HashMap<ParamId, u64> = params.iter().map(|param| (param.id, xxh3_64(param.path.as_bytes()))).collect();
-    let seed = |id: &ParamId| seeds.get(id).copied().unwrap_or(id.val());
+    let paths: HashMap<ParamId, u64> = params.iter().map(|param| (param.id, xxh3_64(param.path.as_bytes()))).collect();
     for portion in portions(&params, |param| param.bytes) {
         let ids: Vec<ParamId> = portion.iter().map(|param| param.id).collect();
         let states = names.read(optim, &ids).map_err(unreadable)?;
@@ -74,10 +87,10 @@ pub(super) fn check<M: Module>(
                 }
             }
         }
-        moments.add(&states, seed);
+        moments.add(&states, &paths);
     }
     for ids in others.chunks(MOST_AT_ONCE) {
-        moments.add(&names.read(optim, ids).map_err(unreadable)?, seed);
+        moments.add(&names.read(optim, ids).map_err(unreadable)?, &paths);
     }
     Ok(moments)
 }
@@ -86,27 +99,29 @@ impl MomentDigests {
     fn add<'a>(
         &mut self,
         states: impl IntoIterator<Item = (&'a ParamId, &'a ParamState)>,
-        seed: impl Fn(&ParamId) -> u64,
+        paths: &HashMap<ParamId, u64>,
     ) {
         for (id, state) in states {
             let mut number = None;
             for (name, data) in state.moments.iter().filter(|(_, data)| data.as_bytes().iter().any(|byte| *byte != 0)) {
-                let before = number.unwrap_or_else(|| seed(id));
-                number = Some(xxh3_64_with_seed(data.as_bytes(), before ^ xxh3_64(name.as_bytes())));
+                number =
+                    Some(xxh3_64_with_seed(data.as_bytes(), number.unwrap_or_default() ^ xxh3_64(name.as_bytes())));
             }
-            self.0.extend(number.map(|number| (*id, number)));
+            let path = paths.get(id).copied().unwrap_or_default();
+            self.0.extend(number.map(|number| MomentDigest { id: *id, path, number }));
         }
     }
 
-    /// A number for all of them; 0 if there are none.
+    /// A number for all of them, by the paths of their parameters, of which replicas may have ids of their own; 0 if
+    /// there are none.
     pub fn all(&self) -> u64 {
-        self.0.iter().fold(0, |all: u64, (_, number)| all.wrapping_add(*number))
+        self.0.iter().fold(0, |all: u64, moment| all.wrapping_add(moment.of(moment.path)))
     }
 
-    /// A number for the moments of some parameters; 0 if there are none. Whatever the order.
+    /// A number for the moments of some parameters, by ids that ranks share; 0 if there are none. Whatever the order.
     pub fn of(&self, ids: &HashSet<ParamId>) -> u64 {
-        let mine = self.0.iter().filter(|(id, _)| ids.contains(id));
-        mine.fold(0, |all: u64, (_, number)| all.wrapping_add(*number))
+        let mine = self.0.iter().filter(|moment| ids.contains(&moment.id));
+        mine.fold(0, |all: u64, moment| all.wrapping_add(moment.of(moment.id.val())))
     }
 }
 
