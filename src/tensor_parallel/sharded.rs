@@ -31,9 +31,10 @@ use crate::tensor::{TensorTree, rows};
 /// A record of another run is loaded into the model before it is wrapped: the parameters take the ids of the record
 /// then, by which optimizers know them. [`load`](crate::train::ParallelModule::load) reads values alone.
 ///
-/// Optimizers whose update is not element by element (burn's norm clipping, Muon, LAMB) see parts only, which
-/// [`optimize`](crate::train::ParallelModule::optimize) refuses; element-wise ones as AdamW train exactly as on one
-/// device. [`Step::clip_grad_norm`](crate::step::Step::clip_grad_norm) clips by the norm over all parts.
+/// Element-wise optimizers as AdamW train exactly as on one device. Those whose update is not element by element (Muon,
+/// LAMB, burn's clipping of each gradient by its norm) would see parts only in burn's own `step`;
+/// [`optimize`](crate::train::ParallelModule::optimize) gives them the whole.
+/// [`Step::clip_grad_norm`](crate::step::Step::clip_grad_norm) clips by the norm over all parts.
 #[derive(Clone)]
 pub struct Sharded<M> {
     local: M,
