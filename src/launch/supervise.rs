@@ -97,7 +97,11 @@ pub(super) fn supervise(commands: Vec<Command>, size: usize, grace: Duration) ->
         if ended.first.is_some() {
             ended.lasted = ended.lasted.min(began.elapsed());
             let since = *ending.get_or_insert_with(|| {
-                started.iter().filter(|p| p.status().is_none()).for_each(|process| process.signal(SIGTERM));
+                for process in started.iter().filter(|process| process.status().is_none()) {
+                    process.signal(SIGTERM);
+                    // One that is stopped hears of it when it goes on.
+                    process.signal(libc::SIGCONT);
+                }
                 Instant::now()
             });
             if since.elapsed() > grace {

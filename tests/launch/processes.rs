@@ -213,6 +213,17 @@ fn one_that_is_killed_ends_all() {
     assert!(out.contains("<Some(2) of 3 by signal 9: []>"), "{out}");
 }
 
+/// One that is stopped, and so does not hear that it is to end, is not waited for until it is killed.
+#[test]
+fn one_that_is_stopped_goes_on_to_end() {
+    let script = "[ $RANK = 1 ] || { sleep 1; exit 3; }; kill -STOP $$; sleep 60";
+    let began = Instant::now();
+    let processes = launch::processes(2).program("sh", ["-c", script]).grace(Duration::from_secs(50));
+    let error = processes.supervise().unwrap_err();
+    assert!(matches!(error, Error::ProcessFailed { rank: Some(0), .. }), "{error}");
+    assert!(began.elapsed() < Duration::from_secs(40), "it was waited for");
+}
+
 #[test]
 fn those_who_do_not_listen_are_ended() {
     let began = Instant::now();
