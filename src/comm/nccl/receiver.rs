@@ -16,7 +16,7 @@ use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::message_header::MessageHeader;
 use crate::comm::posted_receives::{Asked, Key, PostedReceives};
 use crate::comm::sent_messages::{ask, ask_nothing_more};
-use crate::comm::{Arrival, Call, Extent, Message, Operation, Transport};
+use crate::comm::{Arrival, Call, CallShape, Message, Operation, Transport};
 use crate::lock::lock;
 
 /// The receiving side of a rank in a group.
@@ -100,7 +100,7 @@ impl Receiver {
     /// Fails the world for a message that was announced and does not arrive.
     fn late(&self, (from, tag): Key) -> Error {
         let host = &self.host;
-        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let call = Call::new(Operation::Receive { from, tag }, None, CallShape::flat(0));
         host.abort(Error::Timeout {
             group: host.group().clone(),
             rank: host.rank(),
@@ -156,8 +156,8 @@ impl Receiver {
             raw.finish("recv", unsafe { nccl::recv(place, count, kind, 0, raw.comm, stream) })
         })?;
         drop(raw);
-        let extent = Extent::new(&output.meta.shape().to_vec());
-        let call = Call::on_device(Operation::Receive { from, tag }, header.dtype, extent);
+        let shape = CallShape::new(&output.meta.shape().to_vec());
+        let call = Call::on_device(Operation::Receive { from, tag }, header.dtype, shape);
         self.watchdog.watch(call, &channel.link, (prepared.ready.clone(), done.clone()), Vec::new());
         prepared.release(done.clone());
         called.map(|()| (output, Some(done)))

@@ -62,7 +62,7 @@ fn a_call_is_kept_when_the_commit_cannot_be_awaited() {
 fn a_commit_is_kept_when_it_cannot_be_sent_to_all() {
     let network = network((MessageKind::Commit, 1), Some(MessageKind::Commit));
     let world = World::new(3, [0], network);
-    let call = crate::comm::Call::new(crate::comm::Operation::Barrier, None, crate::comm::Extent::flat(0));
+    let call = crate::comm::Call::new(crate::comm::Operation::Barrier, None, crate::comm::CallShape::flat(0));
     let descriptor =
         crate::comm::message_passing::call_descriptor::CallDescriptor { call, color: 0, key: 0, attached: false };
     for from in [1, 2] {

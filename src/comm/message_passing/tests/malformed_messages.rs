@@ -9,7 +9,7 @@ use crate::comm::message_passing::call_descriptor::{CallDescriptor, DESCRIPTOR_B
 use crate::comm::message_passing::codec::Writer;
 use crate::comm::message_passing::group::MessageKind;
 use crate::comm::message_passing::shared_memory::Address;
-use crate::comm::{Call, Communicator, Extent, Operation, ReduceOp, part};
+use crate::comm::{Call, CallShape, Communicator, Operation, ReduceOp, part};
 
 fn descriptor(call: &Call) -> CallDescriptor {
     CallDescriptor { call: *call, color: 0, key: 0, attached: false }
@@ -28,7 +28,7 @@ fn table(calls: &[Call]) -> Vec<u8> {
 }
 
 fn call(operation: Operation, dtype: DType, rows: usize) -> Call {
-    Call::new(operation, Some(dtype), Extent::flat(rows))
+    Call::new(operation, Some(dtype), CallShape::flat(rows))
 }
 
 /// The group goes on: the next commit is accepted.

@@ -5,7 +5,9 @@ use burn::tensor::DType;
 use super::World;
 use super::memory_endpoint::MemoryNetwork;
 use crate::Error;
-use crate::comm::{BufferMut, BufferRef, Call, Communicator, Extent, Operation, Output, ReduceOp, Transfer};
+use crate::comm::{
+    BufferMut, BufferRef, Call, CallShape, Communicator, Operation, OutputAllocator, ReduceOp, Transfer,
+};
 
 /// An output that one rank has no memory for.
 struct Place {
@@ -13,7 +15,7 @@ struct Place {
     lacks: Option<(std::sync::Arc<str>, usize)>,
 }
 
-impl Output for Place {
+impl OutputAllocator for Place {
     fn allocate(&mut self, dims: &[usize], _: DType) -> Result<BufferMut<'_>, Error> {
         let bytes = dims.iter().product();
         match self.lacks.clone() {
@@ -28,7 +30,7 @@ impl Output for Place {
 
 /// A collective in which each rank receives as many bytes, where one has no memory for them.
 fn receive(comm: &Communicator, operation: Operation, mine: &[u8], short: Option<usize>) -> Result<Vec<u8>, Error> {
-    let call = Call::new(operation, Some(DType::U8), Extent::flat(mine.len()));
+    let call = Call::new(operation, Some(DType::U8), CallShape::flat(mine.len()));
     let lacks = (short == Some(comm.rank())).then(|| (comm.group().clone(), comm.rank()));
     let mut output = Place { elements: Vec::new(), lacks };
     let transfer = Transfer::OutOfPlace { input: BufferRef::new(mine), output: &mut output };
