@@ -93,8 +93,8 @@ impl<'a> BufferMut<'a> {
     }
 }
 
-/// Allocates the buffer that received elements go to. Their number may be known only once every rank has called (gathers
-/// of unequal lengths), so the transport asks for it when it knows.
+/// Allocates the buffer that received elements go to. Their number may be known only once every rank has called
+/// (gathers of unequal lengths), so the transport asks for it when it knows.
 pub trait OutputAllocator {
     /// A buffer for a tensor of these dims and `dtype`, which the transport fills completely if the operation succeeds.
     ///

@@ -1,6 +1,7 @@
 //! Tensors whose kind, rank and device are known at run time only: what parameters, gradients, activations and messages
 //! are to everything below a model.
 
+mod allocations;
 mod arena;
 mod backend;
 mod digest;
@@ -9,7 +10,6 @@ pub(crate) mod magnitude;
 mod measured_sum;
 mod ops;
 mod panel;
-mod pieces;
 mod product;
 mod recycled;
 mod squares;
