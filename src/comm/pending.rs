@@ -173,10 +173,10 @@ pub struct Pending<R> {
 type Overdue = Box<dyn FnOnce(Duration) -> Error + Send>;
 
 /// The result of a job, and the hooks to run on the thread that waits for it.
-type Outcome<R> = (Result<R, Error>, Vec<WaitHook>);
+type JobResult<R> = (Result<R, Error>, Vec<WaitHook>);
 
 enum State<R> {
-    Background { result: Receiver<Outcome<R>>, done: Arc<AtomicU64> },
+    Background { result: Receiver<JobResult<R>>, done: Arc<AtomicU64> },
     Deferred(Box<dyn FnOnce() -> Result<R, Error> + Send>),
     Failed(Error),
 }
@@ -224,10 +224,10 @@ impl<R> Pending<R> {
 
 /// Waits for a result as long as the progress thread completes jobs.
 fn await_result<R>(
-    result: &Receiver<Outcome<R>>,
+    result: &Receiver<JobResult<R>>,
     done: &AtomicU64,
     overdue: Option<(Duration, Overdue)>,
-) -> Result<Outcome<R>, Error> {
+) -> Result<JobResult<R>, Error> {
     let limit = overdue.as_ref().map_or(Duration::MAX, |(limit, _)| *limit);
     let mut seen = done.load(Ordering::Relaxed);
     loop {

@@ -174,13 +174,13 @@ impl Executor {
         I: TensorTree,
         F: FnMut(ParamId, PlainTensor) -> Result<(), Error>,
     {
-        struct Gradients<F>(F);
-        impl<F: FnMut(ParamId, PlainTensor) -> Result<(), Error>> StepObserver for Gradients<F> {
+        struct GradientsOnly<F>(F);
+        impl<F: FnMut(ParamId, PlainTensor) -> Result<(), Error>> StepObserver for GradientsOnly<F> {
             fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
                 (self.0)(id, gradient)
             }
         }
-        self.step_observed(model, inputs, &mut Gradients(on_gradient))
+        self.step_observed(model, inputs, &mut GradientsOnly(on_gradient))
     }
 
     /// Runs a forward alone, or the forward of a step with the backward thrown in: the outputs, in order.

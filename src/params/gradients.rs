@@ -17,7 +17,7 @@ pub(crate) fn put_gradients<M: Module>(
     module: &M,
     gradient: &mut dyn FnMut(ParamId, Device) -> Option<PlainTensor>,
 ) -> (GradientsParams, Result<(), Error>) {
-    let mut put = Put { gradient, grads: GradientsParams::new(), error: None };
+    let mut put = PutGradients { gradient, grads: GradientsParams::new(), error: None };
     module.visit(&mut put);
     (put.grads, put.error.map_or(Ok(()), Err))
 }
@@ -41,13 +41,13 @@ pub(crate) struct TakenGradient<'a> {
     pub(crate) gradient: Option<PlainTensor>,
 }
 
-struct Put<'a> {
+struct PutGradients<'a> {
     gradient: &'a mut dyn FnMut(ParamId, Device) -> Option<PlainTensor>,
     grads: GradientsParams,
     error: Option<Error>,
 }
 
-impl ModuleVisitor for Put<'_> {
+impl ModuleVisitor for PutGradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let device = if param.is_initialized() { param.base().device() } else { param.lazy_device() };
         let Some(gradient) = (self.gradient)(param.id, device.inner()) else { return };
@@ -84,18 +84,18 @@ impl ModuleVisitor for Take<'_> {
 
 /// The gradients of the float parameters of a module, times a number.
 pub(crate) fn scale_gradients<M: Module>(module: &M, grads: GradientsParams, factor: f64) -> GradientsParams {
-    let mut scale = Scale { from: grads, to: GradientsParams::new(), factor };
+    let mut scale = ScaleGradients { from: grads, to: GradientsParams::new(), factor };
     module.visit(&mut scale);
     scale.to
 }
 
-struct Scale {
+struct ScaleGradients {
     from: GradientsParams,
     to: GradientsParams,
     factor: f64,
 }
 
-impl ModuleVisitor for Scale {
+impl ModuleVisitor for ScaleGradients {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.from.remove::<D>(param.id) {
             self.to.register(param.id, gradient.mul_scalar(self.factor));

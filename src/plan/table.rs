@@ -232,7 +232,7 @@ impl PlanTable {
 
 impl AxisPlan {
     /// Finds rules that decide nothing, and parameters about which two rules disagree.
-    fn check(&self, axis: &str, rows: &[PlanRow], tied: &[TiedParam]) -> Result<(), Error> {
+    fn check(&self, axis: &str, rows: &[PlanRow], tied: &[TiedPath]) -> Result<(), Error> {
         if let Some(refused) = &self.refused {
             return Err(plan_error(refused.clone()));
         }
@@ -256,7 +256,7 @@ impl AxisPlan {
         if !self.rules.is_empty() && !rows.iter().any(any) {
             return Err(unmatched("the patterns of the plan match", rows));
         }
-        for TiedParam { first, other } in tied {
+        for TiedPath { first, other } in tied {
             let (a, b) = (self.layout(first), self.layout(other));
             // A plan need not name both places; if it does, it must give them the same layout.
             if a != b && self.rules.iter().any(|rule| rule.matches(other)) {
@@ -343,7 +343,7 @@ impl fmt::Display for PlanTable {
 }
 
 /// A parameter that is met again at another path.
-struct TiedParam {
+struct TiedPath {
     first: String,
     other: String,
 }
@@ -351,7 +351,7 @@ struct TiedParam {
 #[derive(Default)]
 struct TableRows {
     rows: Vec<PlanRow>,
-    tied: Vec<TiedParam>,
+    tied: Vec<TiedPath>,
     seen: HashSet<ParamId>,
 }
 
@@ -363,7 +363,7 @@ impl TableRows {
             let padded_dims = dims.clone();
             self.rows.push(PlanRow { path, id, dims, padded_dims, dtype, layouts: Vec::new(), local_dims, bytes: 0 });
         } else if let Some(row) = self.rows.iter().find(|row| row.id == id) {
-            self.tied.push(TiedParam { first: row.path.clone(), other: path });
+            self.tied.push(TiedPath { first: row.path.clone(), other: path });
         }
     }
 }

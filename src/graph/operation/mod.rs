@@ -19,7 +19,7 @@ mod name;
 pub(crate) use apart::taken_apart;
 pub(crate) use class::{Class, is_cheap, is_elementwise, is_linear, is_view, only_moves};
 pub(crate) use cost::{bytes, elements, multiplications};
-pub(crate) use edit::{mean_output_mut, ranges_mut, renumber_dims, sum_of_mean, without_bias};
+pub(crate) use edit::{mean_output_mut, ranges_mut, renumber_dims, replace_tensors, sum_of_mean, without_bias};
 pub(crate) use effect::{Effect, keeps_zero};
 pub(crate) use fields::{
     SumOrMean, batch_norm, cast, difference, drawn, embedding_gradient, is_filled, is_zeros, linear_step, matmul,

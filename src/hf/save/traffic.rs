@@ -16,7 +16,7 @@ impl Traffic {
     }
 
     /// That of a round.
-    pub(super) fn of_round(round: &[Turn], plan: &SavePlan, ranks: usize) -> Self {
+    pub(super) fn of_round(round: &[ScheduledPiece], plan: &SavePlan, ranks: usize) -> Self {
         let mut traffic = Self::none(ranks);
         for turn in round {
             let size = plan.tensors[turn.tensor].dtype.size();
