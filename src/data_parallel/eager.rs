@@ -115,7 +115,7 @@ impl<M: Module> Eager<M> {
         self.gatherer.iter().for_each(|gatherer| gatherer.begin_backward());
         let mut grads = listening(self.hooks, || scaled.backward());
         self.end_micro_batch()?;
-        let mut collect = Collect { sink, grads: &mut grads, outcome: Ok(()) };
+        let mut collect = CollectLeft { sink, grads: &mut grads, outcome: Ok(()) };
         self.module.visit(&mut collect);
         collect.outcome.map(|()| MicroBatchResult { loss, outputs, run: None })
     }
@@ -340,13 +340,13 @@ impl<M: Module> StepEngine for Eager<M> {
 }
 
 /// Takes the gradients that stayed with burn: of parameters without a hook, or on a device that is not known here.
-struct Collect<'a> {
+struct CollectLeft<'a> {
     sink: &'a mut dyn GradientSink,
     grads: &'a mut Gradients,
     outcome: Result<(), Error>,
 }
 
-impl ModuleVisitor for Collect<'_> {
+impl ModuleVisitor for CollectLeft<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = param.base().grad_remove(self.grads) {
             let given = self.sink.gradient(param.id, PlainTensor::from(gradient));

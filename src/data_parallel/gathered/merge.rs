@@ -57,7 +57,7 @@ where
     let nodes = [whole.node(), a.node(), b.node()];
     let value = |tensor: &FloatTensor<Autodiff<B, C>>| tensor.clone().into_parts().0;
     let merged = merged::<B>(value(&whole), value(&a), value(&b), scale);
-    let again = Again::<B> { ids, scale, backend: std::marker::PhantomData };
+    let again = RetroMerge::<B> { ids, scale, backend: std::marker::PhantomData };
     let prepared = Backward::<B, 3>::prepare::<BalancedCheckpointing>(Merge, nodes)
         .memory_bound()
         .retro_forward(again)
@@ -91,14 +91,14 @@ fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: FloatDType) -> FloatTensor<B>
 
 /// Merges once more, in backward.
 #[derive(Debug)]
-struct Again<B> {
+struct RetroMerge<B> {
     /// The nodes of the whole and of the factors.
     ids: [NodeId; 3],
     scale: f64,
     backend: std::marker::PhantomData<fn() -> B>,
 }
 
-impl<B: Backend> RetroForward for Again<B> {
+impl<B: Backend> RetroForward for RetroMerge<B> {
     fn forward(&self, states: &mut BackwardStates, output: NodeId) {
         let [whole, a, b] = self.ids.map(|id| states.get_state::<FloatTensor<B>>(&id));
         states.save(output, merged::<B>(whole, a, b, self.scale));

@@ -13,7 +13,7 @@
 
 use std::time::Instant;
 
-use super::gatherer::{Gathered, Gatherer, State};
+use super::gatherer::{GatherState, Gathered, Gatherer};
 use super::group_numbers::alone;
 use crate::Error;
 use crate::comm::{Communicator, Counters};
@@ -122,7 +122,7 @@ impl Gatherer {
     /// of [`Communicator`].
     pub(super) fn gather_wanted(
         &self,
-        state: &State,
+        state: &GatherState,
         comm: &Communicator,
         want: Want,
         own: Option<&PlainTensor>,

@@ -152,11 +152,11 @@ fn real_params<M: Module>(module: &M) -> HashSet<ParamId> {
         }
     }
     #[derive(Default)]
-    struct Find {
+    struct FindMarked {
         last: Option<ParamId>,
         found: HashSet<ParamId>,
     }
-    impl ModuleVisitor for Find {
+    impl ModuleVisitor for FindMarked {
         fn enter_module(&mut self, name: &str, container: &str) {
             if container == "Reparameterization" && name == Marked::NAME {
                 self.found.extend(self.last.take());
@@ -167,7 +167,7 @@ fn real_params<M: Module>(module: &M) -> HashSet<ParamId> {
             self.last = Some(param.id);
         }
     }
-    let mut find = Find::default();
+    let mut find = FindMarked::default();
     module.clone().apply_reparameterization(Mark).visit(&mut find);
     find.found
 }
