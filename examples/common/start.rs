@@ -24,7 +24,7 @@ pub enum Launch {
 
 /// What joins the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Transport {
+pub enum TransportFlag {
     /// Threads of one process
     Local,
     /// Processes, on one machine or many
@@ -60,7 +60,7 @@ pub struct LaunchFlags {
     /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl
     /// comes on top of these
     #[arg(long, value_enum, value_name = "ENGINE")]
-    transport: Option<Transport>,
+    transport: Option<TransportFlag>,
 }
 
 /// How to start.
@@ -103,21 +103,25 @@ impl LaunchFlags {
         if let Some(feature) = device.missing() {
             return without(&format!("--device {feature}"), feature);
         }
-        let nccl = transport == Some(Transport::Nccl);
+        let nccl = transport == Some(TransportFlag::Nccl);
         let transport = match (transport, launch) {
-            (None, _) | (Some(Transport::Local), Launch::Threads) => None,
-            (Some(Transport::Nccl), _) if cfg!(not(feature = "cuda")) => return without("--transport nccl", "cuda"),
-            (Some(Transport::Nccl), _) if device != Compute::Cuda => {
+            (None, _) | (Some(TransportFlag::Local), Launch::Threads) => None,
+            (Some(TransportFlag::Nccl), _) if cfg!(not(feature = "cuda")) => {
+                return without("--transport nccl", "cuda");
+            }
+            (Some(TransportFlag::Nccl), _) if device != Compute::Cuda => {
                 return Err("--transport nccl joins NVIDIA GPUs: give --device cuda".into());
             }
-            (Some(Transport::Nccl), _) => None,
-            (Some(Transport::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport mpi", "mpi"),
-            (Some(Transport::Tcp | Transport::Mpi), Launch::Threads) => {
+            (Some(TransportFlag::Nccl), _) => None,
+            (Some(TransportFlag::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport mpi", "mpi"),
+            (Some(TransportFlag::Tcp | TransportFlag::Mpi), Launch::Threads) => {
                 return Err("--transport tcp and mpi join processes: give --launch processes or env".into());
             }
-            (Some(Transport::Tcp), _) => Some(TransportKind::Tcp),
-            (Some(Transport::Mpi), _) => Some(TransportKind::Mpi),
-            (Some(Transport::Local), _) => return Err("--transport local joins threads: give --launch threads".into()),
+            (Some(TransportFlag::Tcp), _) => Some(TransportKind::Tcp),
+            (Some(TransportFlag::Mpi), _) => Some(TransportKind::Mpi),
+            (Some(TransportFlag::Local), _) => {
+                return Err("--transport local joins threads: give --launch threads".into());
+            }
         };
         let started = match (launch, place) {
             (Launch::Env, place) => Some(place.map_err(|why| format!("--launch env: {why}"))?.size),

@@ -13,7 +13,7 @@ use crate::common::memory::{Memory, Peak};
 use crate::common::program::{Ended, refused, unsuited};
 use crate::common::progress::Progress;
 use crate::common::saving::Saving;
-use crate::common::usage::Pipeline;
+use crate::common::usage::PipelineUsage;
 use crate::data::row::batch;
 use crate::data::set::{BatchSize, DataSet};
 use crate::evaluate::held_out_loss;
@@ -48,7 +48,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
     let mut saving = Saving::begin(&args.saving, &world, folder, (&args.strategy, steps), opened)?;
     let mut progress = Progress::new(steps, speaks);
     let speed = Speed::new(args);
-    let (mut pipeline, mut memory, mut tokens) = (Pipeline::default(), Memory::default(), 0);
+    let (mut pipeline, mut memory, mut tokens) = (PipelineUsage::default(), Memory::default(), 0);
     let wrapping = run.model.counters();
 
     for number in begun..steps {

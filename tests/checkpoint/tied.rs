@@ -46,7 +46,7 @@ impl Tied {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Mesh {
+struct Spread {
     dp: usize,
     pp: usize,
     tp: usize,
@@ -55,11 +55,11 @@ struct Mesh {
     stages: usize,
 }
 
-const fn mesh(dp: usize, pp: usize, tp: usize) -> Mesh {
-    Mesh { dp, pp, tp, sharding: Sharding::None, stages: 1 }
+const fn mesh(dp: usize, pp: usize, tp: usize) -> Spread {
+    Spread { dp, pp, tp, sharding: Sharding::None, stages: 1 }
 }
 
-impl Mesh {
+impl Spread {
     const fn sharded(self, sharding: Sharding) -> Self {
         Self { sharding, ..self }
     }
@@ -126,7 +126,7 @@ type Made = (&'static str, fn() -> ModuleOptimizer);
 
 const OPTIMIZERS: [Made; 4] = [("adamw", optimizer), ("sgd", sgd), ("fused", fused), ("muon", muon)];
 
-const MESHES: [Mesh; 7] = [
+const MESHES: [Spread; 7] = [
     mesh(1, 1, 1),
     mesh(1, 2, 1),
     mesh(2, 2, 1).sharded(Sharding::Optimizer),
