@@ -17,7 +17,7 @@ use crate::params::SliceSource;
 use crate::tensor_file::{Elements, Loop, Side, TensorFile, copy_strided, row_major};
 
 /// The directory of a checkpoint. Files are mapped when something of them is needed.
-pub(super) struct Reader {
+pub(super) struct CheckpointReader {
     dir: PathBuf,
     index: Arc<Index>,
     files: BTreeMap<usize, TensorFile>,
@@ -27,7 +27,7 @@ pub(super) struct Reader {
     pub(super) bytes_read: u64,
 }
 
-impl Reader {
+impl CheckpointReader {
     pub(super) fn new(dir: &Path, index: Arc<Index>) -> Self {
         Self { dir: dir.into(), index, files: BTreeMap::new(), checked: HashMap::new(), bytes_read: 0 }
     }
@@ -209,7 +209,7 @@ fn for_runs(dims: &[usize], ranges: &[Range<usize>], run: &mut dyn FnMut(usize, 
 
 /// The parameters of a checkpoint, but for those that are to stay as they are.
 pub(super) struct ParamSource<'a> {
-    pub(super) reader: &'a mut Reader,
+    pub(super) reader: &'a mut CheckpointReader,
     pub(super) kept: &'a HashSet<String>,
 }
 

@@ -80,13 +80,13 @@ struct WeightMap(BTreeMap<String, String>);
 
 impl<'de> Deserialize<'de> for WeightMap {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(Entries).map(WeightMap)
+        deserializer.deserialize_map(WeightMapEntries).map(WeightMap)
     }
 }
 
-struct Entries;
+struct WeightMapEntries;
 
-impl<'de> Visitor<'de> for Entries {
+impl<'de> Visitor<'de> for WeightMapEntries {
     type Value = BTreeMap<String, String>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

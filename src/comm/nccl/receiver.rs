@@ -14,7 +14,7 @@ use super::watchdog::Watchdog;
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::message_header::MessageHeader;
-use crate::comm::posted_receives::{Asked, MessageKey, PostedReceives};
+use crate::comm::posted_receives::{Asked, PostedReceives, SourceAndTag};
 use crate::comm::sent_messages::{ask, ask_nothing_more};
 use crate::comm::{Arrival, Call, CallShape, Message, Operation, Transport};
 use crate::lock::lock;
@@ -55,7 +55,7 @@ impl Receiver {
     }
 
     /// Posts a receive: the next message of this key is transferred as soon as it has been sent.
-    pub fn expect(self: &Arc<Self>, key: MessageKey) {
+    pub fn expect(self: &Arc<Self>, key: SourceAndTag) {
         let (from, rank) = (key.0, self.host.rank());
         // `receive` reports a rank that does not exist.
         if from >= self.host.size() || from == rank || !self.posted.expect(key) {
@@ -80,7 +80,7 @@ impl Receiver {
         self.posted.close();
     }
 
-    pub fn receive(&self, (from, tag): MessageKey) -> Result<Arrival, Error> {
+    pub fn receive(&self, (from, tag): SourceAndTag) -> Result<Arrival, Error> {
         let (arrival, done) = match self.posted.take((from, tag), self.host.timeout()) {
             Asked::Fetched(come) => come,
             Asked::NotYet(turn) => {
@@ -98,7 +98,7 @@ impl Receiver {
     }
 
     /// Fails the world for a message that was announced and does not arrive.
-    fn late(&self, (from, tag): MessageKey) -> Error {
+    fn late(&self, (from, tag): SourceAndTag) -> Error {
         let host = &self.host;
         let call = Call::new(Operation::Receive { from, tag }, None, CallShape::flat(0));
         host.abort(Error::Timeout {
@@ -113,7 +113,7 @@ impl Receiver {
     }
 
     /// The message, or the one that a header announces.
-    fn after(&self, (from, tag): MessageKey, message: Message) -> Result<Come, Error> {
+    fn after(&self, (from, tag): SourceAndTag, message: Message) -> Result<Come, Error> {
         if !MessageHeader::is_in(&message) {
             return Ok((message.into(), None));
         }
@@ -130,7 +130,7 @@ impl Receiver {
     fn fetch(
         &self,
         header: MessageHeader,
-        (from, tag): MessageKey,
+        (from, tag): SourceAndTag,
     ) -> Result<(DeviceTensor, Option<Arc<CudaEvent>>), Error> {
         let unsupported = || Error::UnsupportedDType { operation: "recv over NCCL", dtype: header.dtype };
         let kind = data_type(header.dtype).ok_or_else(unsupported)?;

@@ -6,31 +6,31 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, sleep, yield_now};
 use std::time::{Duration, Instant};
 
-use super::{Asked, MessageKey, PostedReceives};
+use super::{Asked, PostedReceives, SourceAndTag};
 
 const LIMIT: Duration = Duration::from_secs(20);
-const A: MessageKey = (1, 7);
-const B: MessageKey = (1, 8);
+const A: SourceAndTag = (1, 7);
+const B: SourceAndTag = (1, 8);
 
 /// A mailbox, and the thread that fetches from it.
 #[derive(Default, Clone)]
 struct TestMailbox {
-    messages: Arc<Mutex<BTreeMap<MessageKey, VecDeque<u32>>>>,
+    messages: Arc<Mutex<BTreeMap<SourceAndTag, VecDeque<u32>>>>,
     posted: Arc<PostedReceives<u32>>,
     /// Fetching waits for it.
     held_up: Arc<AtomicBool>,
 }
 
 impl TestMailbox {
-    fn send(&self, key: MessageKey, message: u32) {
+    fn send(&self, key: SourceAndTag, message: u32) {
         self.messages.lock().unwrap().entry(key).or_default().push_back(message);
     }
 
-    fn look(&self, key: MessageKey) -> Option<u32> {
+    fn look(&self, key: SourceAndTag) -> Option<u32> {
         self.messages.lock().unwrap().get_mut(&key).and_then(VecDeque::pop_front)
     }
 
-    fn expect(&self, key: MessageKey) {
+    fn expect(&self, key: SourceAndTag) {
         if self.posted.expect(key) {
             let mailbox = self.clone();
             thread::spawn(move || {
@@ -49,7 +49,7 @@ impl TestMailbox {
     }
 
     /// As a rank does: what was fetched, or else what comes.
-    fn receive(&self, key: MessageKey) -> u32 {
+    fn receive(&self, key: SourceAndTag) -> u32 {
         let _turn = match self.posted.take(key, LIMIT) {
             Asked::Fetched(message) => return message,
             Asked::NotYet(turn) => turn,

@@ -66,7 +66,7 @@ where
     let output = match prepared {
         OpsKind::Tracked(mut prepared) => {
             let factors = [prepared.checkpoint(&a), prepared.checkpoint(&b)];
-            prepared.finish(State { factors, scale, dtype }, merged)
+            prepared.finish(MergeState { factors, scale, dtype }, merged)
         }
         OpsKind::UnTracked(prepared) => prepared.finish(merged),
     };
@@ -106,7 +106,7 @@ impl<B: Backend> RetroForward for RetroMerge<B> {
 }
 
 #[derive(Debug, Clone)]
-struct State {
+struct MergeState {
     factors: [NodeId; 2],
     scale: f64,
     /// Of the whole.
@@ -117,10 +117,10 @@ struct State {
 struct Merge;
 
 impl<B: Backend> Backward<B, 3> for Merge {
-    type State = State;
+    type State = MergeState;
 
-    fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
-        let State { factors, scale, dtype } = ops.state;
+    fn backward(self, ops: Ops<MergeState, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let MergeState { factors, scale, dtype } = ops.state;
         let [a, b] = factors.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
         let gradient = grads.consume::<B>(&ops.node);
         let [whole, of_a, of_b] = ops.parents;
