@@ -53,7 +53,7 @@ impl Communicator {
         let mut received = None;
         self.count(&call, || {
             let arrival = self.take(from, tag)?;
-            let (dtype, dims) = arrival.outline();
+            let (dtype, dims) = arrival.dtype_and_dims();
             let bytes = dims.iter().product::<usize>() * dtype.size();
             received = Some((arrival, format!("{dtype:?} {dims:?}")));
             Ok(bytes as u64)

@@ -156,7 +156,7 @@ impl Arrival {
     }
 
     /// Element type and dims of the message.
-    pub(crate) fn outline(&self) -> (DType, Vec<usize>) {
+    pub(crate) fn dtype_and_dims(&self) -> (DType, Vec<usize>) {
         match self {
             Self::Host(Message(tensor)) => (tensor.dtype(), tensor.shape().to_vec()),
             #[cfg(feature = "cubecl")]
