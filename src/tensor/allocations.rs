@@ -4,8 +4,8 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::collections::BTreeMap;
 use std::ptr::NonNull;
 
-use super::recycled::ALIGN;
-
+/// A cache line, and the widest vector.
+pub(crate) const ALIGN: usize = 64;
 /// An allocation that is not taken again while so many others are goes back to the system.
 pub(super) const KEEP: u64 = 4096;
 /// All allocations may take this part more than tensors had at once at most, or so many bytes: what a product turns a

@@ -25,10 +25,11 @@ use burn::backend::{
 use burn::tensor::kind::{Autodiff, Basic};
 use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 
+pub(crate) use self::allocations::ALIGN;
 pub(crate) use self::backend::{check_device, with_backend};
 pub(crate) use self::lent::{Lender, Returned};
 pub(crate) use self::product::{Multiplied, Product, SPLIT_FROM, Strided};
-pub(crate) use self::recycled::{ALIGN, FROM, Pool, Room};
+pub(crate) use self::recycled::{FROM, Pool, Room};
 pub(crate) use self::squares::{Look, Squares};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};

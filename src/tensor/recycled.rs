@@ -21,8 +21,6 @@ use crate::lock::lock;
 
 /// What is smaller comes from the allocator, which keeps it.
 pub(crate) const FROM: usize = 256 << 10;
-/// A cache line, and the widest vector.
-pub(crate) const ALIGN: usize = 64;
 
 /// The memory that the captured steps of a thread take turns in. It goes back to the system with the last of them.
 #[derive(Debug, Default)]

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device};
 use burn_cubecl::CubeDevice;
 use cubecl_environment::stream::StreamId;
 
-use super::collective::{Task, data_type};
+use super::collective::{Addresses, Task, data_type};
 use super::conversion::Conversion;
 use super::messages::SendQueue;
 use super::nccl_comm::NcclComm;
@@ -99,9 +99,6 @@ impl NcclTransport {
         called
     }
 }
-
-/// The addresses that are read and written.
-pub(super) type Addresses = (*const std::ffi::c_void, *mut std::ffi::c_void);
 
 impl DeviceTransport for NcclTransport {
     fn supports(&self, device: &Device, dtype: DType) -> bool {
