@@ -94,7 +94,7 @@ pub(crate) use gradient_layout::{ClipRecord, GradientLayout};
 pub use liveness::MemoryEstimate;
 pub use module::gradients_params;
 pub(crate) use module::{read_params, same_buffer};
-pub use random::{COUNTER_BASED_RNG, RandomSource, counter_based_rng, register_counter_based_rng};
+pub use random::{RandomSource, counter_based_rng, register_counter_based_rng};
 pub(crate) use random::{RandomStart, RandomUse};
 pub(crate) use recent::{GRAPHS, Recent};
 pub use results::{StepObserver, StepOutputs, StepResult};
