@@ -12,7 +12,7 @@ use super::merge::merge;
 use super::own::OwnParam;
 use super::plan::{HeldParam, SavePlan};
 use super::problem::together;
-use super::rounds::Rounds;
+use super::rounds::WriteRounds;
 use crate::comm::Communicator;
 use crate::hf::mapping::Mapping;
 use crate::hf::rule::Rule;

@@ -1,7 +1,7 @@
 //! What ranks have sent each other since they last met: a function of the rounds, which each of them computes alike.
 
 use super::plan::SavePlan;
-use super::rounds::Turn;
+use super::rounds::ScheduledPiece;
 
 /// The bytes that each rank sends, and that come to each.
 #[derive(Debug, Clone, PartialEq, Eq)]
