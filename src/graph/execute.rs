@@ -20,7 +20,7 @@ use super::step::StepGraph;
 use crate::Error;
 use crate::comm::panic_message;
 use crate::error::catch_quietly;
-use crate::params::sweep_leaves;
+use crate::params::{FoundParams, sweep_leaves};
 use crate::tensor::{PlainTensor, TensorTree};
 
 /// Runs a [`StepGraph`] on the device of the model, any number of times.
@@ -147,12 +147,30 @@ impl Executor {
         M: Module,
         I: TensorTree,
     {
+        self.step_found(model, None, inputs, observer)
+    }
+
+    /// As [`step_observed`](Self::step_observed), with what was found in the model before.
+    ///
+    /// # Errors
+    /// As [`step_observed`](Self::step_observed).
+    pub(crate) fn step_found<M, I>(
+        &mut self,
+        model: &M,
+        found: Option<&mut FoundParams>,
+        inputs: I,
+        observer: &mut dyn StepObserver,
+    ) -> Result<StepOutputs, Error>
+    where
+        M: Module,
+        I: TensorTree,
+    {
         let expected: Vec<ParamId> = self.graph.params.iter().filter(|p| p.gradient.is_some()).map(|p| p.id).collect();
         observer.expect(&expected)?;
         if self.graph.weight.is_none() {
             observer.weight(1.0)?;
         }
-        let results = self.execute(model, inputs, observer)?;
+        let results = self.execute(model, found, inputs, observer)?;
         let loss =
             results.loss.ok_or_else(|| graph_error("this is the graph of a forward alone, which has no loss"))?;
         let (loss, weight) = (loss.float::<1>()?, results.weight.unwrap_or(1.0));
@@ -194,18 +212,20 @@ impl Executor {
                 Ok(())
             }
         }
-        self.execute(model, inputs, &mut NoObserver).map(|results| results.outputs)
+        self.execute(model, None, inputs, &mut NoObserver).map(|results| results.outputs)
     }
 
     fn execute<M: Module, I: TensorTree>(
         &mut self,
         model: &M,
+        found: Option<&mut FoundParams>,
         inputs: I,
         observer: &mut dyn StepObserver,
     ) -> Result<StepValues, Error> {
         sweep_leaves();
         let inputs = named_tensors(inputs)?;
-        let (values, device) = self.read(model)?;
+        let moves = self.graph.params.iter().any(|param| param.update.is_some());
+        let (values, device) = read_for_step(model, found.as_deref(), moves, &self.wanted)?;
         let device = match device {
             Some(device) => device,
             None => inputs.first().map_or_else(Device::flex, |(_, input)| input.device()),
@@ -233,20 +253,13 @@ impl Executor {
         })?;
         self.interpreter = Some(interpreter);
         let Results { loss, weight, outputs, updates, .. } = results;
-        write_running_states(model, updates);
+        if moves {
+            write_running_states(model, updates);
+            found.into_iter().for_each(FoundParams::statistics_move);
+        }
         let outputs: Option<Vec<_>> = outputs.into_iter().collect();
         let outputs = outputs.ok_or_else(|| graph_error("the step did not give all its outputs"))?;
         Ok(StepValues { loss, weight, outputs })
-    }
-
-    /// The parameters that the graph reads, and the device of the model.
-    fn read<M: Module>(&self, model: &M) -> Result<(HashMap<ParamId, PlainTensor>, Option<Device>), Error> {
-        if self.graph.params.iter().any(|p| p.update.is_some()) {
-            // An eager forward before this step may have left updates pending in the running statistics, which only
-            // `valid` applies.
-            let _ = model.valid();
-        }
-        read_for_step(model, &self.wanted)
     }
 
     fn bind_params(

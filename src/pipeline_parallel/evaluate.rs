@@ -71,7 +71,7 @@ impl<M: Module> Pipelined<M> {
             Some(_) => exchanges(&captured.stages, &pipeline.forwards(count)?.rows()[group.rank()]),
             None => Vec::new(),
         };
-        let mut run = || bound(&mut captured.stages, local, |stages| pipeline.evaluate(stages, &inputs));
+        let mut run = || bound(&mut captured.stages, local, None, |stages| pipeline.evaluate(stages, &inputs));
         let mut executed = match &shards {
             Some(shards) => shards.forward(rows, &own, run)?,
             None => run()?,

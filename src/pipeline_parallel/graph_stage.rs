@@ -13,6 +13,7 @@ use crate::Error;
 use crate::distribution::RowShards;
 use crate::graph::instruction::Instruction;
 use crate::graph::{RandomSource, RandomStart, graph_error};
+use crate::params::FoundParams;
 use crate::partition::Exchange;
 use crate::pipeline_parallel::cut::{StageRun, Tensors};
 use crate::tensor::PlainTensor;
@@ -97,13 +98,18 @@ impl GraphStage {
         self.random = Some((source.clone(), start, rows));
     }
 
-    /// Has stages take the parameters of a step.
+    /// Has stages take the parameters of a step: what was found in the model before, if it was.
     ///
     /// # Errors
     /// Those of [`StageRun::bind`].
-    pub(super) fn bind<M: Module>(stages: &mut [Self], model: &M) -> Result<(), Error> {
+    pub(super) fn bind<M: Module>(stages: &mut [Self], model: &M, found: Option<&FoundParams>) -> Result<(), Error> {
         let mut runs: Vec<&mut StageRun> = stages.iter_mut().flat_map(|stage| &mut stage.runs).collect();
-        StageRun::bind_all(&mut runs, model)
+        StageRun::bind_all(&mut runs, model, found)
+    }
+
+    /// Whether it gives running statistics new values.
+    pub(super) fn moves_statistics(&self) -> bool {
+        self.runs.iter().any(StageRun::moves_statistics)
     }
 
     /// Lets go of the parameters, and takes the gradients that have come together.

@@ -15,7 +15,7 @@ use crate::Error;
 use crate::distribution::RowShards;
 use crate::graph::TensorTree;
 use crate::lock::lock;
-use crate::params::{one_device, sweep_leaves};
+use crate::params::{FoundParams, one_device, sweep_leaves};
 use crate::step::{Loss, StepFn};
 use crate::tensor::PlainTensor;
 
@@ -43,7 +43,7 @@ impl<M: Module> Pipelined<M> {
     ) -> Result<(), Error> {
         let state = self.state.clone();
         let mut local = Some(self.local.clone());
-        lock(&state).prepare(&mut local, inputs, step)?;
+        lock(&state).prepare(&mut local, &mut FoundParams::of(&self.local), inputs, step)?;
         self.take(local)
     }
 
@@ -56,7 +56,7 @@ impl<M: Module> Pipelined<M> {
         let state = self.state.clone();
         let mut state = lock(&state);
         let mut local = Some(self.local.clone());
-        let (key, _) = state.prepare(&mut local, inputs, step)?;
+        let (key, _) = state.prepare(&mut local, &mut FoundParams::of(&self.local), inputs, step)?;
         self.take(local)?;
         let rank = state.group.rank();
         let Some(CapturedStep { pipeline, stages, .. }) = state.steps.get_mut(&key) else {
@@ -70,6 +70,7 @@ impl<M: Module> Pipelined<M> {
     #[allow(clippy::type_complexity)]
     pub(super) fn run_step<I: TensorTree + Clone>(
         &mut self,
+        params: &mut FoundParams,
         inputs: I,
         step: StepFn<'_, M, I>,
     ) -> Result<(PipelineRun, Vec<Vec<PlainTensor>>, Vec<(ParamId, PlainTensor)>), Error> {
@@ -77,10 +78,11 @@ impl<M: Module> Pipelined<M> {
         let mut state = lock(&state);
         let state = &mut *state;
         let mut local = Some(self.local.clone());
-        let (key, batch) = state.prepare(&mut local, inputs, step)?;
+        let (key, batch) = state.prepare(&mut local, params, inputs, step)?;
         self.take(local)?;
         if let Some(settled) = state.tied_params.settled(&self.local)? {
             self.local = settled;
+            *params = FoundParams::of(&self.local);
         }
         state.tied_params.settle();
         let inputs: Vec<Vec<PlainTensor>> =
@@ -95,9 +97,12 @@ impl<M: Module> Pipelined<M> {
             shards.agree(&self.local, &exchanges(stages, &pipeline.timetable().rows()[state.group.rank()]))?;
         }
         let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.bound(&self.local))?;
-        let model = whole.as_ref().unwrap_or(&self.local);
-        let mut executed = bound(stages, model, |stages| pipeline.step(stages, &inputs))?;
+        let (model, found) = whole.as_ref().map_or((&self.local, Some(&*params)), |whole| (whole, None));
+        let mut executed = bound(stages, model, found, |stages| pipeline.step(stages, &inputs))?;
         state.random.go_to(start, inputs.len(), rows.last().map_or(0, |last| last.end));
+        if stages.iter().any(GraphStage::moves_statistics) {
+            params.statistics_move();
+        }
         let mut gradients = HashMap::new();
         for stage in stages {
             for (id, gradient) in stage.unbind(&self.local) {
@@ -109,7 +114,7 @@ impl<M: Module> Pipelined<M> {
             accumulate(&mut gradients, id, sum);
         }
         if state.timetable.trains() && !state.tied_params.is_empty() {
-            let device = one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
+            let device = params.one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
             match state.row_shards {
                 Some(_) => state.tied_params.sum_any(&mut gradients, &device)?,
                 None => state.tied_params.sum(&mut gradients, &trained, &device)?,
@@ -136,13 +141,15 @@ impl<M: Module> Pipelined<M> {
     }
 }
 
-/// Runs stages with the parameters of `model`. After an error nothing of the step is left.
+/// Runs stages with the parameters of `model`: what was found in it before, if it was. After an error nothing of the
+/// step is left.
 pub(super) fn bound<M: Module>(
     stages: &mut [GraphStage],
     model: &M,
+    found: Option<&FoundParams>,
     run: impl FnOnce(&mut [GraphStage]) -> Result<PipelineRun, Error>,
 ) -> Result<PipelineRun, Error> {
     sweep_leaves();
-    let bound = GraphStage::bind(stages, model);
+    let bound = GraphStage::bind(stages, model, found);
     bound.and_then(|()| run(stages)).inspect_err(|_| stages.iter_mut().for_each(GraphStage::discard))
 }
