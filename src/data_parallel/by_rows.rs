@@ -24,6 +24,7 @@ use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::distribution::RowShards;
 use crate::graph::{Compared, GradientSink, StepEngine, Updates, found_gradients};
+use crate::params::FoundParams;
 use crate::sharding::Sharding;
 use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree, rows};
@@ -107,7 +108,7 @@ impl<E: StepEngine> Replica<E> {
                     outputs.extend(gave.outputs);
                     runs.extend(gave.run);
                 }
-                None => self.take_part(shards, &mut sums)?,
+                None => self.take_part(shards, &params, &mut sums)?,
             }
             if !head.more() {
                 break;
@@ -125,9 +126,9 @@ impl<E: StepEngine> Replica<E> {
     }
 
     /// Takes part in the micro-batch of the others.
-    fn take_part(&mut self, shards: &RowShards, sums: &mut Sums<'_>) -> Result<(), Error> {
+    fn take_part(&mut self, shards: &RowShards, params: &FoundParams, sums: &mut Sums<'_>) -> Result<(), Error> {
         let mut lent = HashMap::new();
-        for (id, sum) in shards.take_part(self.engine.local())? {
+        for (id, sum) in shards.take_part(self.engine.local(), params)? {
             let sum = accumulate(lent.remove(&id), sum);
             lent.insert(id, sum);
         }

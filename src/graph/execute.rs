@@ -13,14 +13,14 @@ use super::graph_error;
 use super::instruction::Instruction;
 use super::interpret::Interpreter;
 use super::liveness::{Alive, MemoryEstimate, Program, program};
-use super::module::{gradients_params, read_for_step, write_running_states};
+use super::module::{StepParams, gradients_params, read_for_step, write_running_states};
 use super::origin::Origins;
 use super::results::{ResultRole, Results, StepObserver, StepOutputs, StepResult, StepValues};
 use super::step::StepGraph;
 use crate::Error;
 use crate::comm::panic_message;
 use crate::error::catch_quietly;
-use crate::params::{FoundParams, sweep_leaves};
+use crate::params::sweep_leaves;
 use crate::tensor::{PlainTensor, TensorTree};
 
 /// Runs a [`StepGraph`] on the device of the model, any number of times.
@@ -81,6 +81,11 @@ impl Executor {
     /// The graph that runs.
     pub fn graph(&self) -> &StepGraph {
         &self.graph
+    }
+
+    /// Whether a step gives running statistics new values.
+    pub(crate) fn moves_statistics(&self) -> bool {
+        self.graph.params.iter().any(|param| param.update.is_some())
     }
 
     /// The operations that run, in order.
@@ -147,17 +152,17 @@ impl Executor {
         M: Module,
         I: TensorTree,
     {
-        self.step_found(model, None, inputs, observer)
+        self.step_given(model, StepParams::default(), inputs, observer)
     }
 
-    /// As [`step_observed`](Self::step_observed), with what was found in the model before.
+    /// As [`step_observed`](Self::step_observed), with what is known of the parameters.
     ///
     /// # Errors
     /// As [`step_observed`](Self::step_observed).
-    pub(crate) fn step_found<M, I>(
+    pub(crate) fn step_given<M, I>(
         &mut self,
         model: &M,
-        found: Option<&mut FoundParams>,
+        params: StepParams<'_>,
         inputs: I,
         observer: &mut dyn StepObserver,
     ) -> Result<StepOutputs, Error>
@@ -170,7 +175,7 @@ impl Executor {
         if self.graph.weight.is_none() {
             observer.weight(1.0)?;
         }
-        let results = self.execute(model, found, inputs, observer)?;
+        let results = self.execute(model, params, inputs, observer)?;
         let loss =
             results.loss.ok_or_else(|| graph_error("this is the graph of a forward alone, which has no loss"))?;
         let (loss, weight) = (loss.float::<1>()?, results.weight.unwrap_or(1.0));
@@ -206,26 +211,38 @@ impl Executor {
     /// # Errors
     /// As [`step`](Self::step).
     pub fn forward<M: Module, I: TensorTree>(&mut self, model: &M, inputs: I) -> Result<Vec<PlainTensor>, Error> {
+        self.forward_given(model, StepParams::default(), inputs)
+    }
+
+    /// As [`forward`](Self::forward), with what is known of the parameters.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub(crate) fn forward_given<M: Module, I: TensorTree>(
+        &mut self,
+        model: &M,
+        params: StepParams<'_>,
+        inputs: I,
+    ) -> Result<Vec<PlainTensor>, Error> {
         struct NoObserver;
         impl StepObserver for NoObserver {
             fn gradient(&mut self, _: ParamId, _: PlainTensor) -> Result<(), Error> {
                 Ok(())
             }
         }
-        self.execute(model, None, inputs, &mut NoObserver).map(|results| results.outputs)
+        self.execute(model, params, inputs, &mut NoObserver).map(|results| results.outputs)
     }
 
     fn execute<M: Module, I: TensorTree>(
         &mut self,
         model: &M,
-        found: Option<&mut FoundParams>,
+        params: StepParams<'_>,
         inputs: I,
         observer: &mut dyn StepObserver,
     ) -> Result<StepValues, Error> {
         sweep_leaves();
         let inputs = named_tensors(inputs)?;
-        let moves = self.graph.params.iter().any(|param| param.update.is_some());
-        let (values, device) = read_for_step(model, found.as_deref(), moves, &self.wanted)?;
+        let (values, device) = read_for_step(model, params, self.moves_statistics(), &self.wanted)?;
         let device = match device {
             Some(device) => device,
             None => inputs.first().map_or_else(Device::flex, |(_, input)| input.device()),
@@ -253,10 +270,7 @@ impl Executor {
         })?;
         self.interpreter = Some(interpreter);
         let Results { loss, weight, outputs, updates, .. } = results;
-        if moves {
-            write_running_states(model, updates);
-            found.into_iter().for_each(FoundParams::statistics_move);
-        }
+        write_running_states(model, updates);
         let outputs: Option<Vec<_>> = outputs.into_iter().collect();
         let outputs = outputs.ok_or_else(|| graph_error("the step did not give all its outputs"))?;
         Ok(StepValues { loss, weight, outputs })

@@ -104,15 +104,24 @@ pub(crate) fn read_found<M: Module>(
     Ok(values)
 }
 
+/// What is known of the parameters of a module before a step reads them; by default nothing.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct StepParams<'a> {
+    /// What was found in the module.
+    pub(crate) found: Option<&'a FoundParams>,
+    /// Values that take the place of those that the module has.
+    pub(crate) whole: Option<&'a HashMap<ParamId, PlainTensor>>,
+}
+
 /// The values that a step takes of the wanted parameters, and the one device, without autodiff, of all parameters of
-/// the module; `None` if there are none. Of what was `found` in the module before, unless running statistics may have
+/// the module; `None` if there are none. Of what was found in the module before, unless running statistics may have
 /// moved since: a step that `moves` them brings them up to date first.
 ///
 /// # Errors
 /// Those of [`read_params`] and of [`one_device`](crate::params::one_device).
 pub(crate) fn read_for_step<M: Module>(
     module: &M,
-    found: Option<&FoundParams>,
+    StepParams { found, whole }: StepParams<'_>,
     moves: bool,
     wanted: &HashSet<ParamId>,
 ) -> Result<(HashMap<ParamId, PlainTensor>, Option<Device>), Error> {
@@ -121,16 +130,16 @@ pub(crate) fn read_for_step<M: Module>(
         // `valid` applies.
         let _ = module.valid();
     }
-    let now;
     let params = match found.filter(|found| !moves && !found.statistics_moved()) {
         Some(found) => found,
-        None => {
-            now = FoundParams::of(module);
-            &now
-        }
+        None => &FoundParams::of(module),
     };
     let device = params.one_device(module, "a step")?;
-    Ok((read_found(params, module, wanted)?, device))
+    let mut values = read_found(params, module, wanted)?;
+    for (id, value) in whole.into_iter().flatten() {
+        values.entry(*id).and_modify(|part| *part = value.clone());
+    }
+    Ok((values, device))
 }
 
 pub(crate) fn same_buffer(a: &PlainTensor, b: &PlainTensor) -> bool {

@@ -12,8 +12,7 @@ use super::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::Error;
 use crate::distribution::RowShards;
 use crate::graph::instruction::Instruction;
-use crate::graph::{RandomSource, RandomStart, graph_error};
-use crate::params::FoundParams;
+use crate::graph::{RandomSource, RandomStart, StepParams, graph_error};
 use crate::partition::Exchange;
 use crate::pipeline_parallel::cut::{StageRun, Tensors};
 use crate::tensor::PlainTensor;
@@ -98,13 +97,13 @@ impl GraphStage {
         self.random = Some((source.clone(), start, rows));
     }
 
-    /// Has stages take the parameters of a step: what was found in the model before, if it was.
+    /// Has stages take the parameters of a step, with what is known of them.
     ///
     /// # Errors
     /// Those of [`StageRun::bind`].
-    pub(super) fn bind<M: Module>(stages: &mut [Self], model: &M, found: Option<&FoundParams>) -> Result<(), Error> {
+    pub(super) fn bind<M: Module>(stages: &mut [Self], model: &M, params: StepParams<'_>) -> Result<(), Error> {
         let mut runs: Vec<&mut StageRun> = stages.iter_mut().flat_map(|stage| &mut stage.runs).collect();
-        StageRun::bind_all(&mut runs, model, found)
+        StageRun::bind_all(&mut runs, model, params)
     }
 
     /// Whether it gives running statistics new values.

@@ -13,7 +13,7 @@ use super::pipeline::PipelineRun;
 use super::{Pipelined, Stage, stage_error};
 use crate::Error;
 use crate::distribution::RowShards;
-use crate::graph::TensorTree;
+use crate::graph::{StepParams, TensorTree};
 use crate::lock::lock;
 use crate::params::{FoundParams, one_device, sweep_leaves};
 use crate::step::{Loss, StepFn};
@@ -94,11 +94,12 @@ impl<M: Module> Pipelined<M> {
         let rows: Vec<_> = (0..inputs.len()).map(|micro_batch| batch.rows(micro_batch)).collect();
         stages.iter_mut().for_each(|stage| stage.draw_from(&state.random, start, rows.clone()));
         if let Some(shards) = &state.row_shards {
-            shards.agree(&self.local, &exchanges(stages, &pipeline.timetable().rows()[state.group.rank()]))?;
+            let own = exchanges(stages, &pipeline.timetable().rows()[state.group.rank()]);
+            shards.agree(&self.local, Some(params), &own)?;
         }
-        let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.bound(&self.local))?;
-        let (model, found) = whole.as_ref().map_or((&self.local, Some(&*params)), |whole| (whole, None));
-        let mut executed = bound(stages, model, found, |stages| pipeline.step(stages, &inputs))?;
+        let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.whole(&self.local, Some(params)))?;
+        let given = StepParams { found: Some(params), whole: whole.as_ref() };
+        let mut executed = bound(stages, &self.local, given, |stages| pipeline.step(stages, &inputs))?;
         state.random.go_to(start, inputs.len(), rows.last().map_or(0, |last| last.end));
         if stages.iter().any(GraphStage::moves_statistics) {
             params.statistics_move();
@@ -141,15 +142,14 @@ impl<M: Module> Pipelined<M> {
     }
 }
 
-/// Runs stages with the parameters of `model`: what was found in it before, if it was. After an error nothing of the
-/// step is left.
+/// Runs stages with the parameters of `model`, with what is known of them. After an error nothing of the step is left.
 pub(super) fn bound<M: Module>(
     stages: &mut [GraphStage],
     model: &M,
-    found: Option<&FoundParams>,
+    params: StepParams<'_>,
     run: impl FnOnce(&mut [GraphStage]) -> Result<PipelineRun, Error>,
 ) -> Result<PipelineRun, Error> {
     sweep_leaves();
-    let bound = GraphStage::bind(stages, model, found);
+    let bound = GraphStage::bind(stages, model, params);
     bound.and_then(|()| run(stages)).inspect_err(|_| stages.iter_mut().for_each(GraphStage::discard))
 }

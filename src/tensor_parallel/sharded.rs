@@ -16,6 +16,7 @@ use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
     CheckedOptimizers, ClipRecord, ComparedCall, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache,
     MicroBatchResult, RandomSource, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph, StepObserver,
+    StepParams,
 };
 use crate::lock::lock;
 use crate::nesting::{self, refuse_wrapping};
@@ -222,13 +223,14 @@ impl<M: Module> StepEngine for Sharded<M> {
         let mut units = ScaledGradients::new(rows, unit, sink);
         if let Some(shards) = self.split.shards() {
             shards.begin_micro_batch(unit, units.take_factor())?;
-            shards.agree(&self.local, &[executor.operations().filter_map(Exchange::of).collect()])?;
+            shards.agree(&self.local, Some(params), &[executor.operations().filter_map(Exchange::of).collect()])?;
         }
-        let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
-        let step = match &bound {
-            Some(whole) => executor.step_observed(whole, inputs, &mut units)?,
-            None => executor.step_found(&self.local, Some(params), inputs, &mut units)?,
-        };
+        let whole = self.split.shards().map_or(Ok(None), |shards| shards.whole(&self.local, Some(params)))?;
+        let given = StepParams { found: Some(params), whole: whole.as_ref() };
+        let step = executor.step_given(&self.local, given, inputs, &mut units)?;
+        if executor.moves_statistics() {
+            params.statistics_move();
+        }
         comparison.finish()?;
         if let Some(shards) = self.split.shards() {
             for (id, sum) in shards.end_lending()? {
@@ -265,13 +267,13 @@ impl<M: Module> StepEngine for Sharded<M> {
         let updates = self.checked_optimizers.updates();
         let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs, updates)?;
         let mut state = lock(&self.state);
-        let whole = || self.split.meta_module(&self.local);
-        let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
-        let captured = state.graphs.forward_of(signature, &inputs, forward, whole)?;
+        let whole = self.split.shards().map_or(Ok(None), |shards| shards.whole(&self.local, None))?;
+        let given = StepParams { whole: whole.as_ref(), ..StepParams::default() };
+        let captured = state.graphs.forward_of(signature, &inputs, forward, || self.split.meta_module(&self.local))?;
         let outputs = match self.split.shards() {
             Some(shards) => {
                 let own = captured.operations().filter_map(Exchange::of).collect();
-                let run = || captured.run(bound.as_ref().unwrap_or(&self.local), inputs);
+                let run = || captured.run_given(&self.local, given, inputs);
                 shards.forward(&self.local, &[own], run)?
             }
             None => captured.run(&self.local, inputs)?,

@@ -101,6 +101,8 @@ fn a_step_goes_over_the_parameters_once() {
     let plan = || Plan::new().shard("0.*.weight", 1).shard("0.*.bias", 0);
     let pipeline = || PipelineConfig::new(2);
     let zero = |sharding| Strategy::new().with_data(DataParallelConfig::new().with_sharding(sharding));
+    let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(Keep::Step);
+    let whole = Strategy::new().with_data(data);
     let (replicas, eager) = (Strategy::new(), Engine::Eager);
     let captured = replicas.clone().with_engine(Engine::Captured);
     let split = replicas.clone().with_tp(2, plan());
@@ -112,6 +114,7 @@ fn a_step_goes_over_the_parameters_once() {
         ("ZeRO 1", 2, zero(Sharding::Optimizer), 3),
         ("ZeRO 2", 2, zero(Sharding::Gradients), 3),
         ("ZeRO 3", 2, zero(Sharding::Parameters), 3),
+        ("ZeRO 3 whole in a step", 2, whole, 3),
         ("eager ZeRO 3", 2, zero(Sharding::Parameters).with_engine(eager), 5),
         ("split", 2, split.clone(), 1),
         ("pipeline", 2, replicas.clone().with_pp(2, pipeline()), 1),

@@ -15,10 +15,9 @@ use crate::graph::fused::fuses_on;
 use crate::graph::graph_error;
 use crate::graph::instruction::Instruction;
 use crate::graph::interpret::Interpreter;
-use crate::graph::module::{read_for_step, write_running_states};
+use crate::graph::module::{StepParams, read_for_step, write_running_states};
 use crate::graph::origin::Origins;
 use crate::graph::step::StepGraph;
-use crate::params::FoundParams;
 use crate::partition::Exchange;
 use crate::tensor::PlainTensor;
 
@@ -128,21 +127,17 @@ impl StageRun {
     /// # Errors
     /// [`Error::Graph`] if the model lacks one, or has another shape or dtype than at the capture.
     pub fn bind<M: Module>(&mut self, model: &M) -> Result<(), Error> {
-        Self::bind_all(&mut [self], model, None)
+        Self::bind_all(&mut [self], model, StepParams::default())
     }
 
-    /// As [`bind`](Self::bind), for several stages at once, with what was found in the model before.
+    /// As [`bind`](Self::bind), for several stages at once, with what is known of the parameters.
     ///
     /// # Errors
     /// As [`bind`](Self::bind).
-    pub(crate) fn bind_all<M: Module>(
-        runs: &mut [&mut Self],
-        model: &M,
-        found: Option<&FoundParams>,
-    ) -> Result<(), Error> {
+    pub(crate) fn bind_all<M: Module>(runs: &mut [&mut Self], model: &M, params: StepParams<'_>) -> Result<(), Error> {
         let wanted: HashSet<ParamId> = runs.iter().flat_map(|run| run.params.iter().map(|(id, ..)| *id)).collect();
         let moves = runs.iter().any(|run| run.moves_statistics());
-        let (values, device) = read_for_step(model, found, moves, &wanted)?;
+        let (values, device) = read_for_step(model, params, moves, &wanted)?;
         let device = device.unwrap_or_else(Device::flex);
         runs.iter_mut().try_for_each(|run| run.take(&values, device.clone()))
     }
