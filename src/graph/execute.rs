@@ -13,14 +13,14 @@ use super::graph_error;
 use super::instruction::Instruction;
 use super::interpret::Interpreter;
 use super::liveness::{Alive, MemoryEstimate, Program, program};
-use super::module::{StepParams, gradients_params, read_for_step, write_running_states};
+use super::module::{StepParams, found_gradients, read_for_step, write_running_states};
 use super::origin::Origins;
 use super::results::{ResultRole, Results, StepObserver, StepOutputs, StepResult, StepValues};
 use super::step::StepGraph;
 use crate::Error;
 use crate::comm::panic_message;
 use crate::error::catch_quietly;
-use crate::params::sweep_leaves;
+use crate::params::{FoundParams, sweep_leaves};
 use crate::tensor::{PlainTensor, TensorTree};
 
 /// Runs a [`StepGraph`] on the device of the model, any number of times.
@@ -125,17 +125,20 @@ impl Executor {
     /// [`Error::Graph`] if the model or the inputs do not fit the graph, or an operation panics; the error of a custom
     /// operation. The executor can be used again after an error.
     pub fn step<M: Module, I: TensorTree>(&mut self, model: &M, inputs: I) -> Result<StepResult, Error> {
+        let params = FoundParams::of(model);
         let mut gradients = HashMap::new();
-        let StepOutputs { loss, weight, outputs } = self.step_with(model, inputs, |id, gradient| {
+        let mut observer = OnGradient(|id, gradient| {
             gradients.insert(id, gradient);
             Ok(())
-        })?;
+        });
+        let given = StepParams { found: Some(&params), whole: None };
+        let StepOutputs { loss, weight, outputs } = self.step_given(model, given, inputs, &mut observer)?;
         if weight != 1.0 && weight > 0.0 {
             gradients = gradients.into_iter().map(|(id, sum)| (id, sum.scale(1.0 / weight))).collect();
         }
         // Of no items at all the loss is NaN, the gradients are those of nothing.
         let loss = if weight == 1.0 { loss } else { loss.div_scalar(weight) };
-        Ok(StepResult { loss, weight, gradients: gradients_params(model, gradients), outputs })
+        Ok(StepResult { loss, weight, gradients: found_gradients(&params, gradients), outputs })
     }
 
     /// As [`step_with`](Self::step_with), telling an observer of everything as soon as it is known.
@@ -187,7 +190,7 @@ impl Executor {
     ///
     /// Gradients come in the order of the backward pass, the same on every rank, once per parameter, and have the
     /// parameter's shape and dtype (not necessarily contiguous). Turn what becomes of them into burn's
-    /// [`GradientsParams`](burn::optim::GradientsParams) with [`gradients_params`].
+    /// [`GradientsParams`](burn::optim::GradientsParams) with [`gradients_params`](super::gradients_params).
     ///
     /// # Errors
     /// As [`step`](Self::step), and the first error of `on_gradient`.
@@ -197,13 +200,7 @@ impl Executor {
         I: TensorTree,
         F: FnMut(ParamId, PlainTensor) -> Result<(), Error>,
     {
-        struct Gradients<F>(F);
-        impl<F: FnMut(ParamId, PlainTensor) -> Result<(), Error>> StepObserver for Gradients<F> {
-            fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
-                (self.0)(id, gradient)
-            }
-        }
-        self.step_observed(model, inputs, &mut Gradients(on_gradient))
+        self.step_observed(model, inputs, &mut OnGradient(on_gradient))
     }
 
     /// Runs a forward alone, or the forward of a step with the backward thrown in: the outputs, in order.
@@ -224,13 +221,7 @@ impl Executor {
         params: StepParams<'_>,
         inputs: I,
     ) -> Result<Vec<PlainTensor>, Error> {
-        struct NoObserver;
-        impl StepObserver for NoObserver {
-            fn gradient(&mut self, _: ParamId, _: PlainTensor) -> Result<(), Error> {
-                Ok(())
-            }
-        }
-        self.execute(model, params, inputs, &mut NoObserver).map(|results| results.outputs)
+        self.execute(model, params, inputs, &mut OnGradient(|_, _| Ok(()))).map(|results| results.outputs)
     }
 
     fn execute<M: Module, I: TensorTree>(
@@ -359,5 +350,14 @@ impl Executor {
             }
         }
         Ok(results)
+    }
+}
+
+/// Observes gradients alone.
+struct OnGradient<F: FnMut(ParamId, PlainTensor) -> Result<(), Error>>(F);
+
+impl<F: FnMut(ParamId, PlainTensor) -> Result<(), Error>> StepObserver for OnGradient<F> {
+    fn gradient(&mut self, id: ParamId, gradient: PlainTensor) -> Result<(), Error> {
+        (self.0)(id, gradient)
     }
 }
