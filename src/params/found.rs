@@ -117,3 +117,35 @@ impl Deref for FoundParam {
         &*self.param
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+
+    use super::*;
+
+    #[test]
+    fn what_is_lazy_is_made_for_both() {
+        let device = Device::flex().autodiff();
+        let model: Linear = LinearConfig::new(2, 3).init(&device);
+        let found = FoundParams::of(&model);
+        assert_eq!(found.one_device(&model, "a test").unwrap(), Some(device.inner()));
+        let [weight, bias] = [0, 1].map(|place| &found.params[place]);
+        assert!(weight.is_lazy() && bias.is_lazy() && weight.is_trained());
+        drop(weight.value());
+        assert!(model.weight.is_initialized() && !weight.is_lazy());
+        drop(model.bias.as_ref().unwrap().val());
+        assert!(!bias.is_lazy());
+    }
+
+    #[test]
+    fn a_gradient_of_another_rank_is_left_out() {
+        let model: Linear = LinearConfig::new(2, 3).init(&Device::flex().autodiff());
+        let found = FoundParams::of(&model);
+        let gradient = || PlainTensor::zeros(vec![2, 3], burn::tensor::DType::F32, &Device::flex());
+        let (grads, outcome) = found.put_gradients(&mut |_| Some(gradient()));
+        assert!(outcome.is_err());
+        assert_eq!(grads.len(), 1);
+        assert_eq!(grads.get::<2>(model.weight.id).unwrap().dims(), [2, 3]);
+    }
+}

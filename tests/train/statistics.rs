@@ -39,7 +39,7 @@ fn rows(count: usize, seed: u64) -> Tensor<2> {
     Numbers(seed).tensor([count, 6], &device()) + 1.0
 }
 
-/// Each micro-batch takes the statistics on from where the one before has left them, also those of eager forwards.
+/// Each micro-batch takes the statistics on from where the one before has left them.
 #[test]
 fn micro_batches_take_statistics_on() {
     let model = Normed::new();
@@ -66,31 +66,60 @@ fn micro_batches_take_statistics_on() {
     }
 }
 
+/// Batches of two rows are normalised by what is known.
+fn loss_by_known_mean(model: &Normed, x: Tensor<2>) -> Tensor<1> {
+    match x.dims()[0] {
+        2 => (model.layer.forward(x) - model.norm.running_mean.value().unsqueeze()).powi_scalar(2).mean(),
+        _ => model.loss(x),
+    }
+}
+
 /// A micro-batch that reads statistics and does not move them reads what one before it in the step has left.
 #[test]
 fn micro_batches_read_statistics_that_others_have_moved() {
     let model = Normed::new();
-    // Batches of two rows are normalised by what is known.
-    let loss = |model: &Normed, x: Tensor<2>| match x.dims()[0] {
-        2 => (model.layer.forward(x) - model.norm.running_mean.value().unsqueeze()).powi_scalar(2).mean(),
-        _ => model.loss(x),
-    };
     let batches = || [rows(2, 1), rows(4, 2), rows(2, 3), rows(4, 4), rows(2, 5)];
     for (ranks, strategy) in captured() {
         let run = launch::threads(ranks).run(|world| {
             let mut one_by_one = own(&model).parallelize(&world, &strategy)?;
             let (mut sum, mut items) = (0.0, 0.0);
             for batch in batches() {
-                let step = one_by_one.step(batch, loss)?;
+                let step = one_by_one.step(batch, loss_by_known_mean)?;
                 sum += step.loss.item() * step.weight;
                 items += step.weight;
             }
             let mut together = own(&model).parallelize(&world, &strategy)?;
-            let step = together.step_micro_batches(batches(), loss)?;
+            let step = together.step_micro_batches(batches(), loss_by_known_mean)?;
             let (found, expected) = (step.loss.item(), sum / items);
             assert!((found - expected).abs() < 1e-6 * expected.abs(), "{found} {expected} under {strategy:?}");
             Ok(())
         });
         run.unwrap();
+    }
+}
+
+/// A capture brings the statistics up to date, and its step reads them so.
+#[test]
+fn an_eager_forward_before_a_capture_counts() {
+    let model = Normed::new();
+    let loss = |moved: bool, (ranks, strategy): (usize, Strategy)| {
+        let run = launch::threads(ranks).run(|world| {
+            let wrapped = own(&model);
+            if moved {
+                drop(wrapped.norm.forward(rows(4, 7)));
+            }
+            drop(wrapped.valid());
+            let mut wrapped = wrapped.parallelize(&world, &strategy)?;
+            if !moved {
+                drop(wrapped.local().norm.forward(rows(4, 7)));
+            }
+            Ok(wrapped.step(rows(2, 1), loss_by_known_mean)?.loss.item())
+        });
+        run.unwrap()[0]
+    };
+    let [alone, split, _] = captured();
+    for strategy in [alone, split] {
+        let (expected, found) = (loss(true, strategy.clone()), loss(false, strategy));
+        assert!((found - expected).abs() < 1e-6 * expected.abs(), "{found} {expected}");
     }
 }
