@@ -93,7 +93,7 @@ pub use forward::{Forward, ForwardGraph, capture_forward};
 pub(crate) use gradient_layout::{ClipRecord, GradientLayout};
 pub use liveness::MemoryEstimate;
 pub use module::gradients_params;
-pub(crate) use module::{read_params, same_buffer};
+pub(crate) use module::{StepParams, found_gradients, read_found, read_params, same_buffer};
 pub use random::{RandomSource, counter_based_rng, register_counter_based_rng};
 pub(crate) use random::{RandomStart, RandomUse};
 pub(crate) use recent::{GRAPHS, Recent};

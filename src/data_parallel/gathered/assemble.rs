@@ -9,22 +9,19 @@ use super::adapters::{Adapters, put_adapters};
 use super::gatherer::Gatherer;
 use super::row_shard::bare;
 use crate::Error;
-use crate::params::{LeafKind, is_shard, leaf, visit_params};
+use crate::params::{FoundParams, LeafKind, is_shard, leaf, visit_params};
 use crate::tensor::PlainTensor;
 
-/// This rank's rows of all parameters, as the module has them now.
-pub(in crate::data_parallel) fn shards_of<M: Module>(module: &M, gatherer: &Gatherer) -> HashMap<ParamId, PlainTensor> {
-    struct Shards<'a>(&'a Gatherer, HashMap<ParamId, PlainTensor>);
-    impl ModuleVisitor for Shards<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if self.0.rows(param.id).is_some() {
-                self.1.entry(param.id).or_insert_with(|| param.base().into());
-            }
+/// This rank's rows of all parameters.
+pub(in crate::data_parallel) fn shards_of(params: &FoundParams, gatherer: &Gatherer) -> HashMap<ParamId, PlainTensor> {
+    let mut shards = HashMap::new();
+    for param in params.floats().filter(|param| gatherer.rows(param.id()).is_some()) {
+        // What is quantized is not divided.
+        if let Ok(rows) = PlainTensor::of(param.base(), "") {
+            shards.entry(param.id()).or_insert(rows);
         }
     }
-    let mut shards = Shards(gatherer, HashMap::new());
-    module.visit(&mut shards);
-    shards.1
+    shards
 }
 
 /// The module with whole parameters, as it was before it was sharded but for their values. Collective.
