@@ -25,9 +25,17 @@ pub(super) struct Pieces {
     used: usize,
     /// The most that tensors held at once.
     pub(super) most: usize,
+    /// The most bytes of pieces that are free, if there is such a limit: of what comes back then the rest goes to the
+    /// system.
+    limit: Option<usize>,
 }
 
 impl Pieces {
+    /// Of which no more bytes are free than these.
+    pub(super) fn limited(bytes: usize) -> Self {
+        Self { limit: Some(bytes), ..Self::default() }
+    }
+
     /// A piece of so many bytes or a few more: one that is free, or a new one.
     ///
     /// # Errors
@@ -54,10 +62,13 @@ impl Pieces {
         Ok(piece)
     }
 
-    /// Takes back a piece that was lent.
+    /// Takes back a piece that was lent, if it is to be lent again.
     pub(super) fn take_back(&mut self, piece: Piece) {
         let size = piece.size();
         self.used -= size;
+        if self.limit.is_some_and(|limit| self.idle + size > limit) {
+            return;
+        }
         self.idle += size;
         self.free.entry(size).or_default().push((piece, self.time));
     }
