@@ -85,8 +85,26 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] on a rank whose tensor has another length than the result; the world fails with it.
-    pub(crate) fn all_gather_in_place(&self, whole: PlainTensor, own: Range<usize>) -> Result<PlainTensor, Error> {
+    pub(crate) fn all_gather_around(&self, whole: PlainTensor, own: Range<usize>) -> Result<PlainTensor, Error> {
         self.out_of_own_place(Operation::AllGather, whole.into_flex()?, own).map(PlainTensor::from_flex)
+    }
+
+    /// [`all_gather`](Self::all_gather) of equal shares in place: each rank has its own in a slice for all of them,
+    /// where the result has it, and those of the others come to lie around it. It is copied once for a transport that
+    /// does not [gather in place](super::Transport::gathers_in_place).
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] if the number of ranks does not divide the length; the world fails with it.
+    pub fn all_gather_in_place<E: Element>(&self, slice: &mut [E]) -> Result<(), Error> {
+        let (len, ranks) = (slice.len(), self.size());
+        if !len.is_multiple_of(ranks) {
+            let problem = format!("{len} elements are no equal shares of {ranks} ranks");
+            return Err(self.fail_with(Error::invalid("all_gather_in_place", problem)));
+        }
+        let (share, agreed) = (len / ranks, len as u64);
+        // With the same length everywhere each share lies where the result has it.
+        let own = self.rank() * share..(self.rank() + 1) * share;
+        self.out_of_own_part(Operation::AllGather, BufferMut::new(slice), own, agreed)
     }
 
     /// [`all_gather`](Self::all_gather) from a slice into a slice, whose length is the sum over the ranks.

@@ -156,15 +156,26 @@ impl Communicator {
     ) -> Result<FlexTensor, Error> {
         host_buffer::check_dtype(operation.name(), data.dtype())?;
         let mut data = host_buffer::exclusive(data);
-        let call = Call::new(operation, Some(data.dtype()), CallShape::flat(own.len()));
-        let mut output = TakenOutput::new(host_buffer::buffer_mut(&mut data));
+        self.out_of_own_part(operation, host_buffer::buffer_mut(&mut data), own, 0)?;
+        Ok(data)
+    }
+
+    /// The same with a buffer, and a number that all ranks must agree on.
+    pub(super) fn out_of_own_part(
+        &self,
+        operation: Operation,
+        whole: BufferMut<'_>,
+        own: Range<usize>,
+        agreed: u64,
+    ) -> Result<(), Error> {
+        let call = Call::new(operation, Some(whole.dtype()), CallShape::flat(own.len())).agreeing(agreed);
+        let mut output = TakenOutput::new(whole);
         let input = output.part(own);
         self.run(&call, |transport| {
             let apart = (!transport.gathers_in_place()).then(|| host_buffer::copied(input));
             let input = apart.as_ref().map_or(input, host_buffer::buffer_ref);
             transport.collective(&call, Transfer::OutOfPlace { input, output: &mut output })
-        })?;
-        Ok(data)
+        })
     }
 
     pub(super) fn in_place(&self, call: &Call, buffers: &mut [BufferMut<'_>]) -> Result<(), Error> {

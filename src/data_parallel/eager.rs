@@ -299,6 +299,10 @@ impl<M: Module> StepEngine for Eager<M> {
         Vec::new()
     }
 
+    fn groups(&self) -> Vec<Communicator> {
+        Vec::new()
+    }
+
     fn gradient_layout(&self) -> GradientLayout {
         GradientLayout { rank: self.control.world_rank(), clipping: self.clipping.clone(), ..GradientLayout::default() }
     }
@@ -323,6 +327,14 @@ impl<M: Module> StepEngine for Eager<M> {
         if let Some(gatherer) = &self.gatherer {
             gatherer.set_shards(shards_of(&FoundParams::of(&self.module), gatherer));
         }
+    }
+
+    fn rows_are_out(&self, params: &[ParamId]) {
+        self.gatherer.iter().for_each(|gatherer| gatherer.forget_shards(params));
+    }
+
+    fn rows_are_back(&self, rows: &HashMap<ParamId, PlainTensor>) {
+        self.gatherer.iter().for_each(|gatherer| gatherer.set_shards(rows.clone()));
     }
 
     fn begin_uneven(&self, leader: usize) {

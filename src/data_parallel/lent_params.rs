@@ -1,17 +1,17 @@
 //! Parameters that are taken out of a model so that an optimizer updates this rank's rows of them where they lie.
 //!
 //! What the model held as well could not be updated in place, and would be copied. So the model has stand-ins while the
-//! optimizer works.
+//! optimizer works: one walk takes the parameters and leaves these, and one puts them back.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
-use burn::module::{ModuleVisitor, Param, ParamId};
+use burn::module::{Param, ParamId};
 use burn::tensor::Tensor;
 
 use super::reducer::Reducer;
 use crate::Error;
 use crate::graph::StepEngine;
-use crate::params;
+use crate::params::{LeafKind, MapParams, MappedParam, ModulePath, leaf, map_params};
 use crate::sharding::{Brought, RankedParam, Rows, ShardParam, ShardParams, owners};
 use crate::tensor::{Lender, PlainTensor, Returned};
 
@@ -52,63 +52,84 @@ impl TakenParam {
     }
 }
 
-/// The parameters that are trained, of which the engine holds the values as well.
+/// Takes the parameters that are trained out of an engine, and leaves it stand-ins.
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] if one has no rows, or is of a rank that burn's optimizers do not know.
 pub(super) fn take_params<E: StepEngine>(
+    engine: E,
     reducer: &Reducer,
     ranks: usize,
-    engine: &E,
-) -> Result<Vec<TakenParam>, Error> {
+) -> Result<(E, Vec<TakenParam>), Error> {
     let known = {
         let known = reducer.known();
         let owners = owners(known.params.iter().map(|param| param.shape.as_slice()), ranks);
-        let of = |index: usize| (known.params[index].path.to_string(), owners[index]);
-        known.indices.iter().map(|(id, index)| (*id, of(*index))).collect()
+        let of = |id: ParamId, index: usize| Known {
+            path: known.params[index].path.to_string(),
+            owner: owners[index],
+            held: engine.shard_rows(id),
+        };
+        known.indices.iter().map(|(id, index)| (*id, of(*id, *index))).collect()
     };
-    let mut taken = TakeParams { known, ranks, engine, seen: HashSet::new(), found: Ok(Vec::new()) };
-    engine.visit(&mut taken);
-    taken.found
+    let mut take = TakeParams { known, ranks, taken: Ok(Vec::new()) };
+    let engine = map_params(engine, &mut take);
+    Ok((engine, take.taken?))
+}
+
+/// What is known of a parameter.
+struct Known {
+    path: String,
+    owner: usize,
+    /// How it is divided, if the engine holds this rank's rows of it.
+    held: Option<Rows>,
 }
 
 /// Takes the parameters that are trained.
-struct TakeParams<'a, E> {
-    /// Path and owner of each parameter.
-    known: HashMap<ParamId, (String, usize)>,
+struct TakeParams {
+    known: HashMap<ParamId, Known>,
     ranks: usize,
-    engine: &'a E,
-    seen: HashSet<ParamId>,
-    found: Result<Vec<TakenParam>, Error>,
+    taken: Result<Vec<TakenParam>, Error>,
 }
 
-impl<E: StepEngine> TakeParams<'_, E> {
-    fn take<const D: usize>(&self, path: &str, owner: usize, param: &Param<Tensor<D>>) -> Result<TakenParam, Error> {
-        let (value, held) = (param.base(), self.engine.shard_rows(param.id));
-        let (kind, holds_rows) = (params::LeafKind::of(&value), held.is_some());
-        let rows = held.or_else(|| Rows::new(&value.dims(), self.ranks));
-        let value = PlainTensor::from(value);
-        let nothing = Param::initialized(param.id, params::leaf(stand_in(&value).float::<D>()?, kind));
+impl TakeParams {
+    fn take<const D: usize>(&self, known: &Known, param: &Param<Tensor<D>>) -> Result<TakenParam, Error> {
+        let Known { path, owner, held } = known;
+        let value = PlainTensor::from(param.base());
+        let rows = held.clone().or_else(|| Rows::new(value.shape().as_slice(), self.ranks));
+        let nothing = Param::initialized(param.id, nothing_of(param)?);
         let (Some(rows), Some(param)) = (rows, RankedParam::new(nothing)) else {
             let problem = format!("parameter `{path}` of rank {D} has no rows to be divided");
             return Err(Error::invalid("optimize", problem));
         };
-        Ok(TakenParam { shard: ShardParam { path: path.into(), rows, owner, param }, value, holds_rows })
+        let shard = ShardParam { path: path.clone(), rows, owner: *owner, param };
+        Ok(TakenParam { shard, value, holds_rows: held.is_some() })
     }
 }
 
-impl<E: StepEngine> ModuleVisitor for TakeParams<'_, E> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some((path, owner)) = self.known.get(&param.id) else { return };
-        // A parameter that the module holds in two places is one parameter.
-        if !param.is_require_grad() || self.found.is_err() || !self.seen.insert(param.id) {
-            return;
-        }
-        let taken = self.take(path, *owner, param);
-        match (taken, &mut self.found) {
-            (Ok(taken), Ok(found)) => found.push(taken),
-            (Err(error), found) => *found = Err(error),
-            _ => {}
+/// A leaf like that of a parameter, of one element.
+fn nothing_of<const D: usize>(param: &Param<Tensor<D>>) -> Result<Tensor<D>, Error> {
+    let value = param.base();
+    let kind = LeafKind::of(&value);
+    Ok(leaf(stand_in(&PlainTensor::from(value)).float::<D>()?, kind))
+}
+
+impl MapParams for TakeParams {
+    fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> MappedParam<D> {
+        let Some(known) = self.known.get(&param.id).filter(|_| param.is_require_grad() && self.taken.is_ok()) else {
+            return MappedParam::Same(param);
+        };
+        let taken = nothing_of(&param).and_then(|nothing| Ok((self.take(known, &param)?, nothing)));
+        match (taken, &mut self.taken) {
+            (Ok((one, nothing)), Ok(taken)) => {
+                taken.push(one);
+                let (id, _, mapper) = param.consume();
+                MappedParam::New(Param::from_mapped_value(id, nothing, mapper))
+            }
+            (Err(error), taken) => {
+                *taken = Err(error);
+                MappedParam::Same(param)
+            }
+            (Ok(_), Err(_)) => MappedParam::Same(param),
         }
     }
 }

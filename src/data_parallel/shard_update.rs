@@ -59,16 +59,17 @@ impl<E: StepEngine> Replica<E> {
         else {
             return Ok(self);
         };
-        let taken = take_params(&reducer, comms.ranks(), &self.engine)?;
-        let stand_ins = taken.iter().map(|param| (param.id(), stand_in(&param.value))).collect();
-        let without = self.change(|engine| params::replace_values(engine, stand_ins));
+        let mut taken = Vec::new();
+        let without = self.try_change(|engine| {
+            let (engine, params) = take_params(engine, &reducer, comms.ranks())?;
+            taken = params;
+            Ok(engine)
+        })?;
         // What gathers parameters holds rows as well.
-        without.engine.rows_changed();
+        without.engine.rows_are_out(&taken.iter().map(TakenParam::id).collect::<Vec<_>>());
         let (own, wholes) = TakenParam::lend(taken, comms.rank())?;
         let updated = update(own, &comms)?;
-        let updated = without.try_change(|engine| put_back(engine, updated, wholes, &reducer, &comms))?;
-        updated.engine.rows_changed();
-        Ok(updated)
+        without.try_change(|engine| put_back(engine, updated, wholes, &reducer, &comms))
     }
 }
 
@@ -119,5 +120,6 @@ fn put_back<E: StepEngine>(
         }
         values.extend(ids.into_iter().zip(Pack::new(members).gather_into(brought, comms.parameters())?));
     }
+    engine.rows_are_back(&values);
     Ok(params::replace_values(engine, values))
 }

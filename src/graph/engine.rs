@@ -177,6 +177,9 @@ pub trait StepEngine: Module {
     /// The parameters of which this rank holds a part.
     fn split_params(&self) -> Vec<SplitParam>;
 
+    /// The groups over which the parts of the model lie, one along each axis.
+    fn groups(&self) -> Vec<Communicator>;
+
     /// How the parameters lie over the ranks that share the model.
     fn gradient_layout(&self) -> GradientLayout;
 
@@ -208,6 +211,13 @@ pub trait StepEngine: Module {
 
     /// Notes the rows that it holds now: a forward that is called directly gathers them in groups then, as a step does.
     fn rows_changed(&self) {}
+
+    /// Notes that the rows of these parameters are somewhere else. A clone that is used meanwhile, or if they do not
+    /// come back, gathers each of them by itself.
+    fn rows_are_out(&self, _params: &[ParamId]) {}
+
+    /// Notes the rows that it has in their place.
+    fn rows_are_back(&self, _rows: &HashMap<ParamId, PlainTensor>) {}
 
     /// Before a micro-batch that some of the replicas that divide parameters among themselves do not have: the first
     /// that has it.

@@ -364,12 +364,13 @@ impl<M: Module> StepEngine for Pipelined<M> {
 
     /// A parameter that several stages hold counts on the rank of its own stage.
     fn gradient_layout(&self) -> GradientLayout {
+        let groups = StepEngine::groups(self);
         let state = lock(&self.state);
         let mut elsewhere = state.split.as_ref().map(ModelSplit::counted_elsewhere).unwrap_or_default();
         let homes = state.homes().unwrap_or_default().into_iter();
         elsewhere.extend(homes.filter(|(_, home)| *home != state.group.rank()).map(|(row, _)| row.id));
         GradientLayout {
-            groups: state.split.iter().flat_map(ModelSplit::groups).chain([&state.group]).cloned().collect(),
+            groups,
             elsewhere,
             rank: state.group.world_rank(),
             clipping: self.clipping.clone(),
@@ -379,6 +380,11 @@ impl<M: Module> StepEngine for Pipelined<M> {
 
     fn split_params(&self) -> Vec<SplitParam> {
         lock(&self.state).split.as_ref().map(ModelSplit::split_params).unwrap_or_default()
+    }
+
+    fn groups(&self) -> Vec<Communicator> {
+        let state = lock(&self.state);
+        state.split.iter().flat_map(ModelSplit::groups).chain([&state.group]).cloned().collect()
     }
 
     fn shares_between_stages(&self) -> bool {

@@ -45,7 +45,7 @@ impl Pack {
                 && let Some(Brought::Whole(whole)) = brought.pop_if(|brought| matches!(brought, Brought::Whole(_)))
             {
                 let (rank, share) = (group.rank(), rows.shard_elements());
-                let whole = group.all_gather_in_place(flat(whole), rank * share..(rank + 1) * share)?;
+                let whole = group.all_gather_around(flat(whole), rank * share..(rank + 1) * share)?;
                 return Ok(vec![rows.without_padding(whole.reshape(rows.padded_dims()))]);
             }
             let shards = pack.members.iter().zip(&brought).map(|(rows, brought)| brought.shard(rows, group.rank()));
@@ -143,7 +143,7 @@ mod tests {
     fn a_whole_of_another_length_fails_all_ranks() {
         let failed = launch::threads(2).run(|rank| {
             let whole = numbers(0, &[6 - rank.rank()]);
-            rank.all_gather_in_place(whole, 0..3).map(drop)
+            rank.all_gather_around(whole, 0..3).map(drop)
         });
         let error = failed.unwrap_err().to_string();
         assert!(error.contains("the output has room for 5 elements of F32, 6 of F32 came"), "{error}");

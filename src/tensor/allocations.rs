@@ -25,9 +25,17 @@ pub(super) struct Allocations {
     used: usize,
     /// The most that tensors held at once.
     pub(super) most: usize,
+    /// The most bytes of allocations that are free, if there is such a limit: of what comes back then the rest goes to the
+    /// system.
+    limit: Option<usize>,
 }
 
 impl Allocations {
+    /// Of which no more bytes are free than these.
+    pub(super) fn limited(bytes: usize) -> Self {
+        Self { limit: Some(bytes), ..Self::default() }
+    }
+
     /// An allocation of so many bytes or a few more: one that is free, or a new one.
     ///
     /// # Errors
@@ -54,10 +62,13 @@ impl Allocations {
         Ok(allocation)
     }
 
-    /// Takes back an allocation that was lent.
+    /// Takes back an allocation that was lent, if it is to be lent again.
     pub(super) fn take_back(&mut self, allocation: Allocation) {
         let size = allocation.size();
         self.used -= size;
+        if self.limit.is_some_and(|limit| self.idle + size > limit) {
+            return;
+        }
         self.idle += size;
         self.free.entry(size).or_default().push((allocation, self.time));
     }

@@ -37,18 +37,20 @@ unsafe impl Sync for Lent {}
 
 impl PlainTensor {
     /// Lends some elements as a tensor of the dims `part`. `dims` are those of the whole, which may be more than the
-    /// tensor has, where its storage has room for them behind it: it comes back with these. Without a lender it is the
-    /// tensor itself, which cannot lend them: one that is shared, strided, too short, or not of floats in host memory.
+    /// tensor has, where its storage has room for them behind it: it comes back with these, and zeros there. Without a
+    /// lender it is the tensor itself, which cannot lend them: one that is shared, strided, too short, or not of floats
+    /// in host memory.
     pub(crate) fn lend(self, dims: &[usize], elements: Range<usize>, part: &[usize]) -> (Self, Option<Lender>) {
         if !self.on_flex() {
             return (self, None);
         }
         let Ok(mut whole) = self.into_flex() else { unreachable!("the tensor is in host memory") };
         let (dtype, start, size) = (whole.dtype(), whole.layout().start_offset(), whole.dtype().size());
-        let end = start.checked_add(dims.iter().product()).and_then(|end| end.checked_mul(size));
+        let (held, all) = (whole.layout().shape().num_elements(), dims.iter().product::<usize>());
+        let end = start.checked_add(all).and_then(|end| end.checked_mul(size));
         let bytes = whole.bytes();
         let lies_well = bytes.as_ptr().addr().is_multiple_of(size) && bytes.len().is_multiple_of(size);
-        let has_room = end.is_some_and(|end| end <= bytes.len()) && elements.end <= dims.iter().product();
+        let has_room = end.is_some_and(|end| end <= bytes.len()) && elements.end <= all && held <= all;
         let fits = part.iter().product::<usize>() == elements.len() && !elements.is_empty();
         if !(fits && has_room && lies_well && whole.is_contiguous() && whole.is_unique()) {
             return (Self::from_flex(whole), None);
@@ -56,6 +58,9 @@ impl PlainTensor {
         let Some(storage) = first_byte(&mut whole) else { return (Self::from_flex(whole), None) };
         // SAFETY: the storage has more elements than that.
         let begin = unsafe { storage.add(start * size) };
+        // What was cut off lies behind a slice, and belongs to nobody.
+        // SAFETY: the storage has room for all, and nobody else holds it.
+        unsafe { begin.add(held * size).write_bytes(0, (all - held) * size) };
         let shape = Shape::from(dims.to_vec());
         let strides = Layout::contiguous(shape.clone()).strides().to_vec();
         let memory = Arc::new(Lent { whole: whole.with_layout(Layout::new(shape, strides, start)), begin });
@@ -264,13 +269,13 @@ mod tests {
         assert!(numbers(6).lend(&[8], 4..8, &[4]).1.is_none());
         let ints = PlainTensor::from_data(TensorData::new(vec![1i32, 2], [2]), &Device::flex());
         assert!(ints.lend(&[2], 0..1, &[1]).1.is_none());
-        // Rows behind the last one are zeros that the storage has room for.
+        // Rows behind the last one become zeros where the storage has room for them, whatever was cut off there.
         let three = numbers(8).reshape([4, 2]).narrow(0, 0..3);
         let began = place(&three);
         let (part, lender) = lend(three, &[4, 2], 4..8, &[2, 2]);
         let back = whole(lender.take_back(part.scale(10.0)));
         assert_eq!((place(&back), back.shape().to_vec()), (began, vec![4, 2]));
-        assert_eq!(values(&back), [0., 1., 2., 3., 40., 50., 60., 70.]);
+        assert_eq!(values(&back), [0., 1., 2., 3., 40., 50., 0., 0.]);
         // From its first element on, wherever its storage begins.
         let behind = numbers(8).narrow(0, 2..8);
         let (part, lender) = lend(behind, &[6], 3..6, &[3]);

@@ -49,6 +49,11 @@ impl Pool {
         })
     }
 
+    /// One that keeps no more than so many bytes that no tensor holds.
+    pub(crate) fn keeping(bytes: usize) -> Self {
+        Self { allocations: Mutex::new(Allocations::limited(bytes)), ..Self::default() }
+    }
+
     /// Room for so many bytes, with any values.
     pub(crate) fn room(self: &Arc<Self>, bytes: usize) -> Room {
         if bytes < FROM {
@@ -278,6 +283,19 @@ mod tests {
             assert_eq!(pool.free(), 20 * FROM);
         }
         assert!(places.iter().all(|place| *place == places[0]));
+    }
+
+    #[test]
+    fn no_more_is_kept_than_a_limit() {
+        let pool = Arc::new(Pool::keeping(9 * FROM));
+        let rooms: Vec<Room> = [4, 6, 5, 4].map(|times| pool.room(times * FROM)).into();
+        drop(rooms);
+        // The first and the third: with the second, or the last, it would be more.
+        assert_eq!(pool.free(), 9 * FROM);
+        let again = pool.room(5 * FROM);
+        assert_eq!(pool.free(), 4 * FROM);
+        drop(again);
+        assert_eq!(pool.free(), 9 * FROM);
     }
 
     #[test]

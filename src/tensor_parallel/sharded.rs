@@ -319,7 +319,7 @@ impl<M: Module> StepEngine for Sharded<M> {
 
     fn gradient_layout(&self) -> GradientLayout {
         GradientLayout {
-            groups: self.split.groups().cloned().collect(),
+            groups: StepEngine::groups(self),
             elsewhere: self.split.counted_elsewhere(),
             rank: self.split.group().world_rank(),
             clipping: self.clipping.clone(),
@@ -329,6 +329,10 @@ impl<M: Module> StepEngine for Sharded<M> {
 
     fn split_params(&self) -> Vec<SplitParam> {
         self.split.split_params()
+    }
+
+    fn groups(&self) -> Vec<Communicator> {
+        self.split.groups().cloned().collect()
     }
 
     fn clipping(&self) -> &ClipRecord {

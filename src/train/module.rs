@@ -11,6 +11,7 @@ use super::Report;
 use super::norm::{self, Clip, Clipped};
 use super::optimize::{ShardedStep, SplitStep};
 use crate::Error;
+use crate::comm::Communicator;
 use crate::data_parallel::{Join, JoinLoader};
 use crate::graph::{CheckedOptimizers, GradientLayout, RandomSource, SplitParam, TensorTree};
 use crate::params::{ParamSlice, SliceSource};
@@ -174,7 +175,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// # Errors
     /// [`Error::Optimizer`], which names a parameter if the optimizer was tried on one by itself; [`Error::Schedule`]
     /// if the schedule of the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to
-    /// live on.
+    /// live on. If the optimizer panics the world fails as well, since the other ranks may have updated theirs.
     fn optimize(
         self,
         optim: &mut ModuleOptimizer,
@@ -191,16 +192,15 @@ pub trait ParallelModule: Module + sealed::Sealed {
         if step.skipped {
             return Ok(self);
         }
+        let (checked, split, groups) = (self.checked_optimizers().clone(), self.split_params(), self.groups());
         if self.shards().is_some() {
-            let (checked, split) = (self.checked_optimizers().clone(), self.split_params());
-            let mut step = Some(ShardedStep { optim, lr: lr.into(), grads: step.grads, checked, split });
+            let mut step = Some(ShardedStep { optim, lr: lr.into(), grads: step.grads, checked, split, groups });
             return self.update_shards(&mut |shards, comms| match step.take() {
                 Some(step) => step.run(shards, comms),
                 None => Ok(UpdatedShards::default()),
             });
         }
-        let (checked, split) = (self.checked_optimizers().clone(), self.split_params());
-        SplitStep { optim, lr: lr.into(), grads: step.grads, checked, split }.run(self, Self::local)
+        SplitStep { optim, lr: lr.into(), grads: step.grads, checked, split, groups }.run(self, Self::local)
     }
 
     /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and
@@ -337,6 +337,10 @@ pub trait ParallelModule: Module + sealed::Sealed {
 
     #[doc(hidden)]
     fn split_params(&self) -> Vec<SplitParam>;
+
+    /// The groups whose other ranks hold replicas or other parts of the model.
+    #[doc(hidden)]
+    fn groups(&self) -> Vec<Communicator>;
 
     #[doc(hidden)]
     fn trains(&self) -> bool;

@@ -270,6 +270,10 @@ impl<M: Module> ParallelModule for Parallel<M> {
         with!(&self.wrapped, model => ParallelModule::split_params(model))
     }
 
+    fn groups(&self) -> Vec<Communicator> {
+        with!(&self.wrapped, model => ParallelModule::groups(model))
+    }
+
     fn gradient_layout(&self) -> GradientLayout {
         let layout = with!(&self.wrapped, model => ParallelModule::gradient_layout(model));
         let Some(together) = &self.together else { return layout };

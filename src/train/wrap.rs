@@ -131,6 +131,10 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         self.engine().split_params()
     }
 
+    fn groups(&self) -> Vec<Communicator> {
+        self.engine().groups().into_iter().chain([self.control().clone()]).collect()
+    }
+
     /// Replicas hold the same gradients, bit for bit, and each measures its own; sharded ones hold rows of them.
     fn gradient_layout(&self) -> GradientLayout {
         let averaged = Some((self.control().clone(), self.non_finite_param()));
@@ -275,6 +279,10 @@ macro_rules! without_replicas {
 
             fn split_params(&self) -> Vec<SplitParam> {
                 StepEngine::split_params(self)
+            }
+
+            fn groups(&self) -> Vec<Communicator> {
+                StepEngine::groups(self)
             }
 
             fn gradient_layout(&self) -> GradientLayout {

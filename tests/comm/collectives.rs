@@ -2,6 +2,7 @@
 //!
 //! Every rank can compute what every other rank brings, so each checks its own results.
 
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::time::Duration;
 
 use burn::backend::Flex;
@@ -12,6 +13,7 @@ use burn_parallel::comm::ReduceOp;
 use burn_parallel::launch::{self, Rank};
 use proptest::prelude::*;
 
+use crate::common::forwarding::Forwarding;
 use crate::transport_suite::checks;
 use crate::transport_suite::collectives::{ranks_1_to_4, vectors};
 use crate::transport_suite::items::for_every_item;
@@ -200,4 +202,42 @@ fn in_flight_and_direct_calls_interleave() {
 #[test]
 fn stress() {
     world(8, |rank| checks::stress(&rank, 600));
+}
+
+/// A share that lies where the result has it is handed to a transport there, if that says that it can, and else as a
+/// copy of its own.
+#[test]
+fn shares_are_copied_for_transports_that_do_not_gather_in_place() {
+    static WITHIN: AtomicUsize = AtomicUsize::new(0);
+    static APART: AtomicUsize = AtomicUsize::new(0);
+    let gathered = |within| {
+        let count = if within { &WITHIN } else { &APART };
+        count.fetch_add(1, Relaxed);
+    };
+    for (in_place, expected) in [(true, [3, 0]), (false, [0, 3])] {
+        world(3, |rank| {
+            let comm = Forwarding::gathering(rank.split(0, rank.rank() as i64)?, in_place, gathered);
+            let mut shares = [9.0f32; 6];
+            shares[2 * rank.rank()..][..2].fill(rank.rank() as f32);
+            comm.all_gather_in_place(&mut shares)?;
+            assert_eq!(shares, [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]);
+            Ok(())
+        });
+        assert_eq!([&WITHIN, &APART].map(|count| count.swap(0, Relaxed)), expected);
+    }
+}
+
+/// A length that the ranks do not divide, or that is not that of all, is an error on all of them.
+#[test]
+fn shares_in_place_are_equal() {
+    for (lens, words) in [([3, 3], "no equal shares of 2 ranks"), ([4, 6], "all_gather")] {
+        let found = launch::threads(2).timeout(Duration::from_secs(60)).run(|rank| {
+            let mut shares = vec![1i32; lens[rank.rank()]];
+            let error = rank.all_gather_in_place(&mut shares).unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+            assert!(shares.iter().all(|share| *share == 1));
+            Ok(())
+        });
+        found.unwrap();
+    }
 }

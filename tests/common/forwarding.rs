@@ -14,12 +14,22 @@ pub struct Forwarding {
     comm: Communicator,
     /// Called at the end of a collective with the bytes that it sent.
     sent: fn(u64),
+    /// Whether it says that it gathers in place.
+    in_place: bool,
+    /// Called at the end of a gather with whether its input lay in its output.
+    gathered: fn(bool),
 }
 
 impl Forwarding {
     /// A communicator over `comm`; `sent` is called with the bytes that each collective sends.
     pub fn over(comm: Communicator, sent: fn(u64)) -> Communicator {
-        Communicator::new(Arc::new(Self { comm, sent }))
+        Communicator::new(Arc::new(Self { comm, sent, in_place: false, gathered: |_| () }))
+    }
+
+    /// One that gathers in place, or says nothing of it; `gathered` is called with whether the input of a gather lay in
+    /// its output.
+    pub fn gathering(comm: Communicator, in_place: bool, gathered: fn(bool)) -> Communicator {
+        Communicator::new(Arc::new(Self { comm, sent: |_| (), in_place, gathered }))
     }
 
     fn refused<T>(&self, what: impl std::fmt::Display) -> Result<T, Error> {
@@ -62,6 +72,10 @@ impl Transport for Forwarding {
                 };
                 let mut place = output.allocate(&dims, DType::F32)?;
                 assert_eq!(place.elements(), result.len());
+                if call.operation == Operation::AllGather {
+                    let begin = place.as_mut_ptr().addr();
+                    (self.gathered)((begin..begin + 4 * result.len()).contains(&input.as_ptr().addr()));
+                }
                 // SAFETY: it is of f32, lent for writing, and as long.
                 unsafe { place.as_mut_ptr().cast::<f32>().copy_from(result.as_ptr(), result.len()) };
                 passed(result.len().max(rows.len()))
@@ -109,7 +123,12 @@ impl Transport for Forwarding {
     }
 
     fn split(&self, name: &str, color: u64, key: i64) -> Result<Arc<dyn Transport>, Error> {
-        Ok(Arc::new(Self { comm: self.comm.split_named(name, color, key)?, sent: self.sent }))
+        let Self { sent, in_place, gathered, .. } = *self;
+        Ok(Arc::new(Self { comm: self.comm.split_named(name, color, key)?, sent, in_place, gathered }))
+    }
+
+    fn gathers_in_place(&self) -> bool {
+        self.in_place
     }
 
     fn abort(&self, error: Error) {

@@ -249,7 +249,7 @@ fn one_group_is_whole_where_ranks_say_what_they_want() {
     assert!(found < group + FEW, "{found} of groups of {group}");
 }
 
-/// Captured steps gather for a pass into memory that stays: that of two groups. What is kept for longer goes back.
+/// Steps gather for a pass into memory that stays: that of two groups. What is kept for longer goes back.
 #[test]
 fn memory_of_two_groups_stays_between_steps() {
     let _turn = crate::turn();
@@ -258,9 +258,9 @@ fn memory_of_two_groups_stays_between_steps() {
     let layer = |_| LinearConfig::new(WIDE, WIDE).with_bias(false).init(&device);
     let model = Chain { layers: (0..LAYERS).map(layer).collect() };
     let (group, _) = sizes(&model);
-    let stays = |keep| {
+    let stays = |engine, keep| {
         let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
-        let strategy = Strategy::new().with_data(data).with_engine(Engine::Captured);
+        let strategy = Strategy::new().with_data(data).with_engine(engine);
         let found = AtomicIsize::new(0);
         launch::threads(2)
             .run(|rank| {
@@ -281,9 +281,11 @@ fn memory_of_two_groups_stays_between_steps() {
             .unwrap();
         found.into_inner()
     };
-    // What a process makes once is no part of it: this test may be the first.
-    stays(Keep::Pass);
-    let (pass, micro_batch) = (stays(Keep::Pass), stays(Keep::MicroBatch));
-    let more = pass - micro_batch;
-    assert!(more > group && more < 2 * group + 2 * FEW, "{pass} and {micro_batch} with groups of {group}");
+    for engine in [Engine::Captured, Engine::Eager] {
+        // What a process makes once is no part of it: this test may be the first.
+        stays(engine, Keep::Pass);
+        let (pass, micro_batch) = (stays(engine, Keep::Pass), stays(engine, Keep::MicroBatch));
+        let more = pass - micro_batch;
+        assert!(more > group && more < 2 * group + 2 * FEW, "{engine:?}: {pass} and {micro_batch}, groups of {group}");
+    }
 }

@@ -12,6 +12,7 @@ mod grad_norm;
 mod noise;
 mod optimizers;
 mod others_moments;
+mod panicking;
 mod settings;
 mod statistics;
 mod walks;

@@ -8,13 +8,13 @@ use burn::module::ParamId;
 
 use super::backward_order::BackwardOrder;
 use super::checked::of_other_dims;
-use super::group_numbers::group_numbers;
+use super::group_numbers::{alone, group_numbers};
 use crate::Error;
 use crate::comm::{Communicator, Pending};
 use crate::graph::same_buffer;
 use crate::lock::lock;
 use crate::sharding::{Keep, Pack, Rows, ShardComms};
-use crate::tensor::PlainTensor;
+use crate::tensor::{PlainTensor, Pool};
 
 /// A parameter of which every rank holds its rows.
 #[derive(Debug, Clone)]
@@ -24,6 +24,19 @@ pub(in crate::data_parallel) struct Gathered {
     pub rows: Rows,
     /// The scale of its adapter, if it has one.
     pub scale: Option<f64>,
+    /// On what the ranks agree that gather it by itself, once they have.
+    alone: OnceLock<u64>,
+}
+
+impl Gathered {
+    pub fn new(id: ParamId, path: Arc<str>, rows: Rows, scale: Option<f64>) -> Self {
+        Self { id, path, rows, scale, alone: OnceLock::new() }
+    }
+
+    /// On what the ranks agree that gather it by itself: its name.
+    pub(super) fn alone(&self) -> u64 {
+        *self.alone.get_or_init(|| alone(&self.path))
+    }
 }
 
 /// Gathers the parameters of one model, a group of them at a time. Every rank makes the same calls in the same order,
@@ -42,6 +55,8 @@ pub(in crate::data_parallel) struct Gatherer {
     pub(super) numbers: Vec<u64>,
     /// The group of each parameter.
     pub(super) group_of: Vec<usize>,
+    /// The memory in which large parameters are gathered for a pass: that of the group in use, and of the next.
+    pub(super) gathered: Option<Arc<Pool>>,
     /// What stands for the parameters in the module.
     stand_ins: OnceLock<HashSet<ParamId>>,
     state: Mutex<GatherState>,
@@ -85,14 +100,15 @@ pub(super) struct GatherState {
 }
 
 impl Gatherer {
-    /// Of parameters in groups, which are places in `params`. With a communicator for what ranks want they may use
-    /// different ones.
+    /// Of parameters in groups, which are places in `params`, of so many bytes each when they are gathered. With a
+    /// communicator for what ranks want they may use different ones.
     pub fn new(
         comms: ShardComms,
         wants: Option<Communicator>,
         keep: Keep,
         params: Vec<Gathered>,
         groups: Vec<Vec<usize>>,
+        bytes: &[usize],
     ) -> Self {
         let mut group_of = vec![0; params.len()];
         for (number, group) in groups.iter().enumerate() {
@@ -106,7 +122,12 @@ impl Gatherer {
         let places = params.iter().enumerate().map(|(place, param)| (param.id, place)).collect();
         let state = GatherState { shards: vec![None; params.len()], ..GatherState::default() };
         let (stand_ins, state) = (OnceLock::new(), Mutex::new(state));
-        Self { comms, wants, keep, params, places, groups, numbers, group_of, stand_ins, state }
+        let mut sizes: Vec<usize> =
+            groups.iter().map(|(group, _)| group.iter().map(|place| bytes[*place]).sum()).collect();
+        sizes.sort_unstable_by(|one, other| other.cmp(one));
+        // Where burn keeps views of more groups they go back to the system when it lets go of them.
+        let gathered = (keep == Keep::Pass).then(|| Arc::new(Pool::keeping(sizes.iter().take(2).sum())));
+        Self { comms, wants, keep, params, places, groups, numbers, group_of, gathered, stand_ins, state }
     }
 
     pub fn keep(&self) -> Keep {
@@ -151,6 +172,14 @@ impl Gatherer {
         if changed {
             state.end_pass();
         }
+    }
+
+    /// Forgets this rank's rows of some parameters, which are somewhere else. What is used meanwhile is gathered by
+    /// itself.
+    pub fn forget_shards(&self, params: &[ParamId]) {
+        let mut state = self.lock();
+        params.iter().filter_map(|id| self.places.get(id)).for_each(|place| state.shards[*place] = None);
+        state.end_pass();
     }
 
     /// Drops what was gathered: nobody knows which parameters are used next.

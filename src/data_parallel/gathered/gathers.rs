@@ -2,8 +2,7 @@
 
 use std::time::Instant;
 
-use super::gatherer::{Ahead, FullParam, GatherState, Gathered, Gatherer};
-use super::group_numbers::alone;
+use super::gatherer::{Ahead, FullParam, GatherState, Gatherer};
 use super::wants::Want;
 use crate::Error;
 use crate::comm::{Pending, ReduceOp};
@@ -143,8 +142,8 @@ impl Gatherer {
         shards: Vec<PlainTensor>,
     ) -> Result<Pending<Vec<PlainTensor>>, Error> {
         self.announce(state, group as u64 + 1)?;
-        let (pack, number) = (self.groups[group].1.clone(), self.numbers[group]);
-        Ok(self.comms.parameters().start(move |comm| pack.gather_agreed(shards, comm, number)))
+        let (pack, number, pool) = (self.groups[group].1.clone(), self.numbers[group], self.gathered.clone());
+        Ok(self.comms.parameters().start(move |comm| pack.gather_in(pool.as_ref(), shards, comm, number)))
     }
 
     /// Gathers a parameter by itself: its rows are not those that the model had when it was last looked at.
@@ -154,16 +153,21 @@ impl Gatherer {
             Some(comm) => self.gather_wanted(state, comm, Want::Alone(place), Some(shard))?,
             None => {
                 self.announce(state, (self.groups.len() + place) as u64 + 1)?;
-                let Gathered { path, rows, .. } = &self.params[place];
-                Pack::new(vec![rows.clone()]).gather_agreed(
-                    vec![shard.clone()],
-                    self.comms.parameters(),
-                    alone(path),
-                )?
+                self.gather_alone(place, vec![shard.clone()])?
             }
         };
         state.waited += began.elapsed();
         full.into_iter().next().ok_or_else(|| Error::invalid("a sharded parameter", "nothing was gathered"))
+    }
+
+    /// The gather of one parameter, of these rows of it.
+    ///
+    /// # Errors
+    /// Those of [`Communicator::all_gather`](crate::comm::Communicator::all_gather).
+    pub(super) fn gather_alone(&self, place: usize, shards: Vec<PlainTensor>) -> Result<Vec<PlainTensor>, Error> {
+        let param = &self.params[place];
+        let pack = Pack::new(vec![param.rows.clone()]);
+        pack.gather_in(self.gathered.as_ref(), shards, self.comms.parameters(), param.alone())
     }
 }
 

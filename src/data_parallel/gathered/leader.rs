@@ -1,9 +1,7 @@
 //! Rounds in which some ranks have no data: the first rank that has says what is gathered.
 
 use super::gatherer::{GatherState, Gatherer};
-use super::group_numbers::alone;
 use crate::Error;
-use crate::sharding::Pack;
 
 /// What the leader says when its pass is over.
 const OVER: u64 = 0;
@@ -73,17 +71,17 @@ impl Gatherer {
         loop {
             let number = self.comms.control().broadcast(vec![OVER], leader)?[0];
             let Some(group) = number.checked_sub(1).map(|number| number as usize) else { return Ok(()) };
-            let by_itself;
-            let (members, pack, number) = match self.groups.get(group) {
-                Some((members, pack)) => (members, pack, self.numbers[group]),
+            match self.groups.get(group) {
+                Some((members, pack)) => {
+                    let (pool, comm) = (self.gathered.as_ref(), self.comms.parameters());
+                    let shards = members.iter().map(shard).collect::<Result<_, _>>()?;
+                    pack.gather_in(pool, shards, comm, self.numbers[group])?
+                }
                 None => {
                     let place = group - self.groups.len();
-                    by_itself = (vec![place], Pack::new(vec![self.params[place].rows.clone()]));
-                    (&by_itself.0, &by_itself.1, alone(&self.params[place].path))
+                    self.gather_alone(place, vec![shard(&place)?])?
                 }
             };
-            let shards = members.iter().map(shard).collect::<Result<_, _>>()?;
-            pack.gather_agreed(shards, self.comms.parameters(), number)?;
         }
     }
 }

@@ -13,11 +13,9 @@
 
 use std::time::Instant;
 
-use super::gatherer::{GatherState, Gathered, Gatherer};
-use super::group_numbers::alone;
+use super::gatherer::{GatherState, Gatherer};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
-use crate::sharding::Pack;
 use crate::tensor::PlainTensor;
 
 /// What a rank wants next.
@@ -138,15 +136,14 @@ impl Gatherer {
                         members.iter().map(|place| state.shards[*place].clone()).collect();
                     let shards =
                         shards.ok_or_else(|| Error::invalid("a sharded parameter", "its rows are not known"))?;
-                    let full = pack.gather_agreed(shards, self.comms.parameters(), self.numbers[group])?;
+                    let (pool, number) = (self.gathered.as_ref(), self.numbers[group]);
+                    let full = pack.gather_in(pool, shards, self.comms.parameters(), number)?;
                     if want.is_of(group) {
                         return Ok(full);
                     }
                 }
                 Agreed::Alone(place) => {
-                    let own = own.cloned().into_iter().collect();
-                    let Gathered { path, rows, .. } = &self.params[place];
-                    return Pack::new(vec![rows.clone()]).gather_agreed(own, self.comms.parameters(), alone(path));
+                    return self.gather_alone(place, own.cloned().into_iter().collect());
                 }
                 Agreed::Never { place, rank, other } => return Err(self.refuse_alone(place, rank, other)),
             }

@@ -64,7 +64,8 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
         true => Some(comms.parameters().split_named("said", 0, comms.rank() as i64)?),
         false => None,
     };
-    let gatherer = Arc::new(Gatherer::new(comms.clone(), wants, keep, found.params, groups));
+    let bytes = found.bytes();
+    let gatherer = Arc::new(Gatherer::new(comms.clone(), wants, keep, found.params, groups, &bytes));
     let link = GathererHandle { gatherer: gatherer.clone(), reducer: Arc::downgrade(&reducer), hooks };
     let mut outcome = Ok(());
     let sharder = Sharder { comms: &comms, group, link, adapters, made: HashMap::new(), outcome: &mut outcome };
@@ -106,6 +107,14 @@ impl<'a> DividedParams<'a> {
         module.visit(&mut found);
         found
     }
+
+    /// Those of each when it is gathered, with zeros behind its rows.
+    fn bytes(&self) -> Vec<usize> {
+        let padded = |(param, member): (&Gathered, &Member)| {
+            param.rows.padded_dims().iter().product::<usize>() * member.dtype.size()
+        };
+        self.params.iter().zip(&self.members).map(padded).collect()
+    }
 }
 
 impl ModuleVisitor for DividedParams<'_> {
@@ -134,7 +143,7 @@ impl ModuleVisitor for DividedParams<'_> {
         let bytes = rows.dims().iter().product::<usize>() * dtype.size();
         self.members.push(Member { path: path.clone(), bytes, dtype, trained });
         let scale = self.adapters.get(&param.id).map(|adapter| adapter.scale);
-        self.params.push(Gathered { id: param.id, path, rows, scale });
+        self.params.push(Gathered::new(param.id, path, rows, scale));
     }
 }
 

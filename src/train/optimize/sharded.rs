@@ -11,6 +11,7 @@ use super::joined::{Joined, PartWithGradient};
 use super::moments::MomentDigests;
 use super::other_ranks::{Divided, divided, groups_of};
 use super::panicked::Updated;
+use super::split::fail_all;
 use super::update::update;
 use super::whole::{Dealt, OwnUpdate};
 use super::{moments, parts};
@@ -28,6 +29,8 @@ pub(in crate::train) struct ShardedStep<'a> {
     pub checked: CheckedOptimizers,
     /// The parameters of which the rows are parts of parts, for they are split along another axis as well.
     pub split: Vec<SplitParam>,
+    /// The groups whose ranks wait for this one.
+    pub groups: Vec<Communicator>,
 }
 
 impl ShardedStep<'_> {
@@ -38,7 +41,7 @@ impl ShardedStep<'_> {
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
     pub fn run(self, shards: ShardParams, comms: &ShardComms) -> Result<UpdatedShards, Error> {
-        let Self { optim, lr, mut grads, checked, split } = self;
+        let Self { optim, lr, mut grads, checked, split, groups } = self;
         let held: Vec<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
         let mut gradients = Vec::new();
         let mut with_gradient = |shard: &ShardParam| match shard.param.take_gradient(&mut grads) {
@@ -66,11 +69,7 @@ impl ShardedStep<'_> {
         let ours: HashSet<ParamId> = owned.0.iter().map(|shard| shard.param.id()).collect();
         let all = ShardParams(owned.0.into_iter().chain(rest).collect());
         // The others wait for what this rank updates.
-        let fail = |error: &Error| {
-            let groups = split.iter().filter_map(|param| param.over.as_ref()?.axes.first());
-            groups.for_each(|(_, group)| group.fail(error.clone()));
-            comms.control().fail(error.clone());
-        };
+        let fail = |error: &Error| fail_all(&groups, error);
         if new {
             let moments = moments::check(optim, &all, held.iter().copied());
             let axes: HashMap<ParamId, Vec<&Communicator>> =

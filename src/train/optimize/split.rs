@@ -16,6 +16,7 @@ use super::panicked::Updated;
 use super::update::update;
 use super::{moments, parts};
 use crate::Error;
+use crate::comm::Communicator;
 use crate::graph::{CheckedOptimizers, SplitParam};
 use crate::params;
 use crate::sharding::ShardParams;
@@ -28,6 +29,8 @@ pub(in crate::train) struct SplitStep<'a> {
     pub checked: CheckedOptimizers,
     /// The parameters of which this rank holds parts.
     pub split: Vec<SplitParam>,
+    /// The groups whose ranks wait for this one.
+    pub groups: Vec<Communicator>,
 }
 
 impl SplitStep<'_> {
@@ -38,7 +41,9 @@ impl SplitStep<'_> {
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
     pub fn run<M: Module, L: Module>(self, model: M, local: impl Fn(&M) -> &L) -> Result<M, Error> {
-        let Self { optim, lr, mut grads, checked, split } = self;
+        let Self { optim, lr, mut grads, checked, split, groups } = self;
+        // The others may have updated theirs, and wait for this rank in this call or in the next step.
+        let fail = |error: &Error| fail_all(&groups, error);
         let ids: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
         let another = !checked.is_known(optim);
         let mut new = another;
@@ -52,19 +57,16 @@ impl SplitStep<'_> {
         };
         if parts.is_empty() {
             let moments = match new {
-                true => check_moments(optim, local(&model), &grads, &split)?,
+                true => check_moments(optim, local(&model), &grads, &split).inspect_err(fail)?,
                 false => MomentDigests::default(),
             };
             let compared = update_of(&lr, another.then_some(&moments));
             let tried = new.then(|| Updated::of(local(&model), &grads));
-            let updated = update(model, optim, lr, grads, tried)?;
+            let updated = update(model, optim, lr, grads, tried).inspect_err(fail)?;
             checked.remember(optim);
             checked.updates().record(compared);
             return Ok(updated);
         }
-        let groups: Vec<_> = split.iter().filter_map(|param| param.over.as_ref()?.axes.first()).collect();
-        // The others wait for what this rank updates.
-        let fail = |error: &Error| groups.iter().for_each(|(_, group)| group.fail(error.clone()));
         let (owned, joined) = Joined::join(parts, &split, &mut grads)?;
         let all = WithOwned { owned, model };
         let moments = match new {
@@ -79,6 +81,11 @@ impl SplitStep<'_> {
         let values = joined.divide(owned.0)?.into_iter().map(|part| (part.param.id(), part.param.value())).collect();
         Ok(params::replace_values(model, values))
     }
+}
+
+/// Fails the world of these groups, if others are in it.
+pub(super) fn fail_all(groups: &[Communicator], error: &Error) {
+    groups.iter().filter(|group| group.size() > 1).for_each(|group| group.fail(error.clone()));
 }
 
 /// Demands that an optimizer that is new here has moments of this rank's parts, and nothing else. Collective over the

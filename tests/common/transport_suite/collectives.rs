@@ -59,6 +59,11 @@ pub fn vectors<E: Item>(comm: &Communicator, seed: u64, len: usize, alike: &mut 
     let mut output = vec![E::default(); all.len()];
     comm.all_gather_into(&ragged(), &mut output)?;
     equal(&output, &all, "all_gather_into");
+    let mut shares = vec![E::any(5); size * len];
+    shares[rank * len..][..len].copy_from_slice(&mine());
+    comm.all_gather_in_place(&mut shares)?;
+    let expected: Vec<E> = (0..size).flat_map(|rank| input::<E>(seed, rank, len)).collect();
+    equal(&shares, &expected, "all_gather_in_place");
     match comm.gather(ragged(), root)? {
         Some(result) => equal(&result, &all, "gather"),
         None => assert_ne!(rank, root),

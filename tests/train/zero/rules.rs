@@ -1,5 +1,7 @@
 //! What sharded replicas promise beside parity.
 
+use std::sync::Arc;
+
 use burn::module::Module;
 use burn::optim::{AdamWConfig, LBFGSConfig, ModuleOptimizer, SgdConfig};
 use burn::tensor::FloatDType;
@@ -11,6 +13,7 @@ use super::{LEVELS, config, optimizer, train, wrap};
 use crate::common::cases;
 use crate::common::models::{Numbers, device};
 use crate::common::reference::{all_same, own, values};
+use crate::panicking::breaking;
 
 /// burn's own step would update whole parameters by the gradients of rows.
 #[test]
@@ -50,6 +53,31 @@ fn an_optimizer_that_looks_at_all_parameters_at_once_is_refused() {
         let refused = |cause: &Error| matches!(cause, Error::Optimizer { problem } if problem.contains("LBFGS"));
         assert!(matches!(&error, Error::RankFailed { cause, .. } if refused(cause)), "{level}: {error}");
     }
+}
+
+/// The model that it was given is gone, and its rows with it, but a clone gathers its own, by the forward of the model
+/// itself and in steps.
+#[test]
+fn a_clone_is_used_after_an_optimizer_was_refused() {
+    let case = cases::transformer();
+    launch::threads(2)
+        .run(|rank| {
+            let mut model = wrap(&rank, &case.model, config(Sharding::Parameters))?;
+            let rows = 2 * rank.rank()..2 * rank.rank() + 2;
+            let batch = || (case.input)(0, rows.clone());
+            // Twice: by the second the order of the groups is known, and they are gathered ahead.
+            let first: Vec<f64> = (0..2).map(|_| (case.loss)(&model, batch()).into_scalar::<f32>().into()).collect();
+            let done = model.step(batch(), |model, batch| (case.loss)(model, batch))?;
+            let mut kept = model.clone();
+            let refused = model.optimize(&mut breaking(&Arc::new(true.into())), 0.1, done).unwrap_err();
+            assert!(matches!(refused, Error::Optimizer { .. }), "{refused}");
+            for _ in 0..2 {
+                assert_eq!((case.loss)(&kept, batch()).into_scalar::<f32>() as f64, first[0]);
+            }
+            let done = kept.step(batch(), |model, batch| (case.loss)(model, batch))?;
+            kept.optimize(&mut optimizer("adamw"), 0.1, done).map(drop)
+        })
+        .unwrap();
 }
 
 /// The norm counts every row once, and clipping by it trains like one device.
