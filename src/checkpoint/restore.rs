@@ -55,8 +55,9 @@ pub(super) fn load<P: ParallelModule>(
     let index = Arc::new(Index::read(dir)?);
     let infos = params::infos(state.model.local())?;
     let kept = compare(dir, &index, &infos, state, config)?;
-    let mut reader = CheckpointReader::new(dir, index.clone());
-    let model = (*state.model).clone().load(&mut ParamSource { reader: &mut reader, kept: &kept })?;
+    let mut params = ParamSource { reader: CheckpointReader::new(dir, index.clone()), kept: Arc::new(kept) };
+    let model = (*state.model).clone().load(&mut params)?;
+    let mut reader = params.reader;
     let (mut optimizers, mut with_moments) = (Vec::new(), HashSet::new());
     for (name, optimizer) in &state.optimizers {
         let Some(stored) = index.optimizers.get(name) else {

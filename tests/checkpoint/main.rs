@@ -20,6 +20,7 @@ mod room;
 mod sealed;
 mod strict;
 mod tied;
+mod two_runs;
 mod wrong_json;
 
 use crate::common::dir::Dir;

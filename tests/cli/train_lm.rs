@@ -514,6 +514,15 @@ fn checkpoints_of_another_run_are_left_alone() {
     assert!(tiny(&["--save", &saved, "--dp", "1", "--steps", "1"]).status.success());
     refused(&["--save", &saved, "--steps", "1"], "there are checkpoints already: give --resume");
     assert!(Path::new(&saved).join("step-000000001").exists());
+    // One checkpoint in place of all.
+    for name in ["step-000000001", "step-1"] {
+        let one = format!("{saved}/{name}");
+        refused(
+            &["--resume", &one],
+            &format!("--resume {one}: it is one checkpoint: give --resume {saved} --resume-step 1"),
+        );
+        assert!(name == "step-000000001" || !Path::new(&one).exists());
+    }
     assert!(tiny(&["--save", &saved, "--resume", &saved, "--dp", "1", "--steps", "2"]).status.success());
 }
 
