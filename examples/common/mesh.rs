@@ -7,6 +7,7 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Args, ValueEnum};
+use serde_json::Value;
 
 use super::flags::up_to;
 
@@ -288,6 +289,11 @@ impl MeshFlags {
         strategy.axes(ranks).map_err(|problem| format!("--strategy: {problem}"))?;
         Ok(strategy)
     }
+}
+
+/// A strategy by its keys, as a file has them.
+pub fn described(strategy: &Strategy) -> Result<Value, String> {
+    serde_json::to_value(strategy).map_err(|why| why.to_string())
 }
 
 /// The schedules of pipelines by the names of the field.

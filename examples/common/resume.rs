@@ -7,7 +7,7 @@ use burn_parallel::launch::{ProcessInfo, RunNames};
 use burn_parallel::prelude::*;
 
 use super::program::refused;
-use super::saving::{RUN, STEPS, SaveFlags, has_checkpoints};
+use super::saving::{RUN, STEPS, SaveFlags, has_checkpoints, writable};
 
 /// How the ranks were started.
 fn process() -> Option<ProcessInfo> {
@@ -52,7 +52,7 @@ struct Origin<'a> {
 }
 
 impl SaveFlags {
-    /// Whether what is to be saved comes among checkpoints of another run, which are in `folder` of `--save`. Where a
+    /// Whether nothing can be saved, or what is to be comes among checkpoints of another run, which are in `folder` of `--save`. Where a
     /// launcher may have started this run before, they may be its own: ranks find that out together.
     pub fn check(&self, folder: fn(&Path) -> PathBuf) -> Result<(), String> {
         if let Some((dir, (run, step))) = self.resume.as_ref().and_then(|dir| Some((dir, run_of(dir, folder)?))) {
@@ -63,7 +63,8 @@ impl SaveFlags {
         let resumed = |dir: &Path| self.resume.as_ref().is_some_and(|from| same(from, dir));
         match &self.save {
             Some(dir) if !known && !resumed(dir) && has_checkpoints(&folder(dir)) => Err(taken(dir)),
-            _ => Ok(()),
+            Some(dir) => writable(dir),
+            None => Ok(()),
         }
     }
 
@@ -146,6 +147,7 @@ impl SaveFlags {
                     true => String::new(),
                     false => format!("; --resume-step goes on from another one: {}", list(&others)),
                 };
+                let problem = problem.replace("`restore_step`", "--resume-step");
                 refused(Error::user(format!("{problem}{advice}")))
             }
             Error::User(problem) => refused(Error::User(problem)),

@@ -1,11 +1,13 @@
 //! How the ranks are started and joined.
 
+use burn_parallel::comm::WorldConfig;
 use burn_parallel::launch::{self, Launcher, ProcessInfo, TransportKind};
 use burn_parallel::prelude::*;
 use clap::{Args, ValueEnum};
 
 use super::device::Compute;
 use super::flags::up_to;
+use super::given::Given;
 
 /// How long ranks have to save a last checkpoint when they are told to end.
 #[cfg(unix)]
@@ -92,11 +94,21 @@ impl LaunchFlags {
     /// How to start; or why the flags do not go together.
     pub fn read(&self) -> Result<Start, String> {
         let Self { launch, restarts, min_ranks, device, transport } = *self;
-        // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
+        // Else it would be found out when ranks have started.
+        WorldConfig::from_env().map_err(|why| why.to_string())?;
         let place = ProcessInfo::from_env();
-        let started = place.as_ref().is_ok_and(|place| place.launcher != Launcher::Slurm && place.size > 1);
-        let default = if started { Launch::Env } else { Launch::Threads };
-        let launch = launch.unwrap_or(default);
+        let launch = match (launch, Launcher::of_env(), &place) {
+            (Some(launch), ..) => launch,
+            // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
+            (None, None | Some(Launcher::Slurm), _) => Launch::Threads,
+            (None, Some(_), Ok(place)) if place.size > 1 => Launch::Env,
+            (None, Some(_), Ok(_)) => Launch::Threads,
+            // As a rank that trains alone the others would miss it.
+            (None, Some(_), Err(why)) => {
+                let instead = "or give --launch threads, which reads no variables of launchers";
+                return Err(format!("{}: set what is missing or wrong, {instead}", problem(why)));
+            }
+        };
         let without = |flag: &str, feature: &str| {
             Err(format!("{flag}: this program was built without it; build with `--features {feature}`"))
         };
@@ -124,7 +136,7 @@ impl LaunchFlags {
             }
         };
         let started = match (launch, place) {
-            (Launch::Env, place) => Some(place.map_err(|why| format!("--launch env: {why}"))?.size),
+            (Launch::Env, place) => Some(place.map_err(|why| format!("--launch env: {}", problem(&why)))?.size),
             _ => None,
         };
         if restarts > 0 && launch != Launch::Processes {
@@ -137,21 +149,32 @@ impl LaunchFlags {
     }
 }
 
-/// Runs `f` on so many ranks. If some are lost, it is run again, if the flags say so: on all, or on as many as
-/// `goes_on` says that it can. Returns what it returns on the first, in the process that has the first.
+/// What is wrong with the variables of a launcher.
+fn problem(why: &Error) -> String {
+    match why {
+        Error::InvalidArgument { problem, .. } => problem.clone(),
+        why => why.to_string(),
+    }
+}
+
+/// Runs `f` on so many ranks, once these have found that they were `given` the same. If some are lost, it is run again,
+/// if the flags say so: on all, or on as many as `goes_on` says that it can. Returns what it returns on the first, in
+/// the process that has the first.
 pub fn run<T: Send>(
     start: &Start,
     ranks: usize,
     goes_on: impl Fn(usize) -> bool,
-    seed: u64,
+    (seed, given): (u64, &Given),
     f: impl Fn(Rank) -> Result<T, Error> + Sync,
 ) -> Result<Option<T>, Error> {
     let first = |rank: Rank| {
         let first = rank.rank() == 0;
+        given.agree(&rank)?;
         f(rank).map(|outcome| first.then_some(outcome))
     };
     let transport = start.transport;
     match start.launch {
+        // They have one command line.
         Launch::Threads => launch::threads(ranks).seed(seed).run(f).map(|mut all| Some(all.swap_remove(0))),
         Launch::Env => {
             let process = launch::from_env()?.seed(seed);

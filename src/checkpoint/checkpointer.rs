@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
+use serde_json::json;
 
 use super::agree::{attempt, together};
 use super::background::Running;
@@ -21,7 +22,6 @@ use super::state::TrainState;
 use super::{checkpoint_error, file_problem, value};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::{agree, share_bytes};
 use crate::train::ParallelModule;
 
 /// Writes checkpoints into a directory, and reads them. One for each rank of a world; all its calls are collective, in
@@ -49,15 +49,11 @@ impl Checkpointer {
     ///
     /// # Errors
     /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read, or is itself the checkpoint of a
-    /// step; [`Error::ModelMismatch`] if ranks pass different settings; the error of the world.
+    /// step; [`Error::Settings`] if ranks pass different ones; the error of the world.
     pub fn new(world: &Communicator, dir: impl AsRef<Path>, config: CheckpointConfig) -> Result<Self, Error> {
         let group = world.split_named("checkpoint", 0, world.rank() as i64)?;
         let dir = dir.as_ref();
-        let said = [
-            ("the directory of checkpoints".to_owned(), dir.display().to_string()),
-            ("the config of checkpoints".to_owned(), format!("{config:?}").replace('\n', " ")),
-        ];
-        agree(&said, &group)?;
+        group.agree_on(&json!({ "directory": dir.display().to_string(), "CheckpointConfig": config }))?;
         let opened = Opened::new(dir, &group)?;
         Ok(Self {
             group,
@@ -158,7 +154,7 @@ impl Checkpointer {
         self.wait()?;
         let found = if self.group.rank() == 0 { attempt(|| look(&self.opened.root)) } else { Ok(Vec::new()) };
         let found = together(found, &self.group)?;
-        let bytes = share_bytes(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0, &self.group)?;
+        let bytes = self.group.share_bytes(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0)?;
         Ok(bytes.as_chunks::<8>().0.iter().map(|step| u64::from_le_bytes(*step)).collect())
     }
 

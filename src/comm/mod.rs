@@ -65,6 +65,7 @@ pub(crate) mod receive_buffer;
 pub(crate) mod reduce;
 #[cfg(any(feature = "cuda", test))]
 mod sent_messages;
+mod settings;
 pub mod tcp;
 mod ticks;
 mod transport;

@@ -24,7 +24,7 @@ mod walk;
 
 pub use source::SliceSource;
 
-pub(crate) use agree::{agree, share_bytes, share_text};
+pub(crate) use agree::{agree, share_text};
 pub(crate) use buffers::own_buffers;
 pub(crate) use device::one_device;
 pub(crate) use found::FoundParams;

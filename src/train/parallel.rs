@@ -64,7 +64,7 @@ pub trait Parallelize: Module + Sized {
             log::warn!("{unread}");
         }
         let captured = strategy.captured(dp);
-        same_strategy::agree(world, [dp, pp, tp], captured.is_some())?;
+        same_strategy::agree(world, [dp, pp, tp], strategy.data.sharding, captured.is_some())?;
         let mesh = Mesh::new(world, [("dp", dp), ("pp", pp), ("tp", tp)])?;
         let (replicas, data) = (mesh.axis("dp")?, strategy.data.clone());
         let (stages, layers) = (mesh.axis("pp")?, mesh.axis("tp")?);

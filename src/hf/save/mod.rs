@@ -28,7 +28,6 @@ use serde::Serialize;
 use super::index::{Metadata, WrittenIndex};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::agree;
 use crate::tensor_file::{Draft, PieceWriter, fault, write_file};
 use crate::train::ParallelModule;
 
@@ -87,7 +86,7 @@ pub struct SavedDirectory {
 /// the mapping fits a parameter, if two would be one tensor, if the model has adapters and the config does not
 /// [merge](SaveConfig::with_merged_adapters) them, if the directory is there and not to be overwritten, or if the disk
 /// of a rank fails: the model stays as it is, and what was there before too. [`Error::Pipeline`]'s words in it if a
-/// pipeline is not cut yet. [`Error::ModelMismatch`] if the ranks pass different configs. The error of the world.
+/// pipeline is not cut yet. [`Error::Settings`] if the ranks pass different configs. The error of the world.
 pub fn save<P: ParallelModule>(
     model: &P,
     world: &Communicator,
@@ -115,7 +114,7 @@ pub(super) fn save_as<P: ParallelModule>(
         Ok((config, said, own, draft))
     });
     let (config, said, mut own, draft) = together(prepared, &group)?;
-    agree(&said, &group)?;
+    group.agree_on(&said.into_iter().collect::<BTreeMap<_, _>>())?;
     let mut params = all_params(&own, &group)?;
     let brought = match config.merged {
         Some(alpha) => merge(&mut own, &mut params, alpha, &group)?,

@@ -100,6 +100,13 @@ fn every_error_of_a_world_survives() {
         Error::Launch { rank: 1, size: 2, problem: "11".into() },
         Error::ProcessFailed { rank: Some(2), size: 3, status: "by signal 9".into(), said: vec!["a".into()] },
         Error::ProcessFailed { rank: None, size: 3, status: "with exit status 1".into(), said: Vec::new() },
+        Error::Settings {
+            group: "world".into(),
+            rank: 1,
+            name: "clip".into(),
+            value: "2".into(),
+            value_of_0: "not given".into(),
+        },
         Error::Stopped { signal: crate::error::StopSignal::new(15) },
     ];
     for error in &errors {
