@@ -22,9 +22,9 @@ pub(crate) use cost::{bytes, elements, multiplications};
 pub(crate) use edit::{mean_output_mut, ranges_mut, renumber_dims, replace_tensors, sum_of_mean, without_bias};
 pub(crate) use effect::{Effect, keeps_zero};
 pub(crate) use fields::{
-    SumOrMean, batch_norm, cast, difference, drawn, embedding_gradient, is_filled, is_zeros, linear_step, matmul,
+    SumOrMean, batch_norm, cast, cat, difference, drawn, embedding_gradient, is_filled, is_zeros, linear_step, matmul,
     mean_dim, permute, plain_product, product, reads_at, reciprocal, reduces_last, reshape, scaled, shifted,
-    slices_or_casts, square_root, sum, sum_dim, sum_or_mean, swap_dims, writes_at,
+    slice_assign, slices_or_casts, square_root, sum, sum_dim, sum_or_mean, swap_dims, writes_at,
 };
 pub(crate) use form::{
     AlongDim, AlongDimKind, Convolution, ConvolutionPass, Form, Reduction, ReductionDims, ReductionKind,
