@@ -231,7 +231,7 @@ impl SliceSource for ParamSource {
 
     /// By the index that there is now: what has taken the checkpoint's place by then does not pass for it.
     fn for_later(&self) -> Option<Box<dyn SliceSource + Send>> {
-        let reader = Reader::new(&self.reader.dir, self.reader.index.clone());
+        let reader = CheckpointReader::new(&self.reader.dir, self.reader.index.clone());
         Some(Box::new(Self { reader, kept: self.kept.clone() }))
     }
 }

@@ -1,7 +1,7 @@
 //! Parameters of any kind and rank.
 
 use burn::backend::{DispatchTensor, GradientCheckpointingStrategy};
-use burn::module::{Param, ParamId};
+use burn::module::{Module, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{Bool, DType, Device, Gradients, Int, Tensor};
 
