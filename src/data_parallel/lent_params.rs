@@ -11,14 +11,9 @@ use burn::tensor::Tensor;
 use super::reducer::Reducer;
 use crate::Error;
 use crate::graph::StepEngine;
-use crate::params::{LeafKind, MapParams, MappedParam, ModulePath, leaf, map_params};
+use crate::params::{MapParams, MappedParam, ModulePath, map_params, stand_in};
 use crate::sharding::{Brought, RankedParam, Rows, ShardParam, ShardParams, owners};
 use crate::tensor::{Lender, PlainTensor, Returned};
-
-/// A tensor of one element, of the same rank and dtype on the same device.
-pub(super) fn stand_in(tensor: &PlainTensor) -> PlainTensor {
-    PlainTensor::zeros(vec![1; tensor.rank()], tensor.dtype(), &tensor.device())
-}
 
 /// A parameter as it is taken out of the model.
 pub(super) struct TakenParam {
@@ -96,7 +91,7 @@ impl TakeParams {
         let Known { path, owner, held } = known;
         let value = PlainTensor::from(param.base());
         let rows = held.clone().or_else(|| Rows::new(value.shape().as_slice(), self.ranks));
-        let nothing = Param::initialized(param.id, nothing_of(param)?);
+        let nothing = Param::initialized(param.id, stand_in(param)?);
         let (Some(rows), Some(param)) = (rows, RankedParam::new(nothing)) else {
             let problem = format!("parameter `{path}` of rank {D} has no rows to be divided");
             return Err(Error::invalid("optimize", problem));
@@ -106,24 +101,16 @@ impl TakeParams {
     }
 }
 
-/// A leaf like that of a parameter, of one element.
-fn nothing_of<const D: usize>(param: &Param<Tensor<D>>) -> Result<Tensor<D>, Error> {
-    let value = param.base();
-    let kind = LeafKind::of(&value);
-    Ok(leaf(stand_in(&PlainTensor::from(value)).float::<D>()?, kind))
-}
-
 impl MapParams for TakeParams {
     fn float<const D: usize>(&mut self, param: Param<Tensor<D>>, _: &ModulePath) -> MappedParam<D> {
         let Some(known) = self.known.get(&param.id).filter(|_| param.is_require_grad() && self.taken.is_ok()) else {
             return MappedParam::Same(param);
         };
-        let taken = nothing_of(&param).and_then(|nothing| Ok((self.take(known, &param)?, nothing)));
+        let taken = stand_in(&param).and_then(|stand_in| Ok((self.take(known, &param)?, stand_in)));
         match (taken, &mut self.taken) {
-            (Ok((one, nothing)), Ok(taken)) => {
+            (Ok((one, stand_in)), Ok(taken)) => {
                 taken.push(one);
-                let (id, _, mapper) = param.consume();
-                MappedParam::New(Param::from_mapped_value(id, nothing, mapper))
+                MappedParam::with_value(param, stand_in)
             }
             (Err(error), taken) => {
                 *taken = Err(error);

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use burn::module::ParamId;
 use burn::tensor::DType;
 
-use super::lent_params::{TakenParam, Whole, stand_in, take_params};
+use super::lent_params::{TakenParam, Whole, take_params};
 use super::reducer::Reducer;
 use super::{Replica, buckets};
 use crate::Error;
@@ -39,12 +39,13 @@ impl<E: StepEngine> Replica<E> {
         update: &mut dyn FnMut(ShardParams, &ShardComms) -> Result<UpdatedShards, Error>,
     ) -> Result<Self, Error> {
         if let Some(shards) = self.row_shards().cloned() {
-            let own = shards.own_rows(self.engine.local())?;
-            // What the model holds as well could not be updated in place.
-            let taken: HashMap<_, _> =
-                own.0.iter().map(|shard| (shard.param.id(), stand_in(&shard.param.value()))).collect();
-            let rows = taken.len();
-            let without = self.change(|engine| params::replace_values(engine, taken));
+            let mut own = ShardParams::default();
+            let without = self.try_change(|engine| {
+                let (engine, taken) = shards.take_rows(engine)?;
+                own = taken;
+                Ok(engine)
+            })?;
+            let rows = own.0.len();
             let UpdatedShards { updated, unchanged } = update(own, shards.comms())?;
             let all = updated.0.into_iter().chain(unchanged.0);
             let values: HashMap<_, _> = all.map(|shard| (shard.param.id(), shard.param.value())).collect();

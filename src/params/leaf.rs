@@ -4,6 +4,9 @@ use burn::backend::{DispatchAutodiffContext, GradientCheckpointingStrategy};
 use burn::module::{Module, Param};
 use burn::tensor::{Device, Tensor};
 
+use crate::Error;
+use crate::tensor::PlainTensor;
+
 /// What a parameter is besides its value.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct LeafKind {
@@ -31,6 +34,18 @@ pub(crate) fn leaf<const D: usize>(value: Tensor<D>, kind: LeafKind) -> Tensor<D
         Some(strategy) => with_autodiff(value, strategy).set_require_grad(kind.trained),
         None => value,
     }
+}
+
+/// A leaf of one element in the place of the value of a parameter.
+///
+/// # Errors
+/// Those of [`PlainTensor::float`].
+pub(crate) fn stand_in<const D: usize>(param: &Param<Tensor<D>>) -> Result<Tensor<D>, Error> {
+    let value = param.base();
+    let kind = LeafKind::of(&value);
+    let value = PlainTensor::from(value);
+    let one = PlainTensor::zeros(vec![1; D], value.dtype(), &value.device());
+    Ok(leaf(one.float()?, kind))
 }
 
 /// The tensor on autodiff, as one that takes part in gradient checkpointing by `strategy`.

@@ -17,6 +17,14 @@ pub(crate) enum MappedParam<const D: usize> {
     New(Param<Tensor<D>>),
 }
 
+impl<const D: usize> MappedParam<D> {
+    /// The parameter with this value, a leaf.
+    pub(crate) fn with_value(param: Param<Tensor<D>>, value: Tensor<D>) -> Self {
+        let (id, _, mapper) = param.consume();
+        Self::New(Param::from_mapped_value(id, value, mapper))
+    }
+}
+
 /// What becomes of each parameter.
 pub(crate) trait MapParams {
     /// A float parameter, at the first of its places: a new one goes to the others as well.

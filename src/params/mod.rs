@@ -30,7 +30,7 @@ pub(crate) use device::one_device;
 pub(crate) use found::FoundParams;
 pub(crate) use gradients::{scale_gradients, take_gradients};
 pub(crate) use ids::{Renamed, share_ids};
-pub(crate) use leaf::{LazyParam, LeafKind, leaf, with_autodiff};
+pub(crate) use leaf::{LazyParam, LeafKind, leaf, stand_in, with_autodiff};
 #[doc(hidden)]
 pub use load::ParamSlice;
 pub(crate) use load::{dims_of, load};

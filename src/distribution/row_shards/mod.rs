@@ -21,14 +21,14 @@ use burn::tensor::FloatDType;
 use self::bundle::Bundle;
 use self::lending::Lending;
 use self::noise::RowNoise;
-use self::own_rows::{OwnRows, RowParam, Trained};
+use self::own_rows::{RowParam, TakeRows, Trained};
 use super::assemble::assemble;
 use super::distribute::{Round, agree_on_layouts, distribute};
 use crate::Error;
 use crate::comm::{Communicator, GATHERED_PARAMETERS, Pending};
 use crate::graph::{StepGraph, graph_error, read_found};
 use crate::lock::lock;
-use crate::params::{FoundParams, ParamSlice, Renamed};
+use crate::params::{self, FoundParams, ParamSlice, Renamed, map_params};
 use crate::partition::{Gathering, InRows, shard_parameters};
 use crate::plan::PlanTable;
 use crate::sharding::{Keep, Member, Pack, Rows, ShardComms, ShardParams, groups, owners};
@@ -200,22 +200,18 @@ impl RowShards {
         part
     }
 
-    /// This rank's rows of the parameters that are trained, as an optimizer is given them.
+    /// Takes this rank's rows of the parameters that are trained out of a module, as an optimizer is given them: what
+    /// the module held as well could not be updated in place, so it has stand-ins.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] for a parameter of a rank that burn's optimizers do not know.
-    pub(crate) fn own_rows<M: Module>(&self, local: &M) -> Result<ShardParams, Error> {
+    pub(crate) fn take_rows<M: Module>(&self, module: M) -> Result<(M, ShardParams), Error> {
         let dims = self.params.iter().map(|param| param.rows.dims());
         let owners = owners(dims, self.comms.ranks());
-        let mut own = OwnRows {
-            params: &self.params,
-            numbers: &self.numbers,
-            owners,
-            seen: HashSet::new(),
-            found: Ok(ShardParams::default()),
-        };
-        local.visit(&mut own);
-        own.found
+        let taken = Ok(ShardParams::default());
+        let mut take = TakeRows { params: &self.params, numbers: &self.numbers, owners, taken };
+        let module = map_params(module, &mut take);
+        Ok((module, take.taken?))
     }
 
     /// Has a step run on what this rank holds.
