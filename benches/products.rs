@@ -211,7 +211,7 @@ fn packed(turns: &mut Turns) -> Result<(), Error> {
 }
 
 /// A step of a layer, and of those that read what it gives.
-fn step<M: Module>(
+fn step<M: Module + 'static>(
     model: M,
     x: Tensor<3>,
     loss: impl Fn(&M, Tensor<3>) -> Tensor<1>,
