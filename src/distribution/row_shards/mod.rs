@@ -28,7 +28,7 @@ use crate::Error;
 use crate::comm::{Communicator, GATHERED_PARAMETERS, Pending};
 use crate::graph::{StepGraph, graph_error, read_found};
 use crate::lock::lock;
-use crate::params::{self, FoundParams, ParamSlice, Renamed, map_params};
+use crate::params::{FoundParams, ParamSlice, Renamed, map_params};
 use crate::partition::{Gathering, InRows, shard_parameters};
 use crate::plan::PlanTable;
 use crate::sharding::{Keep, Member, Pack, Rows, ShardComms, ShardParams, groups, owners};
