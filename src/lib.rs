@@ -62,6 +62,8 @@
 //! else than its peers fails the world, and all ranks return the same [`Error`], which says who did what.
 #![deny(missing_docs)]
 #![deny(unsafe_op_in_unsafe_fn)]
+// An example that is copied brings no import that it does not use.
+#![doc(test(attr(deny(unused_imports))))]
 
 pub mod batch;
 pub mod checkpoint;

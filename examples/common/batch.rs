@@ -14,10 +14,11 @@ use burn_parallel::graph::TensorTree;
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use clap::Args;
+use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
 use super::device::Compute;
-use super::flags::up_to;
+use super::flags::{bytes, up_to};
 use super::mesh::Axes;
 use super::program::unsuited;
 use super::start::{Launch, Start};
@@ -48,6 +49,36 @@ pub fn rows(value: &str) -> Result<Rows, String> {
         Ok(n) if n > LARGEST as i128 => Err(format!("it must be at most {LARGEST}")),
         Ok(n) => Ok(Rows::Number(n as usize)),
         Err(_) => Err("it must be a whole number, or `auto`".into()),
+    }
+}
+
+/// What `--batch auto` goes by.
+#[derive(Args, Clone, Copy, Debug)]
+pub struct FitFlags {
+    /// The most memory that --batch auto gives to all ranks together, as 500M or 6G [default: nine tenths of what the
+    /// system says is left, which is never gone beyond]
+    #[arg(long, value_name = "BYTES", value_parser = bytes)]
+    memory_budget: Option<u64>,
+}
+
+impl FitFlags {
+    /// What is wrong with these flags for such a batch.
+    pub fn check(&self, batch: Rows) -> Result<(), String> {
+        match self.memory_budget {
+            Some(_) if batch != Rows::Auto => Err("--memory-budget is for --batch auto: give that as well".into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// The bytes that all ranks together may take, and what sets the limit.
+    fn budget(&self) -> Result<(u64, String), Error> {
+        let MemoryBudget { bytes, limit } = MemoryBudget::of_system()?;
+        // What others take meanwhile.
+        let left = bytes / 10 * 9;
+        Ok(match self.memory_budget.filter(|given| *given < left) {
+            Some(given) => (given, "--memory-budget".into()),
+            None => (left, limit),
+        })
     }
 }
 
@@ -150,10 +181,8 @@ pub fn known_to_fit<M: Module, I: TensorTree + Clone>(
     batch: impl Fn(usize) -> I + Sync,
     loss: impl Fn(&M, I) -> Loss + Sync,
 ) -> Result<usize, Error> {
-    let [dp, pp, _] = strategy.axes(ranks)?;
-    // What cannot be held is not made.
-    let copies = if strategy.data.sharding == Sharding::Parameters { 1 } else { dp };
-    if (copies * model_memory(&make(&Device::flex().autodiff())?, 0)) as u64 > bytes {
+    let [_, pp, _] = strategy.axes(ranks)?;
+    if !can_be_held((strategy, ranks), bytes, &make)? {
         return Ok(0);
     }
     let pieces = strategy.pipeline.as_ref().filter(|_| pp > 1).map_or(1, |pipeline| pipeline.micro_batches);
@@ -165,6 +194,20 @@ pub fn known_to_fit<M: Module, I: TensorTree + Clone>(
         })
     })?;
     Ok(known[0])
+}
+
+/// Whether all ranks together can hold the models that `make` makes in so many bytes: what cannot be held is not made.
+///
+/// # Errors
+/// If the strategy is not one for so many ranks, or no model can be made.
+pub fn can_be_held<M: Module>(
+    (strategy, ranks): (&Strategy, usize),
+    bytes: u64,
+    make: &impl Fn(&Device) -> Result<M, Error>,
+) -> Result<bool, Error> {
+    let [dp, ..] = strategy.axes(ranks)?;
+    let copies = if strategy.data.sharding == Sharding::Parameters { 1 } else { dp };
+    Ok((copies * model_memory(&make(&Device::flex().autodiff())?, 0)) as u64 <= bytes)
 }
 
 /// Rows that a replica does not go beyond at once, whatever fits; and why.
@@ -194,19 +237,23 @@ impl Most {
 /// What `known` and trials return; if not even one row fits.
 pub fn largest(
     Most { rows: most, why }: Most,
+    fit: FitFlags,
     known: impl FnOnce(u64, usize) -> Result<usize, Error>,
 ) -> Result<usize, Error> {
-    let budget = MemoryBudget::of_system()?;
-    // What others take meanwhile.
-    let bytes = budget.bytes / 10 * 9;
-    let limit = &budget.limit;
+    let (bytes, limit) = fit.budget()?;
     eprintln!("--batch auto: at most {most} rows at once are looked for ({why}), within {bytes} bytes ({limit})");
-    let most = known(bytes, most)?;
+    // What is to be warned of is when the run begins.
+    let level = log::max_level();
+    log::set_max_level(LevelFilter::Error);
+    let known = known(bytes, most);
+    log::set_max_level(level);
+    let most = known?;
     if most == 0 {
         return Err(Error::user(format!(
             "--batch auto: not even one row fits into the {bytes} bytes of {limit}: take a smaller model, or split it with --tp or --pp"
         )));
     }
+    eprintln!("--batch auto: {most} rows at once may fit, by what is known of a step; more are not tried");
     let program = env::current_exe().map_err(Error::user)?;
     let one = |rank: Rank| {
         largest_that_fits(most, &rank, |rows| {

@@ -12,7 +12,7 @@ use serde::Serialize;
 use super::memory::Memory;
 use super::mesh::Axes;
 use super::progress::Seconds;
-use super::usage::{Communication, Pipeline};
+use super::usage::{Communication, PipelineUsage};
 
 /// What came of a training.
 #[derive(Clone, Debug)]
@@ -32,7 +32,7 @@ pub struct Figures {
     /// What the rank communicated in all steps.
     pub counters: StepCounters,
     /// How the pipeline was used, if the layers are on several ranks.
-    pub pipeline: Option<Pipeline>,
+    pub pipeline: Option<PipelineUsage>,
     /// What this rank held after the last step.
     pub memory: Memory,
 }
@@ -54,7 +54,7 @@ pub struct Json<'a> {
     parameters: usize,
     bytes_held: Memory,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pipeline: Option<&'a Pipeline>,
+    pipeline: Option<&'a PipelineUsage>,
 }
 
 impl Figures {

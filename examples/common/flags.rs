@@ -8,15 +8,18 @@ use std::{env, io};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Command, CommandFactory, FromArgMatches};
 
-/// The flags of the command line.
-pub fn parse<F: CommandFactory + FromArgMatches>() -> Result<F, clap::Error> {
+use super::given::Given;
+
+/// The flags of the command line; and what was given, to be compared with other ranks.
+pub fn parse<F: CommandFactory + FromArgMatches>() -> Result<(F, Given), clap::Error> {
     // `--steps -1` is a wrong number of steps, not a flag that nobody knows.
     let command = F::command().mut_args(|flag| flag.allow_negative_numbers(true));
     let given: Vec<OsString> = env::args_os().collect();
-    match command.clone().try_get_matches_from(&given) {
-        Err(wrong) if wrong.kind() == ErrorKind::MissingRequiredArgument => Err(named(wrong, &command, &given)),
-        matches => F::from_arg_matches(&matches?),
-    }
+    let matches = command.clone().try_get_matches_from(&given).map_err(|wrong| match wrong.kind() {
+        ErrorKind::MissingRequiredArgument => named(wrong, &command, &given),
+        _ => wrong,
+    })?;
+    Ok((F::from_arg_matches(&matches)?, Given::of(&command, &matches)))
 }
 
 /// The error of a flag that needs another: clap names that one alone. The first is the one without which nothing is
@@ -57,6 +60,17 @@ pub fn up_to<const MOST: usize>(value: &str) -> Result<usize, String> {
         Ok(n) if n > MOST as i128 => Err(format!("it must be at most {MOST}")),
         Ok(n) => Ok(n as usize),
         Err(_) => Err("it must be a whole number".into()),
+    }
+}
+
+/// Bytes, as a number with or without a unit.
+pub fn bytes(value: &str) -> Result<u64, String> {
+    let units = [("K", 10), ("M", 20), ("G", 30), ("T", 40)];
+    let unit = units.into_iter().find_map(|(unit, bits)| Some((value.strip_suffix(unit)?, bits)));
+    let (number, bits) = unit.unwrap_or((value, 0));
+    match number.parse::<u64>().ok().and_then(|number| number.checked_mul(1 << bits)) {
+        Some(bytes) if bytes > 0 => Ok(bytes),
+        _ => Err("it must be bytes, as 500M or 6G (powers of 1024)".into()),
     }
 }
 

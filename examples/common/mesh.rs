@@ -7,6 +7,7 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Args, ValueEnum};
+use serde_json::Value;
 
 use super::flags::up_to;
 
@@ -114,13 +115,13 @@ impl fmt::Display for Axes {
 
 /// The sizes of the axes, and where they come from.
 #[derive(Clone, Debug)]
-pub struct Mesh {
+pub struct MeshSizes {
     pub axes: Axes,
     /// What the file of `--strategy` says, if there is one.
     pub file: Option<Strategy>,
 }
 
-impl Mesh {
+impl MeshSizes {
     /// The micro-batches of a pipeline that the file gives, if it does.
     pub fn micro_batches(&self) -> Option<usize> {
         let pipeline = self.file.as_ref()?.pipeline.as_ref()?;
@@ -185,7 +186,7 @@ fn said(in_file: bool, axis: &str, size: usize) -> String {
 impl MeshFlags {
     /// The sizes of the axes, where so many ranks have been `started` already, if any, and else are `least` if nothing
     /// says more. Of ranks that were started again some may be missing, down to `fewest`.
-    pub fn read(&self, started: Option<usize>, least: usize, fewest: Option<usize>) -> Result<Mesh, String> {
+    pub fn read(&self, started: Option<usize>, least: usize, fewest: Option<usize>) -> Result<MeshSizes, String> {
         let file = self.strategy.as_ref().map(Strategy::read).transpose();
         // In one line, as all that is refused.
         let file = file.map_err(|problem| format!("--strategy: {}", problem.to_string().replace('\n', " ")))?;
@@ -237,12 +238,18 @@ impl MeshFlags {
             return Err(format!("{} x {shown} makes {made} ranks, but --ranks is {ranks}", said("dp", dp)));
         }
         let axes = Axes { ranks, dp, pp, tp, in_file: file.is_some() };
-        Ok(Mesh { axes, file })
+        Ok(MeshSizes { axes, file })
     }
 
     /// How the model is spread: as the file says, or as the flags say, by a plan and with so many micro-batches, and by
     /// an engine if they do not say it.
-    pub fn strategy(&self, mesh: &Mesh, plan: Plan, micro_batches: usize, engine: Engine) -> Result<Strategy, String> {
+    pub fn strategy(
+        &self,
+        mesh: &MeshSizes,
+        plan: Plan,
+        micro_batches: usize,
+        engine: Engine,
+    ) -> Result<Strategy, String> {
         let Axes { ranks, dp, pp, tp, .. } = mesh.axes;
         let engine = self.engine.unwrap_or(engine);
         if engine == Engine::Eager && mesh.file.is_none() && (pp > 1 || tp > 1) {
@@ -282,6 +289,11 @@ impl MeshFlags {
         strategy.axes(ranks).map_err(|problem| format!("--strategy: {problem}"))?;
         Ok(strategy)
     }
+}
+
+/// A strategy by its keys, as a file has them.
+pub fn described(strategy: &Strategy) -> Result<Value, String> {
+    serde_json::to_value(strategy).map_err(|why| why.to_string())
 }
 
 /// The schedules of pipelines by the names of the field.

@@ -6,6 +6,7 @@ pub mod batch;
 pub mod device;
 pub mod figures;
 pub mod flags;
+pub mod given;
 pub mod memory;
 pub mod mesh;
 pub mod program;

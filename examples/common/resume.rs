@@ -7,7 +7,7 @@ use burn_parallel::launch::{ProcessInfo, RunNames};
 use burn_parallel::prelude::*;
 
 use super::program::refused;
-use super::saving::{RUN, STEPS, SaveFlags, has_checkpoints};
+use super::saving::{RUN, STEPS, SaveFlags, has_checkpoints, writable};
 
 /// How the ranks were started.
 fn process() -> Option<ProcessInfo> {
@@ -35,6 +35,14 @@ pub(super) fn taken(dir: &Path) -> String {
     format!("--save {0}: there are checkpoints already: give --resume {0} too, or another directory", dir.display())
 }
 
+/// The directory of the run that has a checkpoint, and its step, if it is one that `dir` names.
+fn run_of(dir: &Path, folder: fn(&Path) -> PathBuf) -> Option<(&Path, u64)> {
+    let (all, step) = (dir.parent()?, dir.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?);
+    let is_there = all.join(format!("step-{step:09}")).join("checkpoint.json").is_file();
+    let run = dir.ancestors().skip(1).find(|run| folder(run) == all)?;
+    is_there.then_some((if run == Path::new("") { Path::new(".") } else { run }, step))
+}
+
 /// A checkpoint that a run goes on from.
 struct Origin<'a> {
     dir: &'a Path,
@@ -44,14 +52,19 @@ struct Origin<'a> {
 }
 
 impl SaveFlags {
-    /// Whether what is to be saved comes among checkpoints of another run, which are in `folder` of `--save`. Where a
+    /// Whether nothing can be saved, or what is to be comes among checkpoints of another run, which are in `folder` of `--save`. Where a
     /// launcher may have started this run before, they may be its own: ranks find that out together.
     pub fn check(&self, folder: fn(&Path) -> PathBuf) -> Result<(), String> {
+        if let Some((dir, (run, step))) = self.resume.as_ref().and_then(|dir| Some((dir, run_of(dir, folder)?))) {
+            let (dir, run) = (dir.display(), run.display());
+            return Err(format!("--resume {dir}: it is one checkpoint: give --resume {run} --resume-step {step}"));
+        }
         let known = process().is_some_and(|process| process.restarts > 0 || !process.run.is_empty());
         let resumed = |dir: &Path| self.resume.as_ref().is_some_and(|from| same(from, dir));
         match &self.save {
             Some(dir) if !known && !resumed(dir) && has_checkpoints(&folder(dir)) => Err(taken(dir)),
-            _ => Ok(()),
+            Some(dir) => writable(dir),
+            None => Ok(()),
         }
     }
 
@@ -134,6 +147,7 @@ impl SaveFlags {
                     true => String::new(),
                     false => format!("; --resume-step goes on from another one: {}", list(&others)),
                 };
+                let problem = problem.replace("`restore_step`", "--resume-step");
                 refused(Error::user(format!("{problem}{advice}")))
             }
             Error::User(problem) => refused(Error::User(problem)),

@@ -1,8 +1,8 @@
 //! Where a run is saved, and when.
 
 use std::ffi::OsStr;
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::{fs, io, process};
 
 use burn_parallel::launch::{StopSignal, StopSignals};
 use burn_parallel::prelude::*;
@@ -42,6 +42,22 @@ pub struct SaveFlags {
 pub fn has_checkpoints(dir: &Path) -> bool {
     let is_one = |name: &OsStr| name.to_string_lossy().starts_with("step-");
     fs::read_dir(dir).is_ok_and(|mut found| found.any(|it| it.is_ok_and(|it| is_one(&it.file_name()))))
+}
+
+/// Finds out before the training, not after it, that nothing can be saved in a directory; what is made for that is
+/// taken away.
+pub(super) fn writable(dir: &Path) -> Result<(), String> {
+    if dir.exists() && !dir.is_dir() {
+        return Err(format!("--save {}: it is not a directory", dir.display()));
+    }
+    let made: Vec<&Path> = dir.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
+    let trial = dir.join(format!(".trial-{}", process::id()));
+    let write = || fs::create_dir_all(dir).and_then(|()| fs::write(&trial, "")).and_then(|()| fs::remove_file(&trial));
+    // Other ranks find it out as well, and take away what they have made.
+    let gone = |written: &io::Result<()>| matches!(written, Err(why) if why.kind() == io::ErrorKind::NotFound);
+    let written = (0..100).map(|_| write()).find(|written| !gone(written)).unwrap_or_else(write);
+    made.iter().for_each(|dir| drop(fs::remove_dir(dir)));
+    written.map_err(|why| format!("--save {}: {why}", dir.display()))
 }
 
 impl SaveFlags {

@@ -1,11 +1,13 @@
 //! How the ranks are started and joined.
 
+use burn_parallel::comm::WorldConfig;
 use burn_parallel::launch::{self, Launcher, ProcessInfo, TransportKind};
 use burn_parallel::prelude::*;
 use clap::{Args, ValueEnum};
 
 use super::device::Compute;
 use super::flags::up_to;
+use super::given::Given;
 
 /// How long ranks have to save a last checkpoint when they are told to end.
 #[cfg(unix)]
@@ -24,7 +26,7 @@ pub enum Launch {
 
 /// What joins the ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Transport {
+pub enum TransportFlag {
     /// Threads of one process
     Local,
     /// Processes, on one machine or many
@@ -60,7 +62,7 @@ pub struct LaunchFlags {
     /// What joins the ranks [default: local for threads; mpi for what mpirun has started, if built in; else tcp]. nccl
     /// comes on top of these
     #[arg(long, value_enum, value_name = "ENGINE")]
-    transport: Option<Transport>,
+    transport: Option<TransportFlag>,
 }
 
 /// How to start.
@@ -92,35 +94,49 @@ impl LaunchFlags {
     /// How to start; or why the flags do not go together.
     pub fn read(&self) -> Result<Start, String> {
         let Self { launch, restarts, min_ranks, device, transport } = *self;
-        // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
+        // Else it would be found out when ranks have started.
+        WorldConfig::from_env().map_err(|why| why.to_string())?;
         let place = ProcessInfo::from_env();
-        let started = place.as_ref().is_ok_and(|place| place.launcher != Launcher::Slurm && place.size > 1);
-        let default = if started { Launch::Env } else { Launch::Threads };
-        let launch = launch.unwrap_or(default);
+        let launch = match (launch, Launcher::of_env(), &place) {
+            (Some(launch), ..) => launch,
+            // In a batch script Slurm's variables are set for a single process as well: it must be asked for.
+            (None, None | Some(Launcher::Slurm), _) => Launch::Threads,
+            (None, Some(_), Ok(place)) if place.size > 1 => Launch::Env,
+            (None, Some(_), Ok(_)) => Launch::Threads,
+            // As a rank that trains alone the others would miss it.
+            (None, Some(_), Err(why)) => {
+                let instead = "or give --launch threads, which reads no variables of launchers";
+                return Err(format!("{}: set what is missing or wrong, {instead}", problem(why)));
+            }
+        };
         let without = |flag: &str, feature: &str| {
             Err(format!("{flag}: this program was built without it; build with `--features {feature}`"))
         };
         if let Some(feature) = device.missing() {
             return without(&format!("--device {feature}"), feature);
         }
-        let nccl = transport == Some(Transport::Nccl);
+        let nccl = transport == Some(TransportFlag::Nccl);
         let transport = match (transport, launch) {
-            (None, _) | (Some(Transport::Local), Launch::Threads) => None,
-            (Some(Transport::Nccl), _) if cfg!(not(feature = "cuda")) => return without("--transport nccl", "cuda"),
-            (Some(Transport::Nccl), _) if device != Compute::Cuda => {
+            (None, _) | (Some(TransportFlag::Local), Launch::Threads) => None,
+            (Some(TransportFlag::Nccl), _) if cfg!(not(feature = "cuda")) => {
+                return without("--transport nccl", "cuda");
+            }
+            (Some(TransportFlag::Nccl), _) if device != Compute::Cuda => {
                 return Err("--transport nccl joins NVIDIA GPUs: give --device cuda".into());
             }
-            (Some(Transport::Nccl), _) => None,
-            (Some(Transport::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport mpi", "mpi"),
-            (Some(Transport::Tcp | Transport::Mpi), Launch::Threads) => {
+            (Some(TransportFlag::Nccl), _) => None,
+            (Some(TransportFlag::Mpi), _) if cfg!(not(feature = "mpi")) => return without("--transport mpi", "mpi"),
+            (Some(TransportFlag::Tcp | TransportFlag::Mpi), Launch::Threads) => {
                 return Err("--transport tcp and mpi join processes: give --launch processes or env".into());
             }
-            (Some(Transport::Tcp), _) => Some(TransportKind::Tcp),
-            (Some(Transport::Mpi), _) => Some(TransportKind::Mpi),
-            (Some(Transport::Local), _) => return Err("--transport local joins threads: give --launch threads".into()),
+            (Some(TransportFlag::Tcp), _) => Some(TransportKind::Tcp),
+            (Some(TransportFlag::Mpi), _) => Some(TransportKind::Mpi),
+            (Some(TransportFlag::Local), _) => {
+                return Err("--transport local joins threads: give --launch threads".into());
+            }
         };
         let started = match (launch, place) {
-            (Launch::Env, place) => Some(place.map_err(|why| format!("--launch env: {why}"))?.size),
+            (Launch::Env, place) => Some(place.map_err(|why| format!("--launch env: {}", problem(&why)))?.size),
             _ => None,
         };
         if restarts > 0 && launch != Launch::Processes {
@@ -133,21 +149,32 @@ impl LaunchFlags {
     }
 }
 
-/// Runs `f` on so many ranks. If some are lost, it is run again, if the flags say so: on all, or on as many as
-/// `goes_on` says that it can. Returns what it returns on the first, in the process that has the first.
+/// What is wrong with the variables of a launcher.
+fn problem(why: &Error) -> String {
+    match why {
+        Error::InvalidArgument { problem, .. } => problem.clone(),
+        why => why.to_string(),
+    }
+}
+
+/// Runs `f` on so many ranks, once these have found that they were `given` the same. If some are lost, it is run again,
+/// if the flags say so: on all, or on as many as `goes_on` says that it can. Returns what it returns on the first, in
+/// the process that has the first.
 pub fn run<T: Send>(
     start: &Start,
     ranks: usize,
     goes_on: impl Fn(usize) -> bool,
-    seed: u64,
+    (seed, given): (u64, &Given),
     f: impl Fn(Rank) -> Result<T, Error> + Sync,
 ) -> Result<Option<T>, Error> {
     let first = |rank: Rank| {
         let first = rank.rank() == 0;
+        given.agree(&rank)?;
         f(rank).map(|outcome| first.then_some(outcome))
     };
     let transport = start.transport;
     match start.launch {
+        // They have one command line.
         Launch::Threads => launch::threads(ranks).seed(seed).run(f).map(|mut all| Some(all.swap_remove(0))),
         Launch::Env => {
             let process = launch::from_env()?.seed(seed);

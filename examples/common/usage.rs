@@ -8,7 +8,7 @@ use serde::Serialize;
 
 /// How a pipeline was used, over all steps.
 #[derive(Clone, Debug, Default, Serialize)]
-pub struct Pipeline {
+pub struct PipelineUsage {
     /// The share of the time in which ranks of the pipeline did not compute.
     pub idle: f64,
     /// What that share is for stages that take equally long and messages that take no time.
@@ -19,7 +19,7 @@ pub struct Pipeline {
     steps: usize,
 }
 
-impl Pipeline {
+impl PipelineUsage {
     /// Adds a step.
     pub fn add(&mut self, runs: &[RunReport]) {
         for run in runs {

@@ -1,7 +1,6 @@
 //! The command line: what it takes, and which of it makes no sense.
 
 use std::path::{Path, PathBuf};
-use std::{fs, io, process};
 
 use burn::tensor::{DType, Device};
 use burn_parallel::prelude::*;
@@ -10,10 +9,11 @@ use clap::{Parser, ValueEnum};
 
 use crate::checkpoints::folder;
 use crate::common::attention::Attention;
-use crate::common::batch::{self, GrowthFlags, Rows};
+use crate::common::batch::{self, FitFlags, GrowthFlags, Rows};
 use crate::common::device::Compute;
 use crate::common::flags::{learning_rate, norm, parse, up_to, writable, wrong};
-use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS};
+use crate::common::given::Given;
+use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS, described};
 use crate::common::saving::{SaveFlags, has_checkpoints};
 use crate::common::start::{LaunchFlags, Start};
 use crate::data::set::BatchSize;
@@ -64,6 +64,9 @@ struct Flags {
     /// The tokens of a step, over all ranks, in place of --batch: as many rows as have no more, without padding
     #[arg(long, value_name = "N", conflicts_with_all = ["batch", "grow_batch"], value_parser = up_to::<1_000_000_000>)]
     batch_tokens: Option<usize>,
+
+    #[command(flatten)]
+    fit: FitFlags,
 
     #[command(flatten)]
     growth: GrowthFlags,
@@ -157,9 +160,10 @@ struct Flags {
     #[arg(long, value_name = "TFLOPS", value_parser = norm)]
     peak: Option<f64>,
 
-    /// Says how the model would be spread, what each rank would hold, and what the first batch is, and stops
-    #[arg(long)]
-    dry_run: bool,
+    /// Says how the model would be spread, what each rank would hold, and what the first batch is, and stops;
+    /// --dry-run=whole with a line for each parameter, where those of all layers have one
+    #[arg(long, value_name = "HOW", value_enum, num_args = 0..=1, require_equals = true, default_missing_value = "short")]
+    dry_run: Option<DryRun>,
 
     #[command(flatten)]
     launch: LaunchFlags,
@@ -172,6 +176,15 @@ enum Products {
     F32,
     /// 16 bits, with the range of 32
     Bf16,
+}
+
+/// How much is said of a run that is not made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum DryRun {
+    /// One line for parameters of all layers that lie alike
+    Short,
+    /// A line for each parameter
+    Whole,
 }
 
 /// How the learning rate goes on after its rise.
@@ -218,6 +231,8 @@ pub struct Args {
     pub size: BatchSize,
     /// Whether the batch is still to be found out.
     pub auto: bool,
+    /// What it is found out by.
+    pub fit: FitFlags,
     /// What is measured of the batch, and whether it grows.
     pub growth: GrowthFlags,
     /// The rows of a step of one call, which has one shape always.
@@ -243,20 +258,23 @@ pub struct Args {
     pub json: Option<PathBuf>,
     /// Floating point operations a second.
     pub peak: Option<f64>,
-    pub dry_run: bool,
+    /// How much is said of a run that is not made.
+    pub dry_run: Option<DryRun>,
     /// How the ranks are started and joined.
     pub start: Start,
+    /// What the other ranks are to be given as well.
+    pub given: Given,
 }
 
 impl Args {
     /// Reads the command line and the config of the model; what makes no sense, alone or together, is an error, and so
     /// is a wish for help.
     pub fn from_command_line() -> Result<Self, clap::Error> {
-        let flags: Flags = parse()?;
-        Self::of(flags).or_else(wrong)
+        let (flags, given) = parse::<Flags>()?;
+        Self::of(flags, given).or_else(wrong)
     }
 
-    fn of(flags: Flags) -> Result<Self, String> {
+    fn of(flags: Flags, given: Given) -> Result<Self, String> {
         let start = flags.launch.read()?;
         let mesh = flags.mesh.read(start.started, 1, start.min_ranks)?;
         let axes @ Axes { dp, pp, tp, .. } = mesh.axes;
@@ -271,6 +289,7 @@ impl Args {
             return Err(format!("--seq {seq} is more than the {most} tokens that the model was made for"));
         }
         let (trial, auto) = (batch::trial(), flags.batch == Rows::Auto);
+        flags.fit.check(flags.batch)?;
         if auto {
             batch::check_auto(&start, flags.micro_batch)?;
         }
@@ -346,6 +365,7 @@ impl Args {
         }
         flags.saving.check(folder)?;
         places(flags.saving.save.as_deref(), flags.saving.resume.as_deref())?;
+        let described = described(&strategy)?;
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;
         let prompt =
@@ -360,6 +380,7 @@ impl Args {
             strategy,
             size,
             auto: auto && kept,
+            fit: flags.fit,
             growth: flags.growth,
             rows,
             seq,
@@ -382,8 +403,9 @@ impl Args {
             prompt: prompt.filter(|_| kept),
             json: flags.json.filter(|_| kept),
             peak: flags.peak.map(|peak| peak * 1e12),
-            dry_run: flags.dry_run && kept,
+            dry_run: flags.dry_run.filter(|_| kept),
             start,
+            given: given.with("strategy", described),
         })
     }
 
@@ -438,28 +460,19 @@ fn idle_recompute(axes: Axes, strategy: &Strategy) -> String {
     )
 }
 
-/// Whether there is what is to be resumed, and room where the outcome is to be, with no model of another run.
+/// Whether there is what is to be resumed, and no model of another run where the outcome is to be.
 fn places(save: Option<&Path>, resume: Option<&Path>) -> Result<(), String> {
     if let Some(dir) = resume.filter(|dir| save != Some(*dir) && !has_checkpoints(&folder(dir))) {
         return Err(format!("--resume {}: there are no checkpoints", dir.display()));
     }
     let Some(dir) = save else { return Ok(()) };
-    if dir.exists() && !dir.is_dir() {
-        return Err(format!("--save {}: it is not a directory", dir.display()));
-    }
     let taken = ["model", "adapter"].into_iter().find(|name| dir.join(name).exists());
-    if let Some(name) = taken.filter(|_| resume != Some(dir)) {
-        return Err(format!("--save {0}: there is a {name} already: give --resume {0} too, or another", dir.display()));
+    match taken.filter(|_| resume != Some(dir)) {
+        Some(name) => {
+            Err(format!("--save {0}: there is a {name} already: give --resume {0} too, or another", dir.display()))
+        }
+        None => Ok(()),
     }
-    // Found out before the training, not after it; what is made for that is taken away.
-    let made: Vec<&Path> = dir.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists()).collect();
-    let wrong = |why: io::Error| format!("--save {}: {why}", dir.display());
-    fs::create_dir_all(dir).map_err(wrong)?;
-    let trial = dir.join(format!(".trial-{}", process::id()));
-    let written = fs::write(&trial, "").and_then(|()| fs::remove_file(&trial));
-    // Other ranks find it out as well.
-    made.iter().for_each(|dir| drop(fs::remove_dir(dir)));
-    written.map_err(wrong)
 }
 
 fn none_up_to<const MOST: usize>(value: &str) -> Result<usize, String> {

@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 
-use crate::args::Args;
+use crate::args::{Args, DryRun};
 use crate::common::device;
 use crate::common::figures::{row, table};
 use crate::common::program::unsuited;
@@ -63,7 +63,10 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
 /// What the plan says of the parameters.
 fn spread_by_plan(args: &Args) -> Result<String, Error> {
     let model = args.config.init(&burn::tensor::Device::flex());
-    args.strategy.tensor.plan.table(&model, args.axes.tp).map(|table| table.to_string())
+    args.strategy.tensor.plan.table(&model, args.axes.tp).map(|table| match args.dry_run {
+        Some(DryRun::Whole) => table.to_string(),
+        _ => table.in_short().to_string(),
+    })
 }
 
 /// The bytes of parameters, of which none is made.

@@ -11,6 +11,7 @@ use burn_parallel::prelude::*;
 
 use crate::args::{Args, Length};
 use crate::base;
+use crate::common::given::Given;
 use crate::data::set::DataSet;
 use crate::data::source::Reading;
 
@@ -64,6 +65,14 @@ impl Input {
         let input = Self { data, eval, prompt: prompt.transpose()?, reading, parameters, left, base };
         input.check_steps(args)?;
         Ok(input)
+    }
+
+    /// What was given, with what was read: each rank reads the files for itself.
+    pub fn with_read(&self, given: Given) -> Given {
+        let rows = |set: &DataSet| format!("{} of xxh3 {:016x}", set.rows(), set.fingerprint());
+        let given = given.with("weights of --model", format!("xxh3 {:016x}", self.base));
+        let given = given.with("rows of --data", rows(&self.data));
+        given.with("rows of --eval", self.eval.as_ref().map(rows))
     }
 
     /// What is wrong with the flags for a run of so many steps as the data gives.

@@ -42,13 +42,13 @@ fn run(args: &Args) -> Result<Option<StopSignal>, Failure> {
     let input = &Input::open(args).map_err(Failure::Refused)?;
     let args = &if args.auto { fit::choose(args, input)? } else { args.clone() };
     let goes_on = |ranks| args.on(ranks).is_ok();
-    if args.dry_run {
-        let said =
-            start::run(&args.start, args.axes.ranks, goes_on, args.seed, |rank| dry_run::run(rank, args, input))?;
+    let given = (args.seed, &input.with_read(args.given.clone()));
+    if args.dry_run.is_some() {
+        let said = start::run(&args.start, args.axes.ranks, goes_on, given, |rank| dry_run::run(rank, args, input))?;
         return Ok(said.map_or(Ok(()), |said| program::tell(&said)).map(|()| None)?);
     }
     // The first rank tells what came of it.
-    let ran = start::run(&args.start, args.axes.ranks, goes_on, args.seed, |rank| {
+    let ran = start::run(&args.start, args.axes.ranks, goes_on, given, |rank| {
         // After some were lost there may be fewer ranks than the flags are for.
         let args = args.on(rank.size())?;
         Ok((train::run(rank, &args, input)?, args))

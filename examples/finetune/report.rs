@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::args::{Args, Length};
 use crate::common::batch::Batch;
 use crate::common::figures::{Figures, Json as FiguresJson, row, table};
-use crate::common::usage::Pipeline;
+use crate::common::usage::PipelineUsage;
 use crate::data::set::BatchSize;
 
 /// The held-out loss after so many steps, in nats per token.
@@ -129,7 +129,7 @@ impl Speed {
     }
 
     /// What the steps so far have used.
-    pub fn said(&self, tokens: usize, elapsed: Duration, waited: Duration, pipeline: &Pipeline) -> String {
+    pub fn said(&self, tokens: usize, elapsed: Duration, waited: Duration, pipeline: &PipelineUsage) -> String {
         let seconds = elapsed.as_secs_f64();
         let speed = self.operations * tokens as f64 / seconds;
         let idle = pipeline.idle + (1.0 - pipeline.idle) * waited.as_secs_f64() / seconds;

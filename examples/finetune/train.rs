@@ -10,12 +10,12 @@ use crate::checkpoints::{Run, folder};
 use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
-use crate::common::program::{Ended, refused, unsuited};
+use crate::common::program::{Ended, unsuited};
 use crate::common::progress::Progress;
 use crate::common::saving::Saving;
-use crate::common::usage::Pipeline;
+use crate::common::usage::PipelineUsage;
 use crate::data::row::batch;
-use crate::data::set::{BatchSize, DataSet};
+use crate::data::set::BatchSize;
 use crate::evaluate::held_out_loss;
 use crate::generate::{Continuation, generate};
 use crate::input::Input;
@@ -34,7 +34,6 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
     let world = device::world(&rank, args.start.launch, args.start.nccl)?;
     let device = args.start.device.of(&rank, args.start.launch)?;
     let autodiff = args.autodiff(&device);
-    agree(&world, args, input)?;
 
     let model = spread(&world, args, &autodiff)?;
     let (replica, replicas) = model.replica();
@@ -48,7 +47,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
     let mut saving = Saving::begin(&args.saving, &world, folder, (&args.strategy, steps), opened)?;
     let mut progress = Progress::new(steps, speaks);
     let speed = Speed::new(args);
-    let (mut pipeline, mut memory, mut tokens) = (Pipeline::default(), Memory::default(), 0);
+    let (mut pipeline, mut memory, mut tokens) = (PipelineUsage::default(), Memory::default(), 0);
     let wrapping = run.model.counters();
 
     for number in begun..steps {
@@ -132,19 +131,6 @@ pub fn adapted(args: &Args, device: &Device) -> Result<Llama, Error> {
         Some(config) => lora::adapt(model, config).map_err(Error::user),
         None => Ok(model),
     }
-}
-
-/// Makes sure that all ranks have the same data in mind: each has read the files for itself.
-fn agree(world: &Communicator, args: &Args, input: &Input) -> Result<(), Error> {
-    let eval = input.eval.as_ref().map_or(0, DataSet::fingerprint);
-    let mine = vec![eval as i64, input.data.fingerprint() as i64, input.steps(args) as i64];
-    let (least, most) = (world.all_reduce(mine.clone(), ReduceOp::Min)?, world.all_reduce(mine, ReduceOp::Max)?);
-    if least == most {
-        return Ok(());
-    }
-    let file = args.eval.as_ref().filter(|_| least[0] != most[0]).unwrap_or(&args.data);
-    let (file, model) = (file.display(), args.model.display());
-    Err(refused(Error::user(format!("{file}, or the tokenizer in {model}, is not the same file on all machines"))))
 }
 
 /// Writes what the run was for.

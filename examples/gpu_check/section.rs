@@ -17,7 +17,7 @@ use crate::{matmul, overhead, training, transports};
 /// What a row of the section's process begins with.
 const MARK: &str = "gpu_check row ";
 /// How long a section may take without a new line.
-const PATIENCE: Duration = Duration::from_secs(150);
+const TIME_OUT: Duration = Duration::from_secs(150);
 
 /// A group of checks.
 pub struct Section {
@@ -116,7 +116,7 @@ pub fn run_apart(
     let mut last = String::from("its start");
     let ended = loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        match lines.recv_timeout(left.min(PATIENCE)) {
+        match lines.recv_timeout(left.min(TIME_OUT)) {
             Ok(line) => match line.strip_prefix(MARK).map(serde_json::from_str) {
                 Some(Ok(row)) => {
                     empty = false;
@@ -132,8 +132,8 @@ pub fn run_apart(
                 let status = child.wait().map_err(Error::user)?;
                 break (!status.success()).then(|| about(Outcome::Failed, format!("ended in `{last}`: {status}")));
             }
-            Err(RecvTimeoutError::Timeout) if left > PATIENCE => {
-                break Some(about(Outcome::Failed, format!("no end of `{last}` in {PATIENCE:?}")));
+            Err(RecvTimeoutError::Timeout) if left > TIME_OUT => {
+                break Some(about(Outcome::Failed, format!("no end of `{last}` in {TIME_OUT:?}")));
             }
             Err(RecvTimeoutError::Timeout) => {
                 break Some(about(Outcome::Skipped, format!("no time was left from `{last}` on; {again}")));

@@ -23,7 +23,7 @@ const RATE: f64 = 1e-3;
 
 /// How the model is spread over the ranks.
 #[derive(Debug, Clone, Copy)]
-enum Strategy {
+enum Parallelism {
     Data,
     Tensor,
     Pipeline,
@@ -44,9 +44,9 @@ pub fn run(checks: &mut Checks) {
         close(&expected, &alone(&model, &device))
     });
     for (strategy, name) in [
-        (Strategy::Data, "data parallel"),
-        (Strategy::Tensor, "tensor parallel"),
-        (Strategy::Pipeline, "pipeline parallel"),
+        (Parallelism::Data, "data parallel"),
+        (Parallelism::Tensor, "tensor parallel"),
+        (Parallelism::Pipeline, "pipeline parallel"),
     ] {
         checks.check(format!("{name}, 2 ranks, threads"), || {
             let device = choice.open(0)?;
@@ -99,13 +99,13 @@ fn alone(model: &Gpt, device: &Device) -> Vec<f64> {
     losses
 }
 
-fn split(strategy: Strategy, comm: &Communicator, device: &Device, model: &Gpt) -> Result<Vec<f64>, Error> {
+fn split(strategy: Parallelism, comm: &Communicator, device: &Device, model: &Gpt) -> Result<Vec<f64>, Error> {
     let device = device.clone().autodiff();
     let model = model.clone().fork(&device);
     let mut optim: ModuleOptimizer = AdamWConfig::new().init();
     let mut losses = Vec::new();
     match strategy {
-        Strategy::Data => {
+        Parallelism::Data => {
             let mut model = model.data_parallel(comm, DataParallelConfig::new())?;
             for step in 0..STEPS {
                 let rows = part(ROWS, comm.size(), comm.rank());
@@ -117,7 +117,7 @@ fn split(strategy: Strategy, comm: &Communicator, device: &Device, model: &Gpt) 
                 model = optim.step(RATE, model, done.grads);
             }
         }
-        Strategy::Tensor => {
+        Parallelism::Tensor => {
             let mut model = model.tensor_parallel(comm, Plan::megatron())?;
             for step in 0..STEPS {
                 let done = model.step(batch(step, 0..ROWS, &device), loss)?;
@@ -125,7 +125,7 @@ fn split(strategy: Strategy, comm: &Communicator, device: &Device, model: &Gpt) 
                 model = optim.step(RATE, model, done.grads);
             }
         }
-        Strategy::Pipeline => {
+        Parallelism::Pipeline => {
             let config = PipelineConfig::new(4).with_schedule(Schedule::OneForwardOneBackward);
             let mut model = model.pipeline_parallel(comm, config)?;
             for step in 0..STEPS {

@@ -66,7 +66,7 @@ enum Part {
 }
 
 fn main() -> ExitCode {
-    program::run(parse(), |flags: &Flags| run(flags).map(|()| None))
+    program::run(parse().map(|(flags, _)| flags), |flags: &Flags| run(flags).map(|()| None))
 }
 
 fn run(flags: &Flags) -> Result<(), Failure> {

@@ -8,7 +8,7 @@ use burn_parallel::batch::RankMemory;
 use burn_parallel::comm::Tally;
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
-use burn_parallel::train::Clip;
+use burn_parallel::train::{Clip, Engine};
 
 use crate::common::memory::{Memory, Peak};
 use crate::text::tensors;
@@ -42,6 +42,7 @@ fn all() -> Vec<Row> {
         ("data parallelism", Some(Strategy::new()), 2, false),
         ("the same, with the norm", Some(Strategy::new()), 2, true),
         ("the same, with norm and noise", Some(Strategy::new().with_data(noise)), 2, true),
+        ("data parallelism, captured", Some(Strategy::new().with_engine(Engine::Captured)), 2, false),
         ("ZeRO 1", Some(zero(Sharding::Optimizer)), 2, false),
         ("ZeRO 2", Some(zero(Sharding::Gradients)), 2, false),
         ("ZeRO 3, captured", Some(zero(Sharding::Parameters)), 2, false),

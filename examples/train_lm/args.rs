@@ -9,9 +9,10 @@ use clap::Parser;
 
 use crate::checkpoints::folder;
 use crate::common::attention::Attention;
-use crate::common::batch::{self, Batch, GrowthFlags, Rows};
+use crate::common::batch::{self, Batch, FitFlags, GrowthFlags, Rows};
 use crate::common::flags::{learning_rate, norm, parse, up_to, writable, wrong};
-use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS};
+use crate::common::given::Given;
+use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS, described};
 use crate::common::saving::SaveFlags;
 use crate::common::start::{LaunchFlags, Start};
 use crate::gpt::GptConfig;
@@ -47,6 +48,9 @@ struct Flags {
     /// and those that the text has
     #[arg(long, value_name = "N", default_value = "16", value_parser = batch::rows)]
     batch: Rows,
+
+    #[command(flatten)]
+    fit: FitFlags,
 
     #[command(flatten)]
     growth: GrowthFlags,
@@ -111,6 +115,8 @@ pub struct Args {
     pub micro_batch: usize,
     /// Whether the batch is still to be found out.
     pub auto: bool,
+    /// What it is found out by.
+    pub fit: FitFlags,
     /// What is measured of the batch, and whether it grows.
     pub growth: GrowthFlags,
     /// The length of a row in tokens.
@@ -133,21 +139,24 @@ pub struct Args {
     pub saving: SaveFlags,
     /// How the ranks are started and joined.
     pub start: Start,
+    /// What the other ranks are to be given as well.
+    pub given: Given,
 }
 
 impl Args {
     /// Reads the command line; what makes no sense, alone or together, is an error, and so is a wish for help.
     pub fn from_command_line() -> Result<Self, clap::Error> {
-        let flags: Flags = parse()?;
-        Self::of(flags).or_else(wrong)
+        let (flags, given) = parse::<Flags>()?;
+        Self::of(flags, given).or_else(wrong)
     }
 
-    fn of(flags: Flags) -> Result<Self, String> {
+    fn of(flags: Flags, given: Given) -> Result<Self, String> {
         let start = flags.launch.read()?;
         let mesh = flags.mesh.read(start.started, RANKS, start.min_ranks)?;
         let axes @ Axes { dp, pp, tp, .. } = mesh.axes;
         let Flags { d_model, heads, .. } = flags;
         let (trial, auto) = (batch::trial(), flags.batch == Rows::Auto);
+        flags.fit.check(flags.batch)?;
         if auto {
             batch::check_auto(&start, flags.micro_batch)?;
         }
@@ -206,6 +215,7 @@ impl Args {
         let micro_batch = flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp));
         flags.growth.check_gradients(axes, &strategy, batch.div_ceil(dp).div_ceil(micro_batch))?;
         mesh.every_stage(&strategy, flags.layers)?;
+        let described = described(&strategy)?;
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;
         let args = Self {
@@ -215,6 +225,7 @@ impl Args {
             steps: if kept { flags.steps } else { batch::TRIAL_STEPS },
             batch,
             auto: auto && kept,
+            fit: flags.fit,
             growth: flags.growth,
             micro_batch,
             seq: flags.seq,
@@ -227,6 +238,7 @@ impl Args {
             json: flags.json.filter(|_| kept),
             saving: if kept { flags.saving } else { flags.saving.none() },
             start,
+            given: given.with("strategy", described),
         };
         if !auto {
             // One mask serves all rows.

@@ -44,7 +44,7 @@ fn run(args: &Args) -> Result<Option<StopSignal>, Failure> {
         &args.start,
         args.axes.ranks,
         |ranks| args.on(ranks).is_ok(),
-        args.seed,
+        (args.seed, &args.given.clone().with("bytes of --text", text.fingerprint())),
         |rank| {
             // After some were lost there may be fewer ranks than the flags are for.
             let args = args.on(rank.size())?;

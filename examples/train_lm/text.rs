@@ -7,6 +7,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_parallel::comm::part;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use xxhash_rust::xxh3::xxh3_64;
 
 /// Every byte is a token.
 pub const VOCAB: usize = 256;
@@ -53,6 +54,11 @@ impl Text {
     /// How many bytes there are to learn from, and how many are held out.
     pub fn split(&self) -> (usize, usize) {
         (self.train, self.bytes.len() - self.train)
+    }
+
+    /// What tells the text from others, wherever it is.
+    pub fn fingerprint(&self) -> String {
+        format!("{} of xxh3 {:016x}", self.bytes.len(), xxh3_64(&self.bytes))
     }
 
     /// How many rows there are to learn from that share no target.

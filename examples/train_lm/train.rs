@@ -23,7 +23,7 @@ use crate::common::program::{Ended, unsuited};
 use crate::common::progress::Progress;
 use crate::common::resume::run_names;
 use crate::common::saving::Saving;
-use crate::common::usage::Pipeline;
+use crate::common::usage::PipelineUsage;
 use crate::gpt::Gpt;
 use crate::report::Outcome;
 use crate::text::{Text, tensors};
@@ -57,7 +57,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     run.batch = begin(run.batch)?;
     let mut saving = Saving::begin(&args.saving, &world, folder, (&args.strategy, args.steps), opened)?;
     let mut progress = Progress::new(args.steps, rank.rank() == 0);
-    let mut pipeline = Pipeline::default();
+    let mut pipeline = PipelineUsage::default();
     let mut memory = Memory::default();
     let wrapping = run.model.counters();
 

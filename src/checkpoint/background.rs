@@ -77,14 +77,14 @@ impl Running {
         let _ = self.begin.send(());
     }
 
-    /// Waits for the outcome. One that writes nothing for as long as `patience` is given up: the first error then says
+    /// Waits for the outcome. One that writes nothing for as long as `time_out` is given up: the first error then says
     /// so, of a save into `root` by `rank`.
-    pub(super) fn wait(self, patience: Duration, (rank, root): (usize, &Path)) -> Result<Result<Saved, Error>, Error> {
+    pub(super) fn wait(self, time_out: Duration, (rank, root): (usize, &Path)) -> Result<Result<Saved, Error>, Error> {
         let Self { step, outcome, thread, progress, .. } = self;
         let written = || progress.written.load(Ordering::Relaxed);
         let mut before = written();
         loop {
-            match outcome.recv_timeout(patience) {
+            match outcome.recv_timeout(time_out) {
                 Ok(outcome) => {
                     // It has nothing left to do but to let go of the group.
                     let _ = thread.join();
@@ -100,7 +100,7 @@ impl Running {
             if now == before {
                 progress.given_up.store(true, Ordering::SeqCst);
                 return Err(checkpoint_error(format!(
-                    "rank {rank}: the save of {} into {} has written {now} bytes, and none in the last {patience:?}: does the \
+                    "rank {rank}: the save of {} into {} has written {now} bytes, and none in the last {time_out:?}: does the \
                      disk still answer? BURN_PARALLEL_TIMEOUT_S gives it more time; open another `Checkpointer` to go on",
                     name_of(step),
                     root.display()

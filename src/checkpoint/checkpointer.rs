@@ -1,18 +1,20 @@
 //! Saves and restores: the entry.
 
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::de::DeserializeOwned;
+use serde_json::json;
 
 use super::agree::{attempt, together};
 use super::background::Running;
 use super::config::CheckpointConfig;
 use super::contents::{OwnSteps, Snapshot};
-use super::directory::{clean_up, name_of, steps};
+use super::directory::{name_of, steps};
 use super::index::Index;
 use super::job::{self, Saved};
 use super::moments::KnownStates;
+use super::opened::Opened;
 use super::order::as_written;
 use super::params::Statistics;
 use super::restore::{self, Restored};
@@ -20,7 +22,6 @@ use super::state::TrainState;
 use super::{checkpoint_error, file_problem, value};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::{agree, share_bytes};
 use crate::train::ParallelModule;
 
 /// Writes checkpoints into a directory, and reads them. One for each rank of a world; all its calls are collective, in
@@ -30,7 +31,7 @@ use crate::train::ParallelModule;
 /// which checkpoint is the latest; every rank reads and writes its own part.
 pub struct Checkpointer {
     group: Communicator,
-    root: PathBuf,
+    opened: Opened,
     config: CheckpointConfig,
     /// What is known of the optimizers that were saved.
     known: KnownStates,
@@ -43,33 +44,20 @@ pub struct Checkpointer {
 
 impl Checkpointer {
     /// Opens a directory of checkpoints for the ranks of `world`, which are all that the model is spread over. It is
-    /// made if it is not there, and what a save that was ended has left in it is removed. Collective.
+    /// made if it is not there. What a save that was ended has left in it stays until the first save, so others may open
+    /// the directory of a run, and read, while that saves. Collective.
     ///
     /// # Errors
-    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read; [`Error::ModelMismatch`] if
-    /// ranks pass different settings; the error of the world.
+    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read, or is itself the checkpoint of a
+    /// step; [`Error::Settings`] if ranks pass different ones; the error of the world.
     pub fn new(world: &Communicator, dir: impl AsRef<Path>, config: CheckpointConfig) -> Result<Self, Error> {
         let group = world.split_named("checkpoint", 0, world.rank() as i64)?;
         let dir = dir.as_ref();
-        let said = [
-            ("the directory of checkpoints".to_owned(), dir.display().to_string()),
-            ("the config of checkpoints".to_owned(), format!("{config:?}").replace('\n', " ")),
-        ];
-        agree(&said, &group)?;
-        let make = || {
-            std::fs::create_dir_all(dir).map_err(|why| file_problem(dir, format!("cannot be made: {why}")))?;
-            clean_up(dir)
-        };
-        let made = if group.rank() == 0 { attempt(make) } else { Ok(()) };
-        together(made, &group)?;
-        let root = together(
-            dir.canonicalize()
-                .map_err(|why| file_problem(dir, format!("is not there: {why}; all ranks need it in one file system"))),
-            &group,
-        )?;
+        group.agree_on(&json!({ "directory": dir.display().to_string(), "CheckpointConfig": config }))?;
+        let opened = Opened::new(dir, &group)?;
         Ok(Self {
             group,
-            root,
+            opened,
             config,
             known: KnownStates::default(),
             steps: OwnSteps::default(),
@@ -88,14 +76,14 @@ impl Checkpointer {
     /// that are on a device or not contiguous, one at a time.
     ///
     /// # Errors
-    /// On all ranks alike: [`Error::Checkpoint`] if a rank cannot write, if the ranks hold different models, or if a
-    /// moment or a value cannot be saved: the state stays as it is, and so do the checkpoints that there are, so that
-    /// training can go on. [`Error::Pipeline`]'s words in it if a pipeline is not cut yet. The error of the world. Old
-    /// checkpoints that cannot be removed are a warning in the log.
+    /// On all ranks alike: [`Error::Checkpoint`] if a rank cannot write, if another run saves in the same directory, if the
+    /// ranks hold different models, or if a moment or a value cannot be saved: the state stays as it is, and so do the
+    /// checkpoints that there are, so that training can go on. [`Error::Pipeline`]'s words in it if a pipeline is not cut
+    /// yet. The error of the world. Old checkpoints that cannot be removed are a warning in the log.
     pub fn save<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<Saved, Error> {
         self.wait()?;
         let snapshot = together(attempt(|| self.snapshot(step, &state)), &self.group)?;
-        job::run(snapshot, &self.root, &self.config, &self.group)
+        job::run(snapshot, &self.opened, &self.config, &self.group)
     }
 
     /// As [`save`](Self::save), in the background: returns at once, while training goes on. A save that still runs is
@@ -110,9 +98,9 @@ impl Checkpointer {
         self.wait()?;
         let snapshot = together(attempt(|| self.snapshot(step, &state)), &self.group)?;
         let progress = snapshot.progress.clone();
-        let (root, config, group) = (self.root.clone(), self.config.clone(), self.group.clone());
+        let (opened, config, group) = (self.opened.clone(), self.config.clone(), self.group.clone());
         // The save begins when all ranks have a thread for it: until then its group is this thread's.
-        let running = Running::prepare(step, progress, move || job::run(snapshot, &root, &config, &group));
+        let running = Running::prepare(step, progress, move || job::run(snapshot, &opened, &config, &group));
         let running = together(running, &self.group)?;
         running.begin();
         self.running = Some(running);
@@ -135,7 +123,7 @@ impl Checkpointer {
             return Err(error.clone());
         }
         let Some(running) = self.running.take() else { return Ok(None) };
-        match running.wait(self.group.timeout().saturating_mul(2), (self.group.rank(), &self.root)) {
+        match running.wait(self.group.timeout().saturating_mul(2), (self.group.rank(), &self.opened.root)) {
             Ok(outcome) => outcome.map(Some),
             Err(error) => Err(self.stuck.insert(error).clone()),
         }
@@ -164,9 +152,9 @@ impl Checkpointer {
     /// What rank 0 finds in the directory.
     fn found(&mut self, look: fn(&Path) -> Result<Vec<u64>, Error>) -> Result<Vec<u64>, Error> {
         self.wait()?;
-        let found = if self.group.rank() == 0 { attempt(|| look(&self.root)) } else { Ok(Vec::new()) };
+        let found = if self.group.rank() == 0 { attempt(|| look(&self.opened.root)) } else { Ok(Vec::new()) };
         let found = together(found, &self.group)?;
-        let bytes = share_bytes(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0, &self.group)?;
+        let bytes = self.group.share_bytes(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0)?;
         Ok(bytes.as_chunks::<8>().0.iter().map(|step| u64::from_le_bytes(*step)).collect())
     }
 
@@ -178,7 +166,7 @@ impl Checkpointer {
     /// value is not what `T` takes for it; that of a save in the background; that of the world.
     pub fn read_value<T: DeserializeOwned>(&mut self, step: u64, name: &str) -> Result<Option<T>, Error> {
         self.wait()?;
-        let dir = self.root.join(name_of(step));
+        let dir = self.opened.root.join(name_of(step));
         let read = || {
             let value = Index::read(&dir)?.values.remove(name);
             value.map(|json| serde_json::from_value(value::plain(json))).transpose().map_err(|why| {
@@ -223,7 +211,7 @@ impl Checkpointer {
         mut state: TrainState<'_, P>,
     ) -> Result<Restored, Error> {
         self.wait()?;
-        let dir = self.root.join(name_of(step));
+        let dir = self.opened.root.join(name_of(step));
         let before = Statistics::of(state.model);
         let (config, first) = (&self.config, self.group.rank() == 0);
         let loaded = attempt(|| restore::load(&dir, &mut state, config, first)).map_err(|why| of_checkpoint(&dir, why));
@@ -263,6 +251,9 @@ impl Drop for Checkpointer {
 
 impl fmt::Debug for Checkpointer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Checkpointer").field("root", &self.root).field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("Checkpointer")
+            .field("root", &self.opened.root)
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }

@@ -10,6 +10,13 @@ use super::file_problem;
 use super::index::INDEX;
 use crate::Error;
 
+/// Behind the hidden name of a checkpoint that is being written.
+const DRAFT: &str = "unfinished";
+/// Of one that another takes the place of.
+const REPLACED: &str = "replaced";
+/// Of one that is being removed.
+const REMOVED: &str = "removed";
+
 /// The name of the checkpoint of a step.
 pub(super) fn name_of(step: u64) -> String {
     format!("step-{step:09}")
@@ -25,7 +32,10 @@ pub(super) fn failed(path: &Path, why: &io::Error) -> Error {
 }
 
 /// The names in a directory; none if it is not there.
-fn names(root: &Path) -> Result<Vec<String>, Error> {
+///
+/// # Errors
+/// [`Error::Checkpoint`] if the system refuses.
+pub(super) fn names(root: &Path) -> Result<Vec<String>, Error> {
     let entries = match fs::read_dir(root) {
         Err(why) if why.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         entries => entries.map_err(|why| failed(root, &why))?,
@@ -38,16 +48,48 @@ fn names(root: &Path) -> Result<Vec<String>, Error> {
     Ok(names)
 }
 
+/// The step of which a directory is the checkpoint. It gets its name when it is whole: what is called like one and has
+/// no index is none of ours.
+pub(super) fn checkpoint_of(dir: &Path) -> Option<u64> {
+    step_of(dir.file_name()?.to_str()?).filter(|_| dir.join(INDEX).is_file())
+}
+
 /// The steps of which there are checkpoints, in order.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses.
 pub(super) fn steps(root: &Path) -> Result<Vec<u64>, Error> {
-    let mut steps: Vec<u64> = names(root)?.iter().filter_map(|name| step_of(name)).collect();
-    // A checkpoint gets its name when it is whole. What is called like one and has no index is none of ours.
-    steps.retain(|step| root.join(name_of(*step)).join(INDEX).is_file());
+    let mut steps: Vec<u64> = names(root)?.iter().filter_map(|name| checkpoint_of(&root.join(name))).collect();
     steps.sort_unstable();
     Ok(steps)
+}
+
+/// Of which checkpoint a save, or a removal, has left something under a hidden name while it runs, and what.
+fn left(name: &str) -> Option<(&str, &str)> {
+    let (hidden, what) = name.strip_prefix('.')?.rsplit_once('.')?;
+    // Each draft has a name of its own.
+    let of = if what == DRAFT { hidden.split('.').next().unwrap_or_default() } else { hidden };
+    (step_of(of).is_some() && [DRAFT, REPLACED, REMOVED].contains(&what)).then_some((of, what))
+}
+
+/// Whether it is the name of a checkpoint that is being written, or was.
+pub(super) fn is_draft(name: &str) -> bool {
+    left(name).is_some_and(|(_, what)| what == DRAFT)
+}
+
+/// Gives checkpoints their names again that runs which were killed between two renames have left without one.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if the system refuses.
+pub(super) fn put_back(root: &Path) -> Result<(), Error> {
+    for name in names(root)? {
+        let Some((of, REPLACED)) = left(&name) else { continue };
+        let (path, whole) = (root.join(&name), root.join(of));
+        if !whole.exists() {
+            fs::rename(&path, &whole).map_err(|why| failed(&path, &why))?;
+        }
+    }
+    Ok(())
 }
 
 /// Removes what runs that were killed have left half written or half removed.
@@ -55,22 +97,9 @@ pub(super) fn steps(root: &Path) -> Result<Vec<u64>, Error> {
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses.
 pub(super) fn clean_up(root: &Path) -> Result<(), Error> {
-    for name in names(root)? {
-        let Some((hidden, what)) = name.strip_prefix('.').and_then(|name| name.rsplit_once('.')) else { continue };
-        // Each draft has a name of its own.
-        let hidden = match what {
-            "unfinished" => hidden.split('.').next().unwrap_or_default(),
-            _ => hidden,
-        };
-        if step_of(hidden).is_none() || !["unfinished", "replaced", "removed"].contains(&what) {
-            continue;
-        }
-        let (path, whole) = (root.join(&name), root.join(hidden));
-        if what == "replaced" && !whole.exists() {
-            // The run was killed between two renames.
-            fs::rename(&path, &whole).map_err(|why| failed(&path, &why))?;
-            continue;
-        }
+    put_back(root)?;
+    for name in names(root)?.iter().filter(|name| left(name).is_some()) {
+        let path = root.join(name);
         log::info!("removes {}, which a save that was ended has left", path.display());
         remove(&path)?;
     }
@@ -96,7 +125,7 @@ pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Re
     let keeps = |step: u64| config.keep_every.is_some_and(|every| every > 0 && step.is_multiple_of(every));
     for step in old.iter().filter(|step| !keeps(**step)) {
         let path = root.join(name_of(*step));
-        let removed: PathBuf = root.join(format!(".{}.removed", name_of(*step)));
+        let removed: PathBuf = root.join(format!(".{}.{REMOVED}", name_of(*step)));
         remove(&removed)?;
         fs::rename(&path, &removed).map_err(|why| failed(&path, &why))?;
         fault::point("removing");

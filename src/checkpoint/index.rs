@@ -138,7 +138,7 @@ impl SavedRandom {
 
 /// The fields by which a reader knows whether it can read the others.
 #[derive(Deserialize)]
-struct Version {
+struct FormatVersion {
     format: String,
     version: u64,
 }
@@ -194,7 +194,7 @@ impl Index {
         if sum.trim_ascii() != checksum(text).as_bytes() {
             return Err(format!("is damaged: its checksum is not the one in {INDEX_CHECKSUM}"));
         }
-        let version: Version =
+        let version: FormatVersion =
             serde_json::from_slice(text).map_err(|why| format!("is no index of a checkpoint: {why}"))?;
         if version.format != FORMAT {
             return Err(format!("is a `{}`, not a `{FORMAT}`", version.format));

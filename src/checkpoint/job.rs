@@ -1,6 +1,6 @@
 //! A save, from what a rank has to the commit.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -9,14 +9,13 @@ use super::config::CheckpointConfig;
 use super::contents::{Contents, ParamScalars, Snapshot};
 use super::directory::{clean_up, name_of, prune};
 use super::index::{INDEX, INDEX_CHECKSUM, Index, StoredFile, StoredSlice, StoredTensor, checksum};
+use super::opened::Opened;
 use super::order::{index_checksum, ordered, put_down_order};
 use super::plan::{TensorKey, WritePlan, add_scalars};
 use super::write::{Changed, Outcome, file_name, write};
 use super::{checkpoint_error, fault, file_problem};
 use crate::Error;
-use crate::comm::tcp::nonce;
 use crate::comm::{Communicator, ReduceOp};
-use crate::params::share_text;
 use crate::tensor_file::{Draft, name_of as dtype_name, write_file};
 
 /// What was saved, and what that took.
@@ -46,11 +45,11 @@ struct ToldFile {
 /// As [`Checkpointer::save`](super::Checkpointer::save).
 pub(super) fn run(
     snapshot: Snapshot,
-    root: &Path,
+    opened: &Opened,
     config: &CheckpointConfig,
     group: &Communicator,
 ) -> Result<Saved, Error> {
-    let save = Save { snapshot: &snapshot, root, config, group };
+    let save = Save { snapshot: &snapshot, opened, config, group };
     for again in [false, true] {
         if let Some(saved) = save.run(again)? {
             return Ok(saved);
@@ -63,7 +62,7 @@ pub(super) fn run(
 /// A save of a state.
 struct Save<'a> {
     snapshot: &'a Snapshot,
-    root: &'a Path,
+    opened: &'a Opened,
     config: &'a CheckpointConfig,
     group: &'a Communicator,
 }
@@ -72,16 +71,13 @@ impl Save<'_> {
     /// Writes the checkpoint, if all optimizers on all ranks have the moments that they are known to have. That they
     /// have not is an error if they were looked at just before, `again`.
     fn run(&self, again: bool) -> Result<Option<Saved>, Error> {
-        let Self { snapshot, root, config, group } = *self;
+        let Self { snapshot, opened, config, group } = *self;
+        let root = &opened.root;
         let contents = together(attempt(|| snapshot.contents()), group)?;
         let plan = together(attempt(|| WritePlan::new(&contents, group)), group)?;
         fault::point("planned");
         let (first, dir) = (group.rank() == 0, root.join(name_of(snapshot.step)));
-        let own_name =
-            if first { nonce()[..8].iter().map(|byte| format!("{byte:02x}")).collect() } else { String::new() };
-        let own_name = share_text(&own_name, group)?;
-        let draft = attempt(|| Ok(Draft::new(&dir, true)?.called(&own_name)));
-        let draft = together(draft, group)?;
+        let draft = together(attempt(|| opened.draft(&dir)), group)?;
         let begun = if first { attempt(|| self.begin(&draft)) } else { Ok(()) };
         together(begun, group)?;
         fault::point("draft made");
@@ -106,12 +102,14 @@ impl Save<'_> {
 
     /// Makes the draft, on rank 0.
     fn begin(&self, draft: &Draft) -> Result<(), Error> {
-        let Self { snapshot, root, .. } = *self;
+        let Self { snapshot, opened, .. } = *self;
+        let root = &opened.root;
         snapshot.progress.check()?;
         // Made anew, what vanished with its checkpoints, as a disk that is no longer mounted, would go unnoticed.
         if !root.is_dir() {
             return Err(file_problem(root, "is not there any more: bring it back, or open another `Checkpointer`"));
         }
+        opened.is_alone()?;
         clean_up(root)?;
         // That the run has gone back to an earlier step: what it writes is the latest as soon as it is there.
         put_down_order(root, &snapshot.own_steps.all(), Some(snapshot.step))?;
@@ -122,7 +120,8 @@ impl Save<'_> {
     /// some rank has other moments than were known.
     fn finish(&self, contents: &Contents, plan: &WritePlan, draft: &Draft, again: bool) -> Result<Option<u64>, Error> {
         let group = self.group;
-        let write = || match write(contents, plan, group.rank(), &draft.made_in)? {
+        let lost = |why| self.opened.lost(draft, why);
+        let write = || match write(contents, plan, group.rank(), &draft.made_in).map_err(lost)? {
             Outcome::Changed(Changed { optimizer, path }) if again => Err(checkpoint_error(format!(
                 "optimizer `{optimizer}` does not give out the same moments of `{path}` twice, though nobody has stepped it"
             ))),
@@ -151,15 +150,17 @@ impl Save<'_> {
 
     /// Writes the index, on rank 0: after that, and the renaming, the checkpoint is there.
     fn commit(&self, told: &[Vec<u8>], plan: &WritePlan, draft: &Draft) -> Result<(), Error> {
-        let Self { snapshot, root, config, group } = *self;
+        let Self { snapshot, opened, config, group } = *self;
         let mut index = index(told, plan, snapshot, config, group.size())?;
-        index.replaces = index_checksum(root, snapshot.step);
+        index.replaces = index_checksum(&opened.root, snapshot.step);
         let text = serde_json::to_vec(&index).map_err(|why| checkpoint_error(why.to_string()))?;
-        write_file(&draft.made_in.join(INDEX), &text)?;
-        write_file(&draft.made_in.join(INDEX_CHECKSUM), (checksum(&text) + "\n").as_bytes())?;
+        let write =
+            |name, text: &[u8]| write_file(&draft.made_in.join(name), text).map_err(|why| opened.lost(draft, why));
+        write(INDEX, &text)?;
+        write(INDEX_CHECKSUM, (checksum(&text) + "\n").as_bytes())?;
         fault::point("index written");
         snapshot.progress.check()?;
-        draft.commit()?;
+        opened.commit(draft, snapshot.step)?;
         fault::point("committed");
         Ok(())
     }

@@ -42,6 +42,7 @@
 //! ```
 
 mod agree;
+mod assign;
 mod background;
 mod checkpointer;
 mod config;
@@ -52,6 +53,7 @@ mod fault;
 mod index;
 mod job;
 mod moments;
+mod opened;
 mod order;
 mod params;
 mod plan;

@@ -1,4 +1,4 @@
-//! Who writes what: a function of what the ranks hold, which each of them computes alike.
+//! What a checkpoint is made of, and who writes it: each rank computes that alike, from what all of them hold.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,16 +8,13 @@ use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
 
 use super::agree::exchange;
+use super::assign::Held;
+use super::checkpoint_error;
 use super::contents::{Contents, ParamScalars};
-use super::{checkpoint_error, cover};
 use crate::Error;
-use crate::comm::{Communicator, part};
+use crate::comm::Communicator;
 use crate::params::is_statistic;
-use crate::tensor_file::{dtype_of, name_of};
-
-/// Ranks that hold a slice alike write a part of it each, of so many bytes at least; of smaller ones one rank writes
-/// all. So thousands of replicas do not make thousands of small slices.
-const SHARED: usize = 1 << 20;
+use crate::tensor_file::name_of;
 
 /// Which tensor of a checkpoint it is.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -35,8 +32,16 @@ impl TensorKey {
         Self::Moment { optimizer: optimizer.into(), path: path.into(), moment: moment.into() }
     }
 
+    /// The optimizer and the parameter, if it is a moment.
+    pub(super) fn moments_of(&self) -> Option<(&str, &str)> {
+        match self {
+            Self::Param(_) => None,
+            Self::Moment { optimizer, path, .. } => Some((optimizer, path)),
+        }
+    }
+
     /// Whether replicas may differ in it.
-    fn differs(&self) -> bool {
+    pub(super) fn differs(&self) -> bool {
         matches!(self, Self::Param(path) if is_statistic(path))
     }
 
@@ -63,12 +68,14 @@ struct ToldContents {
     scalars: ParamScalars,
 }
 
+/// A part of a tensor that a rank holds.
 #[derive(Serialize, Deserialize)]
-struct ToldSlice {
-    key: TensorKey,
-    dims: Vec<usize>,
-    dtype: String,
-    ranges: Vec<Range<usize>>,
+pub(super) struct ToldSlice {
+    pub(super) key: TensorKey,
+    /// Of the whole.
+    pub(super) dims: Vec<usize>,
+    pub(super) dtype: String,
+    pub(super) ranges: Vec<Range<usize>>,
 }
 
 /// A tensor of the checkpoint.
@@ -100,19 +107,17 @@ impl WritePlan {
         let told = ToldContents { slices: slices.collect(), scalars: own.scalars.clone() };
         let told = serde_json::to_vec(&told).map_err(|why| checkpoint_error(why.to_string()))?;
         let shared = exchange(told, group)?;
-        let mut held = BTreeMap::new();
+        let mut held = Held::default();
         let mut scalars = ParamScalars::new();
         for (rank, told) in shared.distinct() {
             let told: ToldContents = serde_json::from_slice(told).map_err(|why| checkpoint_error(why.to_string()))?;
             let holders = shared.same_as(rank);
             for slice in told.slices {
-                add(&mut held, slice, rank, &holders)?;
+                held.add(slice, rank, &holders)?;
             }
             add_scalars(&mut scalars, told.scalars, rank)?;
         }
-        let mut load = vec![0u64; group.size()];
-        let tensors = held.into_iter().map(|(key, tensor)| Ok((key.clone(), tensor.assigned(&key, &mut load)?)));
-        Ok(Self { tensors: tensors.collect::<Result<_, Error>>()?, scalars })
+        Ok(Self { tensors: held.assigned(group.size())?, scalars })
     }
 
     /// What a rank writes, in order.
@@ -143,159 +148,4 @@ pub(super) fn add_scalars(all: &mut ParamScalars, told: ParamScalars, rank: usiz
         }
     }
     Ok(())
-}
-
-/// A tensor, and who holds what of it.
-struct HeldTensor {
-    dims: Vec<usize>,
-    dtype: DType,
-    slices: BTreeMap<Vec<(usize, usize)>, Vec<usize>>,
-}
-
-fn add(
-    held: &mut BTreeMap<TensorKey, HeldTensor>,
-    ToldSlice { key, dims, dtype, ranges }: ToldSlice,
-    rank: usize,
-    holders: &[usize],
-) -> Result<(), Error> {
-    let named = dtype_of(&dtype).ok_or_else(|| {
-        checkpoint_error(format!(
-            "rank {rank}: `{key}` is of a dtype that checkpoints do not hold: cast it to a plain one"
-        ))
-    })?;
-    let tensor = held.entry(key.clone()).or_insert_with(|| HeldTensor {
-        dims: dims.clone(),
-        dtype: named,
-        slices: BTreeMap::new(),
-    });
-    if (&tensor.dims, tensor.dtype) != (&dims, named) {
-        return Err(checkpoint_error(format!(
-            "rank {rank} has `{key}` of dims {dims:?} and {named:?}, and another {:?} and {:?}: save one model",
-            tensor.dims, tensor.dtype
-        )));
-    }
-    let ranges = ranges.into_iter().map(|range| (range.start, range.end)).collect();
-    tensor.slices.entry(ranges).or_default().extend(holders);
-    Ok(())
-}
-
-impl HeldTensor {
-    /// Gives each slice to those that hold it and have least to write.
-    fn assigned(self, key: &TensorKey, load: &mut [u64]) -> Result<PlannedTensor, Error> {
-        let Self { dims, dtype, slices } = self;
-        let mut planned = Vec::new();
-        for (ranges, mut holders) in slices {
-            holders.sort_unstable();
-            let ranges: Vec<Range<usize>> = ranges.into_iter().map(|(start, end)| start..end).collect();
-            let bytes = ranges.iter().map(Range::len).product::<usize>() * dtype.size();
-            let rows = ranges.first().cloned().unwrap_or(0..1);
-            if key.differs() || !dtype.is_float() {
-                // What the first replica has counts.
-                planned.push((ranges, holders[0]));
-            } else if bytes >= SHARED && rows.len() >= holders.len().min(bytes / SHARED) {
-                holders.sort_by_key(|rank| (load[*rank], *rank));
-                holders.truncate(bytes / SHARED);
-                holders.sort_unstable();
-                for (index, holder) in holders.iter().enumerate() {
-                    let share = part(rows.len(), holders.len(), index);
-                    let mut ranges = ranges.clone();
-                    ranges[0] = rows.start + share.start..rows.start + share.end;
-                    load[*holder] += (bytes / rows.len() * share.len()) as u64;
-                    planned.push((ranges, *holder));
-                }
-            } else {
-                let writer = holders.into_iter().min_by_key(|rank| load[*rank]).unwrap_or_default();
-                load[writer] += bytes as u64;
-                planned.push((ranges, writer));
-            }
-        }
-        let all: Vec<&[Range<usize>]> = planned.iter().map(|(ranges, _)| ranges.as_slice()).collect();
-        cover::check(&dims, &all).map_err(|why| checkpoint_error(format!("`{key}`, as the ranks hold it: {why}")))?;
-        Ok(PlannedTensor { dims, dtype, slices: planned })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn held(
-        slices: &[(Range<usize>, &[usize])],
-        rows: usize,
-        columns: usize,
-    ) -> Result<Vec<(Range<usize>, usize)>, Error> {
-        let mut all = BTreeMap::new();
-        for (range, holders) in slices {
-            let ranges = vec![range.clone(), 0..columns];
-            let slice =
-                ToldSlice { key: TensorKey::param("a"), dims: vec![rows, columns], dtype: "F32".into(), ranges };
-            add(&mut all, slice, holders[0], holders)?;
-        }
-        let (key, tensor) = all.pop_first().unwrap();
-        let planned = tensor.assigned(&key, &mut [0; 8])?;
-        Ok(planned.slices.into_iter().map(|(ranges, rank)| (ranges[0].clone(), rank)).collect())
-    }
-
-    #[test]
-    fn the_work_is_shared() {
-        // A small one is written by one rank, a large one by all that hold it.
-        assert_eq!(held(&[(0..4, &[0, 1])], 4, 2).unwrap(), [(0..4, 0)]);
-        assert_eq!(held(&[(0..5, &[2, 1])], 5, 1 << 18).unwrap(), [(0..3, 1), (3..5, 2)]);
-        // No more of them than it has MiB.
-        assert_eq!(held(&[(0..5, &[0, 1, 2, 3])], 5, 1 << 17).unwrap(), [(0..3, 0), (3..5, 1)]);
-        let split: &[(Range<usize>, &[usize])] = &[(0..2, &[0, 2]), (2..4, &[1, 3])];
-        assert_eq!(held(split, 4, 1).unwrap(), [(0..2, 0), (2..4, 1)]);
-        assert_eq!(held(split, 4, 1 << 18).unwrap(), [(0..1, 0), (1..2, 2), (2..3, 1), (3..4, 3)]);
-        let said = held(&[(0..2, &[0]), (1..4, &[1])], 4, 1).unwrap_err().to_string();
-        assert!(said.contains("`model/a`") && said.contains("overlaps"), "{said}");
-        assert!(held(&[(0..2, &[0])], 4, 1).unwrap_err().to_string().contains("leave some"));
-    }
-
-    /// On thousands of ranks: files, entries of the index and its bytes for each of them, as docs/checkpoints.md has
-    /// them.
-    #[test]
-    fn what_is_told_of_a_rank_does_not_grow_with_ranks() {
-        use crate::checkpoint::index::{BLOCK_BYTES, StoredSlice};
-
-        const WIDTH: usize = 4096;
-        const SPLIT: usize = 8;
-        // A layer of a Llama with the moments of AdamW, split over eight ranks.
-        let wide = [("q", WIDTH, WIDTH), ("k", WIDTH, WIDTH / 4), ("v", WIDTH, WIDTH / 4), ("o", WIDTH, WIDTH)];
-        let all = wide.into_iter().chain([("gate", WIDTH, 14_336), ("up", WIDTH, 14_336), ("down", 14_336, WIDTH)]);
-        let shapes: Vec<(String, [usize; 2])> =
-            all.map(|(name, a, b)| (format!("layers.0.{name}.weight"), [a, b])).collect();
-        let of = |replicas: usize| {
-            let mut held = BTreeMap::new();
-            for (path, [rows, columns]) in &shapes {
-                for key in [
-                    TensorKey::param(path),
-                    TensorKey::moment("adamw", path, "1"),
-                    TensorKey::moment("adamw", path, "2"),
-                ] {
-                    for place in 0..SPLIT {
-                        let holders: Vec<usize> = (0..replicas).map(|replica| replica * SPLIT + place).collect();
-                        let share = part(*columns, SPLIT, place);
-                        let (dims, ranges) = (vec![*rows, *columns], vec![0..*rows, share]);
-                        let slice = ToldSlice { key: key.clone(), dims, dtype: "F32".into(), ranges };
-                        add(&mut held, slice, holders[0], &holders).unwrap();
-                    }
-                }
-            }
-            let mut load = vec![0; SPLIT * replicas];
-            let (mut entries, mut bytes) = (vec![0; load.len()], 0);
-            for (key, tensor) in held {
-                let planned = tensor.assigned(&key, &mut load).unwrap();
-                for (ranges, writer) in planned.slices {
-                    entries[writer] += 1;
-                    let blocks = (ranges.iter().map(Range::len).product::<usize>() * 4).div_ceil(BLOCK_BYTES);
-                    let sums = vec!["0123456789abcdef".to_owned(); blocks];
-                    let stored = StoredSlice::new(writer, key.name(&ranges), &ranges, sums);
-                    bytes += serde_json::to_vec(&stored).unwrap().len() + 1;
-                }
-            }
-            (*entries.iter().max().unwrap(), bytes / 1000)
-        };
-        // The most entries of a rank, and the kilobytes of all.
-        assert_eq!([1, 8, 64, 512].map(of), [(21, 66), (17, 179), (5, 359), (1, 361)]);
-    }
 }

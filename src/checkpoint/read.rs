@@ -17,7 +17,7 @@ use crate::params::SliceSource;
 use crate::tensor_file::{Elements, Loop, Side, TensorFile, copy_strided, row_major};
 
 /// The directory of a checkpoint. Files are mapped when something of them is needed.
-pub(super) struct Reader {
+pub(super) struct CheckpointReader {
     dir: PathBuf,
     index: Arc<Index>,
     files: BTreeMap<usize, TensorFile>,
@@ -27,7 +27,7 @@ pub(super) struct Reader {
     pub(super) bytes_read: u64,
 }
 
-impl Reader {
+impl CheckpointReader {
     pub(super) fn new(dir: &Path, index: Arc<Index>) -> Self {
         Self { dir: dir.into(), index, files: BTreeMap::new(), checked: HashMap::new(), bytes_read: 0 }
     }
@@ -208,12 +208,12 @@ fn for_runs(dims: &[usize], ranges: &[Range<usize>], run: &mut dyn FnMut(usize, 
 }
 
 /// The parameters of a checkpoint, but for those that are to stay as they are.
-pub(super) struct ParamSource<'a> {
-    pub(super) reader: &'a mut Reader,
-    pub(super) kept: &'a HashSet<String>,
+pub(super) struct ParamSource {
+    pub(super) reader: CheckpointReader,
+    pub(super) kept: Arc<HashSet<String>>,
 }
 
-impl SliceSource for ParamSource<'_> {
+impl SliceSource for ParamSource {
     fn dims(&mut self, path: &str) -> Result<Option<Vec<usize>>, Error> {
         Ok(self.reader.index.model.get(path).map(|tensor| tensor.dims.clone()))
     }
@@ -227,6 +227,12 @@ impl SliceSource for ParamSource<'_> {
 
     fn keeps(&mut self, path: &str) -> bool {
         self.kept.contains(path)
+    }
+
+    /// By the index that there is now: what has taken the checkpoint's place by then does not pass for it.
+    fn for_later(&self) -> Option<Box<dyn SliceSource + Send>> {
+        let reader = Reader::new(&self.reader.dir, self.reader.index.clone());
+        Some(Box::new(Self { reader, kept: self.kept.clone() }))
     }
 }
 

@@ -11,7 +11,7 @@ use burn::optim::ModuleOptimizer;
 use super::config::{CheckpointConfig, matches};
 use super::index::Index;
 use super::params::{self, ParamInfo};
-use super::read::{ParamSource, Reader};
+use super::read::{CheckpointReader, ParamSource};
 use super::refill::{Wanted, restored as restored_optimizer};
 use super::scheduler::restored_scheduler;
 use super::state::TrainState;
@@ -55,8 +55,9 @@ pub(super) fn load<P: ParallelModule>(
     let index = Arc::new(Index::read(dir)?);
     let infos = params::infos(state.model.local())?;
     let kept = compare(dir, &index, &infos, state, config)?;
-    let mut reader = Reader::new(dir, index.clone());
-    let model = (*state.model).clone().load(&mut ParamSource { reader: &mut reader, kept: &kept })?;
+    let mut params = ParamSource { reader: CheckpointReader::new(dir, index.clone()), kept: Arc::new(kept) };
+    let model = (*state.model).clone().load(&mut params)?;
+    let mut reader = params.reader;
     let (mut optimizers, mut with_moments) = (Vec::new(), HashSet::new());
     for (name, optimizer) in &state.optimizers {
         let Some(stored) = index.optimizers.get(name) else {

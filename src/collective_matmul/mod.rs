@@ -2,12 +2,13 @@
 //! and captured steps run on them.
 //!
 //! A left factor is `[.., features]`, of two dims or more, a right factor `[features, columns]`, behind any number of
-//! dims that are 1: there are three kinds of products, the [sum](Products::sum) over the ranks, the same
-//! [scattered](Products::scatter) along a dim, and that of a left factor that is [gathered](Products::gather) along a
-//! dim. The places along this dim are the *positions*, which the ranks divide among them as [`part`](crate::comm::part)
-//! does; the places along the dims before it are *outer*, and a position has as many rows as the dims between it and
-//! the features have places, of each outer one. How products are cut into chunks that overlap with their collectives is
-//! told in [`tensor_parallel::functional`](crate::tensor_parallel::functional).
+//! dims that are 1: there are three kinds of products, the [sum](ShardedProducts::sum) over the ranks, the same
+//! [scattered](ShardedProducts::scatter) along a dim, and that of a left factor that is
+//! [gathered](ShardedProducts::gather) along a dim. The places along this dim are the *positions*, which the ranks
+//! divide among them as [`part`](crate::comm::part) does; the places along the dims before it are *outer*, and a
+//! position has as many rows as the dims between it and the features have places, of each outer one. How products are
+//! cut into chunks that overlap with their collectives is told in
+//! [`tensor_parallel::functional`](crate::tensor_parallel::functional).
 
 mod chunk_plan;
 #[cfg(feature = "cubecl")]
@@ -56,7 +57,7 @@ impl ProductCall {
 }
 
 /// Sharded products on the tensors of a backend. Factors are of dims that fit.
-pub(crate) trait Products: Backend {
+pub(crate) trait ShardedProducts: Backend {
     /// Starts `sum over r and i of left_i right_i`, the same on all ranks. `beside` says that something else will be
     /// computed before anyone waits for it.
     fn sum(

@@ -1,13 +1,13 @@
-//! Sharded products of tensors whose backend is known at run time only, by dispatch to [`Products`].
+//! Sharded products of tensors whose backend is known at run time only, by dispatch to [`ShardedProducts`].
 
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{BackendTensor, DispatchKindConversion, DispatchTensor};
 
-use super::{PendingProduct, ProductCall, Products};
+use super::{PendingProduct, ProductCall, ShardedProducts};
 use crate::Error;
 use crate::tensor::{PlainTensor, with_backend};
 
-/// [`Products::sum`].
+/// [`ShardedProducts::sum`].
 ///
 /// # Errors
 /// [`Error::InvalidArgument`] for tensors of different devices, or of one without sharded products; those of the
@@ -19,12 +19,12 @@ pub(crate) fn sum(
 ) -> Result<PendingProduct<PlainTensor>, Error> {
     let first = terms.first().ok_or_else(|| call.no_terms())?[0].clone();
     with_backend!(first.device(), B => {
-        let sum = <B as Products>::sum(pairs::<B>(terms, call)?, call, beside)?;
+        let sum = <B as ShardedProducts>::sum(pairs::<B>(terms, call)?, call, beside)?;
         Ok(sum.map(PlainTensor::from_float::<B>))
     }, otherwise Err(nowhere(&first, call)))
 }
 
-/// [`Products::scatter`].
+/// [`ShardedProducts::scatter`].
 ///
 /// # Errors
 /// As [`sum`].
@@ -35,12 +35,12 @@ pub(crate) fn scatter(
 ) -> Result<PendingProduct<PlainTensor>, Error> {
     let first = terms.first().ok_or_else(|| call.no_terms())?[0].clone();
     with_backend!(first.device(), B => {
-        let sum = <B as Products>::scatter(pairs::<B>(terms, call)?, call, beside)?;
+        let sum = <B as ShardedProducts>::scatter(pairs::<B>(terms, call)?, call, beside)?;
         Ok(sum.map(PlainTensor::from_float::<B>))
     }, otherwise Err(nowhere(&first, call)))
 }
 
-/// [`Products::gather`].
+/// [`ShardedProducts::gather`].
 ///
 /// # Errors
 /// As [`sum`].
@@ -51,19 +51,22 @@ pub(crate) fn gather(
 ) -> Result<(Vec<PlainTensor>, PlainTensor), Error> {
     with_backend!(left.device(), B => {
         let rights = rights.into_iter().map(|right| primitive::<B>(right, call)).collect::<Result<_, _>>()?;
-        let (made, whole) = <B as Products>::gather(primitive::<B>(left, call)?, rights, call)?;
+        let (made, whole) = <B as ShardedProducts>::gather(primitive::<B>(left, call)?, rights, call)?;
         Ok((made.into_iter().map(PlainTensor::from_float::<B>).collect(), PlainTensor::from_float::<B>(whole)))
     }, otherwise Err(nowhere(&left, call)))
 }
 
-fn pairs<B: Products>(terms: Vec<[PlainTensor; 2]>, call: &ProductCall) -> Result<Vec<[FloatTensor<B>; 2]>, Error>
+fn pairs<B: ShardedProducts>(
+    terms: Vec<[PlainTensor; 2]>,
+    call: &ProductCall,
+) -> Result<Vec<[FloatTensor<B>; 2]>, Error>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {
     terms.into_iter().map(|[left, right]| Ok([primitive::<B>(left, call)?, primitive::<B>(right, call)?])).collect()
 }
 
-fn primitive<B: Products>(tensor: PlainTensor, call: &ProductCall) -> Result<FloatTensor<B>, Error>
+fn primitive<B: ShardedProducts>(tensor: PlainTensor, call: &ProductCall) -> Result<FloatTensor<B>, Error>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {

@@ -14,15 +14,15 @@ use super::{agreed_names, element};
 ///
 /// Operations that divide a tensor into parts divide its first dim; everything behind it is one row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Extent {
+pub struct CallShape {
     rank: u8,
     dims: [usize; Self::MAX],
 }
 
-impl Extent {
+impl CallShape {
     pub(crate) const MAX: usize = 8;
 
-    /// The extent of a tensor with these dims.
+    /// The shape of a tensor with these dims.
     #[inline]
     pub fn new(shape: &[usize]) -> Self {
         let mut dims = [1; Self::MAX];
@@ -36,14 +36,14 @@ impl Extent {
         Self { rank: shape.len().min(Self::MAX) as u8, dims }
     }
 
-    /// A hash of the dims behind the first, where there are more than an extent holds; else 0. Below the highest bit.
+    /// A hash of the dims behind the first, where there are more than a shape holds; else 0. Below the highest bit.
     pub(crate) fn folded_hash(shape: &[usize]) -> u64 {
         let Some(folded) = shape.get(Self::MAX - 1..).filter(|folded| folded.len() > 1) else { return 0 };
         let add = |hash: u64, dim: &usize| (hash ^ *dim as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
         folded.iter().fold(folded.len() as u64, add).max(2) >> 1
     }
 
-    /// The extent of a plain buffer.
+    /// The shape of a plain buffer.
     #[inline]
     pub fn flat(len: usize) -> Self {
         Self::new(&[len])
@@ -87,62 +87,62 @@ pub struct Call {
     /// Element type of the contribution; `None` if the rank contributes nothing and takes any dtype.
     pub dtype: Option<DType>,
     /// Shape of the contribution.
-    pub extent: Extent,
+    pub shape: CallShape,
     /// Separate buffers that the call reduces together; 1 unless coalesced.
-    pub pieces: usize,
+    pub buffers: usize,
     /// A hash of the lengths of those buffers, so that coalesced calls of one total that are divided differently do not
-    /// match. For calls of one piece, any other number that the ranks must agree on.
+    /// match. For calls of one buffer, any other number that the ranks must agree on.
     pub(crate) fingerprint: u64,
 }
 
 impl Call {
-    /// The call of an operation on one buffer; `dtype` and `extent` are those of the contribution.
+    /// The call of an operation on one buffer; `dtype` and `shape` are those of the contribution.
     #[inline]
-    pub fn new(operation: Operation, dtype: Option<DType>, extent: Extent) -> Self {
-        Self { operation, dtype, extent, pieces: 1, fingerprint: 0 }
+    pub fn new(operation: Operation, dtype: Option<DType>, shape: CallShape) -> Self {
+        Self { operation, dtype, shape, buffers: 1, fingerprint: 0 }
     }
 
     /// A call on device data: it does not match a call on host data.
     #[cfg(feature = "cubecl")]
-    pub(crate) fn on_device(operation: Operation, dtype: DType, extent: Extent) -> Self {
-        Self { fingerprint: Self::ON_DEVICE, ..Self::new(operation, Some(dtype), extent) }
+    pub(crate) fn on_device(operation: Operation, dtype: DType, shape: CallShape) -> Self {
+        Self { fingerprint: Self::ON_DEVICE, ..Self::new(operation, Some(dtype), shape) }
     }
 
     /// A call that reduces several device buffers together, in place. `fingerprint` is the hash of their lengths.
     #[cfg(feature = "cubecl")]
-    pub(crate) fn pieces_on_device(
+    pub(crate) fn coalesced_on_device(
         op: ReduceOp,
         dtype: DType,
         elements: usize,
-        pieces: usize,
+        buffers: usize,
         fingerprint: u64,
     ) -> Self {
-        let call = Self::on_device(Operation::AllReduce(op), dtype, Extent::flat(elements));
-        Self { pieces, fingerprint: if pieces == 1 { Self::ON_DEVICE } else { !fingerprint }, ..call }
+        let call = Self::on_device(Operation::AllReduce(op), dtype, CallShape::flat(elements));
+        Self { buffers, fingerprint: if buffers == 1 { Self::ON_DEVICE } else { !fingerprint }, ..call }
     }
 
     /// The highest bit of `fingerprint` says that the data is on a device.
     const ON_DEVICE: u64 = 1 << 63;
 
-    /// The same call with a number that all ranks must agree on. For calls of one piece.
+    /// The same call with a number that all ranks must agree on. For calls of one buffer.
     pub(crate) fn agreeing(self, number: u64) -> Self {
-        debug_assert!(self.pieces == 1 && number < Self::ON_DEVICE);
+        debug_assert!(self.buffers == 1 && number < Self::ON_DEVICE);
         Self { fingerprint: self.fingerprint | number, ..self }
     }
 
     /// A call that splits a group for a purpose of this name, which is the same on all ranks.
     pub fn split(name: &str) -> Self {
-        Self::new(Operation::Split, None, Extent::flat(0)).agreeing(agreed_names::keep(name))
+        Self::new(Operation::Split, None, CallShape::flat(0)).agreeing(agreed_names::keep(name))
     }
 
     /// The name of the number that the ranks must agree on, as far as that is known: what a group is split for, or what
     /// is gathered.
     pub(crate) fn agreed_name(&self) -> Option<String> {
-        let number = self.agreed_number().filter(|_| self.pieces == 1)?;
+        let number = self.agreed_number().filter(|_| self.buffers == 1)?;
         agreed_names::name(number)
     }
 
-    /// That number, but for calls of several pieces; none if it is 0.
+    /// That number, but for calls of several buffers; none if it is 0.
     pub(crate) fn agreed_number(&self) -> Option<u64> {
         Some(self.fingerprint & !Self::ON_DEVICE).filter(|number| *number != 0)
     }
@@ -161,14 +161,14 @@ impl Call {
             (Some(a), Some(b)) => a == b,
             _ => true,
         };
-        let same_extent = match self.operation {
+        let same_shape = match self.operation {
             Operation::Scatter { .. } => true,
             operation if operation.allows_ragged() => {
-                self.extent.rank == other.extent.rank && self.extent.dims[1..] == other.extent.dims[1..]
+                self.shape.rank == other.shape.rank && self.shape.dims[1..] == other.shape.dims[1..]
             }
-            _ => self.extent == other.extent,
+            _ => self.shape == other.shape,
         };
-        same_dtype && same_extent && self.pieces == other.pieces && self.fingerprint == other.fingerprint
+        same_dtype && same_shape && self.buffers == other.buffers && self.fingerprint == other.fingerprint
     }
 }
 
@@ -185,13 +185,13 @@ impl Call {
             // The others do not work in place.
             _ => (None, 0),
         };
-        let dims = self.extent.dims();
+        let dims = self.shape.dims();
         let dtype = self.dtype.map_or(0, |dtype| element::number(dtype).map_or(1, |number| 2 + u64::from(number)));
         let op = op.map_or(0, |op| 1 + u64::from(op.number()));
         // What is small goes into one word: each round of the hash waits for the one before.
         let small = [self.operation.index() as u64, op, dtype, dims.len() as u64];
         add(small.into_iter().fold(0, |word, number| word << 8 | number));
-        add((self.pieces as u64).rotate_left(32) ^ root as u64);
+        add((self.buffers as u64).rotate_left(32) ^ root as u64);
         add(self.fingerprint);
         dims.iter().for_each(|dim| add(*dim as u64));
         hash << 8 | (1 + self.dtype.map_or(0, |dtype| dtype.size() as u64))
@@ -216,20 +216,20 @@ impl fmt::Display for Call {
             _ => {}
         }
         if let Some(dtype) = self.dtype {
-            write!(f, " of {dtype:?} {:?}", self.extent.dims())?;
+            write!(f, " of {dtype:?} {:?}", self.shape.dims())?;
         }
         if self.is_on_device() {
             f.write_str(" on its device")?;
         }
         // Calls that differ in their fingerprint alone must not look alike.
-        match (self.pieces, self.fingerprint & !Self::ON_DEVICE) {
+        match (self.buffers, self.fingerprint & !Self::ON_DEVICE) {
             (1, 0) => Ok(()),
             (1, number) if self.operation == Operation::Split => write!(f, " by a name of hash {number:016x}"),
             (1, number) => match name {
                 Some(name) => write!(f, " ({name})"),
                 None => write!(f, " (agreed number {number})"),
             },
-            (pieces, fingerprint) => write!(f, " in {pieces} pieces (lengths {:04x})", fingerprint >> 47),
+            (buffers, fingerprint) => write!(f, " in {buffers} buffers (lengths {:04x})", fingerprint >> 47),
         }
     }
 }

@@ -7,7 +7,7 @@ use super::communicator::Communicator;
 #[cfg(feature = "cubecl")]
 use super::payload::OnDevice;
 use super::transport::BufferMut;
-use super::{Call, Extent, Operation, Payload, ReduceOp, host_buffer, reduce};
+use super::{Call, CallShape, Operation, Payload, ReduceOp, host_buffer, reduce};
 use crate::Error;
 
 impl Communicator {
@@ -51,7 +51,7 @@ impl Communicator {
                 }
             }
         }
-        let call = pieces_on_device(op, &tensors)?;
+        let call = coalesced_on_device(op, &tensors)?;
         let mut reduced = Vec::new();
         self.run(&call, |_| {
             let (tensors, bytes) = device_transport.all_reduce_many(op, tensors)?;
@@ -71,8 +71,8 @@ impl Communicator {
         let dtype = one_dtype(data.iter().map(FlexTensor::dtype), op)?;
         let mut data: Vec<FlexTensor> = data.into_iter().map(host_buffer::exclusive).collect();
         let lens = data.iter().map(|tensor| tensor.layout().num_elements());
-        let mut call = Call::new(Operation::AllReduce(op), dtype, Extent::flat(lens.clone().sum()));
-        call.pieces = data.len();
+        let mut call = Call::new(Operation::AllReduce(op), dtype, CallShape::flat(lens.clone().sum()));
+        call.buffers = data.len();
         call.fingerprint = fingerprint(lens);
         let mut buffers: Vec<BufferMut<'_>> = data.iter_mut().map(host_buffer::buffer_mut).collect();
         self.in_place(&call, &mut buffers)?;
@@ -94,11 +94,11 @@ fn one_dtype(mut dtypes: impl Iterator<Item = DType>, op: ReduceOp) -> Result<Op
 
 /// The call that reduces these tensors, at least one, together.
 #[cfg(feature = "cubecl")]
-pub(super) fn pieces_on_device(op: ReduceOp, tensors: &[super::DeviceTensor]) -> Result<Call, Error> {
+pub(super) fn coalesced_on_device(op: ReduceOp, tensors: &[super::DeviceTensor]) -> Result<Call, Error> {
     let nothing = || Error::invalid("all_reduce_coalesced", "there is nothing to reduce");
     let dtype = one_dtype(tensors.iter().map(|tensor| tensor.dtype), op)?.ok_or_else(nothing)?;
     let lens = tensors.iter().map(|tensor| tensor.meta.shape().iter().product());
-    Ok(Call::pieces_on_device(op, dtype, lens.clone().sum(), tensors.len(), fingerprint(lens)))
+    Ok(Call::coalesced_on_device(op, dtype, lens.clone().sum(), tensors.len(), fingerprint(lens)))
 }
 
 /// FNV-1a over the lengths of coalesced buffers. The highest bit is reserved: it says where they are.

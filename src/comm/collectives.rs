@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::communicator::Communicator;
 use super::transport::BufferMut;
-use super::{Call, Element, Extent, Operation, Payload, ReduceOp, reduce};
+use super::{Call, CallShape, Element, Operation, Payload, ReduceOp, reduce};
 use crate::Error;
 use crate::tensor::{PlainTensor, Pool};
 
@@ -24,7 +24,7 @@ impl Communicator {
     /// [`all_reduce`](Self::all_reduce) on a slice, in place.
     pub fn all_reduce_in_place<E: Element>(&self, slice: &mut [E], op: ReduceOp) -> Result<(), Error> {
         reduce::check(op, E::DTYPE)?;
-        let call = Call::new(Operation::AllReduce(op), Some(E::DTYPE), Extent::flat(slice.len()));
+        let call = Call::new(Operation::AllReduce(op), Some(E::DTYPE), CallShape::flat(slice.len()));
         self.in_place(&call, &mut [BufferMut::new(slice)])
     }
 
@@ -114,7 +114,7 @@ impl Communicator {
     /// [`Error::OutOfMemory`].
     pub fn all_gather_into<E: Element>(&self, input: &[E], output: &mut [E]) -> Result<(), Error> {
         self.out_of_place_slices(
-            &Call::new(Operation::AllGather, Some(E::DTYPE), Extent::flat(input.len())),
+            &Call::new(Operation::AllGather, Some(E::DTYPE), CallShape::flat(input.len())),
             input,
             output,
         )
@@ -122,7 +122,7 @@ impl Communicator {
 
     /// [`all_reduce`](Self::all_reduce) of a matrix with [`ReduceOp::Sum`], in place.
     pub(crate) fn all_reduce_matrix<E: Element>(&self, rows: &mut [E], dims: [usize; 2]) -> Result<(), Error> {
-        let call = Call::new(Operation::AllReduce(ReduceOp::Sum), Some(E::DTYPE), Extent::new(&dims));
+        let call = Call::new(Operation::AllReduce(ReduceOp::Sum), Some(E::DTYPE), CallShape::new(&dims));
         self.in_place(&call, &mut [BufferMut::new(rows)])
     }
 
@@ -133,7 +133,7 @@ impl Communicator {
         dims: [usize; 2],
         own: &mut [E],
     ) -> Result<(), Error> {
-        let call = Call::new(Operation::ReduceScatter(ReduceOp::Sum), Some(E::DTYPE), Extent::new(&dims));
+        let call = Call::new(Operation::ReduceScatter(ReduceOp::Sum), Some(E::DTYPE), CallShape::new(&dims));
         self.out_of_place_slices(&call, rows, own)
     }
 
@@ -144,7 +144,7 @@ impl Communicator {
         dims: [usize; 2],
         rows: &mut [E],
     ) -> Result<(), Error> {
-        self.out_of_place_slices(&Call::new(Operation::AllGather, Some(E::DTYPE), Extent::new(&dims)), own, rows)
+        self.out_of_place_slices(&Call::new(Operation::AllGather, Some(E::DTYPE), CallShape::new(&dims)), own, rows)
     }
 
     /// Every rank gets the payload of `root`. All pass the same shape and dtype; what the others pass is overwritten.
@@ -160,7 +160,7 @@ impl Communicator {
     /// [`broadcast`](Self::broadcast) on a slice, in place.
     pub fn broadcast_in_place<E: Element>(&self, slice: &mut [E], root: usize) -> Result<(), Error> {
         self.check_root(root, "broadcast")?;
-        let call = Call::new(Operation::Broadcast { root }, Some(E::DTYPE), Extent::flat(slice.len()));
+        let call = Call::new(Operation::Broadcast { root }, Some(E::DTYPE), CallShape::flat(slice.len()));
         self.in_place(&call, &mut [BufferMut::new(slice)])
     }
 

@@ -10,7 +10,7 @@ use super::counters::RunningCounters;
 use super::panicked::panic_message;
 use super::pending::{OutstandingJobs, ProgressThread};
 use super::transport::{Transfer, Transport};
-use super::{Call, CallLog, Counters, Extent, Operation, Pending};
+use super::{Call, CallLog, CallShape, Counters, Operation, Pending};
 use crate::Error;
 
 /// One rank's member of a group: runs collectives with the other ranks, and exchanges messages with them.
@@ -168,7 +168,7 @@ impl Communicator {
 
     /// Waits until every rank of the group has come.
     pub fn barrier(&self) -> Result<(), Error> {
-        let call = Call::new(Operation::Barrier, None, Extent::flat(0));
+        let call = Call::new(Operation::Barrier, None, CallShape::flat(0));
         self.run(&call, |transport| transport.collective(&call, Transfer::Nothing))
     }
 

@@ -12,7 +12,7 @@ use super::host_buffer::{self, SliceOutput, TakenOutput, TensorOutput};
 #[cfg(feature = "cubecl")]
 use super::payload::OnDevice;
 use super::transport::{BufferMut, BufferRef, Transfer};
-use super::{Call, Element, Extent, Operation, Payload};
+use super::{Call, CallShape, Element, Operation, Payload};
 use crate::Error;
 use crate::tensor::Pool;
 
@@ -60,9 +60,9 @@ impl Communicator {
             OnDevice::Here(data, origin) => (data, origin),
             OnDevice::Elsewhere(payload) => return Ok(Err(payload)),
         };
-        let extent = Extent::new(&data.meta.shape().to_vec());
-        let folded_hash = Extent::folded_hash(&data.meta.shape().to_vec());
-        let call = Call::on_device(operation, data.dtype, extent).agreeing(agreed ^ folded_hash);
+        let shape = CallShape::new(&data.meta.shape().to_vec());
+        let folded_hash = CallShape::folded_hash(&data.meta.shape().to_vec());
+        let call = Call::on_device(operation, data.dtype, shape).agreeing(agreed ^ folded_hash);
         let mut result = None;
         self.run(&call, |_| {
             let (output, bytes) = device_transport.run(&call, data)?;
@@ -76,8 +76,8 @@ impl Communicator {
     pub(super) fn host_in_place(&self, operation: Operation, data: FlexTensor) -> Result<FlexTensor, Error> {
         host_buffer::check_dtype(operation.name(), data.dtype())?;
         let mut data = host_buffer::exclusive(data);
-        let folded_hash = Extent::folded_hash(data.shape().as_slice());
-        let call = Call::new(operation, Some(data.dtype()), host_buffer::extent(&data)).agreeing(folded_hash);
+        let folded_hash = CallShape::folded_hash(data.shape().as_slice());
+        let call = Call::new(operation, Some(data.dtype()), host_buffer::shape(&data)).agreeing(folded_hash);
         self.in_place(&call, &mut [host_buffer::buffer_mut(&mut data)])?;
         Ok(data)
     }
@@ -117,16 +117,16 @@ impl Communicator {
         if let Some(dtype) = dtype {
             host_buffer::check_dtype(operation.name(), dtype)?;
         }
-        let extent = data.as_ref().map_or(Extent::flat(0), host_buffer::extent);
-        let shape = data.as_ref().map(|data| data.shape().to_vec()).unwrap_or_default();
-        let folded_hash = Extent::folded_hash(&shape);
+        let shape = data.as_ref().map_or(CallShape::flat(0), host_buffer::shape);
+        let own_dims = data.as_ref().map(|data| data.shape().to_vec()).unwrap_or_default();
+        let folded_hash = CallShape::folded_hash(&own_dims);
         if folded_hash != 0 && matches!(operation, Operation::Scatter { .. }) {
-            let (rank, most) = (shape.len(), Extent::MAX);
+            let (rank, most) = (own_dims.len(), CallShape::MAX);
             let problem =
                 format!("a tensor of rank {rank} was passed, {most} dims are the most; reshape it before and after");
             return Err(self.fail_with(Error::invalid("scatter", problem)));
         }
-        let call = Call::new(operation, dtype, extent).agreeing(agreed ^ folded_hash);
+        let call = Call::new(operation, dtype, shape).agreeing(agreed ^ folded_hash);
         // SAFETY: nothing is read through a null place of length 0.
         let nothing = unsafe { BufferRef::from_raw(std::ptr::null(), 0, dtype.unwrap_or(DType::F32)) };
         let input = data.as_ref().map_or(nothing, host_buffer::buffer_ref);
@@ -135,7 +135,7 @@ impl Communicator {
         let unfold = |output: FlexTensor| match folded_hash {
             0 => output,
             _ => {
-                let dims = [&output.shape().as_slice()[..1], &shape[1..]].concat();
+                let dims = [&output.shape().as_slice()[..1], &own_dims[1..]].concat();
                 output.reshape(dims.into())
             }
         };
@@ -168,7 +168,7 @@ impl Communicator {
         own: Range<usize>,
         agreed: u64,
     ) -> Result<(), Error> {
-        let call = Call::new(operation, Some(whole.dtype()), Extent::flat(own.len())).agreeing(agreed);
+        let call = Call::new(operation, Some(whole.dtype()), CallShape::flat(own.len())).agreeing(agreed);
         let mut output = TakenOutput::new(whole);
         let input = output.part(own);
         self.run(&call, |transport| {

@@ -8,13 +8,13 @@ use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{Bytes, DType, Shape};
 
 use super::element::with_storage_type;
-use super::transport::{BufferMut, BufferRef, Output};
-use super::{Call, Communicator, Element, Extent};
+use super::transport::{BufferMut, BufferRef, OutputAllocator};
+use super::{Call, CallShape, Communicator, Element};
 use crate::Error;
 use crate::tensor::Pool;
 
-pub(crate) fn extent(tensor: &FlexTensor) -> Extent {
-    Extent::new(tensor.shape().as_slice())
+pub(crate) fn shape(tensor: &FlexTensor) -> CallShape {
+    CallShape::new(tensor.shape().as_slice())
 }
 
 /// Refuses unsupported dtypes, so that no transport has to.
@@ -130,7 +130,7 @@ impl<'a> TensorOutput<'a> {
     }
 }
 
-impl Output for TensorOutput<'_> {
+impl OutputAllocator for TensorOutput<'_> {
     fn allocate(&mut self, dims: &[usize], dtype: DType) -> Result<BufferMut<'_>, Error> {
         if let Some(expected) = self.expected.filter(|expected| *expected != dtype) {
             return Err(Error::invalid("receive", format!("elements of {expected:?} were expected, {dtype:?} came")));
@@ -190,7 +190,7 @@ pub(crate) unsafe fn normalize_bools(data: *mut u8, len: usize) -> bool {
 /// An output that is a slice of the caller's.
 pub(crate) struct SliceOutput<'a, E>(pub &'a mut [E]);
 
-impl<E: Element> Output for SliceOutput<'_, E> {
+impl<E: Element> OutputAllocator for SliceOutput<'_, E> {
     fn allocate(&mut self, dims: &[usize], dtype: DType) -> Result<BufferMut<'_>, Error> {
         check_room((self.0.len(), E::DTYPE), dims, dtype)?;
         Ok(BufferMut::new(self.0))
@@ -220,7 +220,7 @@ impl<'a> TakenOutput<'a> {
     }
 }
 
-impl Output for TakenOutput<'_> {
+impl OutputAllocator for TakenOutput<'_> {
     fn allocate(&mut self, dims: &[usize], dtype: DType) -> Result<BufferMut<'_>, Error> {
         check_room((self.0.elements, self.0.dtype), dims, dtype)?;
         // SAFETY: the buffer, borrowed for as long.

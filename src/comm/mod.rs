@@ -65,13 +65,14 @@ pub(crate) mod receive_buffer;
 pub(crate) mod reduce;
 #[cfg(any(feature = "cuda", test))]
 mod sent_messages;
+mod settings;
 pub mod tcp;
 mod ticks;
 mod transport;
 mod wait_graph;
 
 pub(crate) use agreed_names::{NEW_OPTIMIZER, keep as agreed_number};
-pub use call::{Call, Extent};
+pub use call::{Call, CallShape};
 pub use call_log::{CallHistory, CallLog};
 pub use communicator::Communicator;
 pub use config::WorldConfig;
@@ -89,4 +90,4 @@ pub use part::part;
 pub use payload::{Payload, TensorKind, TensorOrigin};
 pub use pending::Pending;
 pub use reduce::reduce_contributions;
-pub use transport::{Arrival, BufferMut, BufferRef, Message, Output, Transfer, Transport};
+pub use transport::{Arrival, BufferMut, BufferRef, Message, OutputAllocator, Transfer, Transport};

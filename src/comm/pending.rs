@@ -131,7 +131,7 @@ impl ProgressThread {
             // The thread ends only when this sender is dropped.
             let _ = jobs.send(job);
         }
-        Pending { state: State::Background { result, done: self.done.clone() }, overdue: None }
+        Pending { state: PendingState::Background { result, done: self.done.clone() }, overdue: None }
     }
 
     /// Waits until all that was submitted is done, unless this is the thread that does it.
@@ -165,7 +165,7 @@ impl ProgressThread {
 /// An operation in the background. Dropping it does not cancel the operation; its result is then discarded.
 #[must_use = "the result, or the error, is had by waiting"]
 pub struct Pending<R> {
-    state: State<R>,
+    state: PendingState<R>,
     /// The limit for one job of the progress thread, and what makes the error when one takes longer.
     overdue: Option<(Duration, Overdue)>,
 }
@@ -173,10 +173,10 @@ pub struct Pending<R> {
 type Overdue = Box<dyn FnOnce(Duration) -> Error + Send>;
 
 /// The result of a job, and the hooks to run on the thread that waits for it.
-type Outcome<R> = (Result<R, Error>, Vec<WaitHook>);
+type JobResult<R> = (Result<R, Error>, Vec<WaitHook>);
 
-enum State<R> {
-    Background { result: Receiver<Outcome<R>>, done: Arc<AtomicU64> },
+enum PendingState<R> {
+    Background { result: Receiver<JobResult<R>>, done: Arc<AtomicU64> },
     Deferred(Box<dyn FnOnce() -> Result<R, Error> + Send>),
     Failed(Error),
 }
@@ -196,13 +196,13 @@ impl<R> Pending<R> {
     /// them for more than twice as long.
     pub fn wait(self) -> Result<R, Error> {
         match self.state {
-            State::Background { result, done } => {
+            PendingState::Background { result, done } => {
                 let (outcome, wait_hooks) = await_result(&result, &done, self.overdue)?;
                 wait_hooks.into_iter().for_each(|hook| hook());
                 outcome
             }
-            State::Deferred(operation) => operation(),
-            State::Failed(error) => Err(error),
+            PendingState::Deferred(operation) => operation(),
+            PendingState::Failed(error) => Err(error),
         }
     }
 
@@ -214,20 +214,20 @@ impl<R> Pending<R> {
 
     /// An operation without a thread: it runs when it is waited for.
     pub(crate) fn deferred(operation: impl FnOnce() -> Result<R, Error> + Send + 'static) -> Self {
-        Self { state: State::Deferred(Box::new(operation)), overdue: None }
+        Self { state: PendingState::Deferred(Box::new(operation)), overdue: None }
     }
 
     fn failed(error: Error) -> Self {
-        Self { state: State::Failed(error), overdue: None }
+        Self { state: PendingState::Failed(error), overdue: None }
     }
 }
 
 /// Waits for a result as long as the progress thread completes jobs.
 fn await_result<R>(
-    result: &Receiver<Outcome<R>>,
+    result: &Receiver<JobResult<R>>,
     done: &AtomicU64,
     overdue: Option<(Duration, Overdue)>,
-) -> Result<Outcome<R>, Error> {
+) -> Result<JobResult<R>, Error> {
     let limit = overdue.as_ref().map_or(Duration::MAX, |(limit, _)| *limit);
     let mut seen = done.load(Ordering::Relaxed);
     loop {

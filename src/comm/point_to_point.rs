@@ -6,7 +6,7 @@ use super::communicator::Communicator;
 #[cfg(feature = "cubecl")]
 use super::payload::OnDevice;
 use super::payload::on_device;
-use super::{Arrival, Call, Extent, Message, Operation, Payload, Pending, TensorKind, host_buffer};
+use super::{Arrival, Call, CallShape, Message, Operation, Payload, Pending, TensorKind, host_buffer};
 use crate::Error;
 
 impl Communicator {
@@ -24,7 +24,7 @@ impl Communicator {
         let (data, _) = payload.into_host()?;
         host_buffer::check_dtype("send", data.dtype())?;
         let bytes = data.layout().num_elements() * data.dtype().size();
-        let call = Call::new(Operation::Send { to, tag }, Some(data.dtype()), host_buffer::extent(&data));
+        let call = Call::new(Operation::Send { to, tag }, Some(data.dtype()), host_buffer::shape(&data));
         self.count(&call, || self.transport().send(to, tag, Message(data)).map(|()| bytes as u64))
     }
 
@@ -36,9 +36,9 @@ impl Communicator {
             OnDevice::Here(data, _) => data,
             OnDevice::Elsewhere(payload) => return Ok(Some(payload)),
         };
-        let extent = Extent::new(&data.meta.shape().to_vec());
-        let bytes = extent.elements() * data.dtype.size();
-        let call = Call::on_device(Operation::Send { to, tag }, data.dtype, extent);
+        let shape = CallShape::new(&data.meta.shape().to_vec());
+        let bytes = shape.elements() * data.dtype.size();
+        let call = Call::on_device(Operation::Send { to, tag }, data.dtype, shape);
         self.count(&call, || device_transport.send(to, tag, data).map(|()| bytes as u64)).map(|()| None)
     }
 
@@ -49,11 +49,11 @@ impl Communicator {
     /// # Errors
     /// [`Error::NoSuchRank`]; [`Error::UnexpectedMessage`], on every rank, if the message is not a `P`.
     pub fn recv<P: Payload>(&self, from: usize, tag: u64) -> Result<P, Error> {
-        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let call = Call::new(Operation::Receive { from, tag }, None, CallShape::flat(0));
         let mut received = None;
         self.count(&call, || {
             let arrival = self.take(from, tag)?;
-            let (dtype, dims) = arrival.outline();
+            let (dtype, dims) = arrival.dtype_and_dims();
             let bytes = dims.iter().product::<usize>() * dtype.size();
             received = Some((arrival, format!("{dtype:?} {dims:?}")));
             Ok(bytes as u64)

@@ -16,23 +16,23 @@ const SOON: Duration = Duration::from_micros(20);
 const LATER: Duration = Duration::from_millis(1);
 
 /// Sending rank and tag.
-pub(super) type Key = (usize, u64);
+pub(super) type SourceAndTag = (usize, u64);
 
 /// The posted receives, and the messages that have been fetched for them.
 pub(super) struct PostedReceives<T> {
-    state: Mutex<State<T>>,
+    state: Mutex<PostedState<T>>,
     condvar: Condvar,
 }
 
-struct State<T> {
+struct PostedState<T> {
     /// How many of each are still to be fetched.
-    wanted: BTreeMap<Key, usize>,
+    wanted: BTreeMap<SourceAndTag, usize>,
     /// Being fetched just now.
-    fetching: Option<Key>,
+    fetching: Option<SourceAndTag>,
     /// How many of each a thread is receiving itself.
-    asked: BTreeMap<Key, usize>,
+    asked: BTreeMap<SourceAndTag, usize>,
     /// Fetched messages, the oldest first.
-    fetched: BTreeMap<Key, VecDeque<T>>,
+    fetched: BTreeMap<SourceAndTag, VecDeque<T>>,
     /// Whether there is a thread that fetches.
     served: bool,
     /// Nothing is fetched any more.
@@ -42,7 +42,7 @@ struct State<T> {
 impl<T> Default for PostedReceives<T> {
     fn default() -> Self {
         let (wanted, asked, fetched) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        let state = State { wanted, fetching: None, asked, fetched, served: false, closed: false };
+        let state = PostedState { wanted, fetching: None, asked, fetched, served: false, closed: false };
         Self { state: Mutex::new(state), condvar: Condvar::new() }
     }
 }
@@ -52,18 +52,18 @@ pub(super) enum Asked<'a, T> {
     /// The oldest.
     Fetched(T),
     /// It has not arrived: the caller receives it itself, and holds this until it has it.
-    NotYet(Turn<'a, T>),
+    NotYet(FetchTurn<'a, T>),
     /// It has arrived, but was not fetched within the limit. Another must not be received in its place.
     Late,
 }
 
 /// Nothing of this kind is fetched meanwhile.
-pub(super) struct Turn<'a, T> {
+pub(super) struct FetchTurn<'a, T> {
     posted: &'a PostedReceives<T>,
-    key: Key,
+    key: SourceAndTag,
 }
 
-impl<T> Drop for Turn<'_, T> {
+impl<T> Drop for FetchTurn<'_, T> {
     fn drop(&mut self) {
         less(&mut self.posted.lock().asked, self.key);
         self.posted.condvar.notify_all();
@@ -71,12 +71,12 @@ impl<T> Drop for Turn<'_, T> {
 }
 
 impl<T> PostedReceives<T> {
-    fn lock(&self) -> MutexGuard<'_, State<T>> {
+    fn lock(&self) -> MutexGuard<'_, PostedState<T>> {
         lock(&self.state)
     }
 
     /// Posts one more receive of this key. Returns whether a thread must be started that [serves](Self::serve) them.
-    pub fn expect(&self, key: Key) -> bool {
+    pub fn expect(&self, key: SourceAndTag) -> bool {
         let mut state = self.lock();
         if state.closed {
             return false;
@@ -88,7 +88,7 @@ impl<T> PostedReceives<T> {
 
     /// The oldest message of this key, if it is here or being fetched, for which nobody waits longer than `limit`. If
     /// not, one posted receive is removed.
-    pub fn take(&self, key: Key, limit: Duration) -> Asked<'_, T> {
+    pub fn take(&self, key: SourceAndTag, limit: Duration) -> Asked<'_, T> {
         let began = Instant::now();
         let mut state = self.lock();
         loop {
@@ -98,7 +98,7 @@ impl<T> PostedReceives<T> {
             if state.fetching != Some(key) {
                 less(&mut state.wanted, key);
                 *state.asked.entry(key).or_default() += 1;
-                return Asked::NotYet(Turn { posted: self, key });
+                return Asked::NotYet(FetchTurn { posted: self, key });
             }
             let Some(left) = limit.checked_sub(began.elapsed()) else { return Asked::Late };
             state = self.condvar.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -115,8 +115,8 @@ impl<T> PostedReceives<T> {
     /// has arrived, and does not wait for it.
     pub fn serve<M, E>(
         &self,
-        mut look: impl FnMut(Key) -> Result<Option<M>, E>,
-        mut fetch: impl FnMut(Key, M) -> Result<T, E>,
+        mut look: impl FnMut(SourceAndTag) -> Result<Option<M>, E>,
+        mut fetch: impl FnMut(SourceAndTag, M) -> Result<T, E>,
     ) -> Result<(), E> {
         let outcome = self.serve_until(&mut look, &mut fetch);
         self.close();
@@ -125,8 +125,8 @@ impl<T> PostedReceives<T> {
 
     fn serve_until<M, E>(
         &self,
-        look: &mut dyn FnMut(Key) -> Result<Option<M>, E>,
-        fetch: &mut dyn FnMut(Key, M) -> Result<T, E>,
+        look: &mut dyn FnMut(SourceAndTag) -> Result<Option<M>, E>,
+        fetch: &mut dyn FnMut(SourceAndTag, M) -> Result<T, E>,
     ) -> Result<(), E> {
         let mut pause = SOON;
         let mut state = self.lock();
@@ -161,7 +161,7 @@ impl<T> PostedReceives<T> {
     }
 }
 
-fn less(counts: &mut BTreeMap<Key, usize>, key: Key) {
+fn less(counts: &mut BTreeMap<SourceAndTag, usize>, key: SourceAndTag) {
     if let Some(count) = counts.get_mut(&key) {
         *count -= 1;
         if *count == 0 {

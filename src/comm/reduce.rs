@@ -107,7 +107,7 @@ trait Arithmetic: Copy + Default + PartialOrd + 'static {
     fn is_nan(self) -> bool;
 }
 
-trait Float: Arithmetic {
+trait FloatArithmetic: Arithmetic {
     fn from_f64(value: f64) -> Self;
     fn div(self, other: Self) -> Self;
 }
@@ -123,7 +123,7 @@ macro_rules! numbers {
                 #[inline(always)]
                 fn is_nan(self) -> bool { <$float>::is_nan(self) }
             }
-            impl Float for $float {
+            impl FloatArithmetic for $float {
                 #[inline(always)]
                 fn from_f64(value: f64) -> Self { value as $float }
                 #[inline(always)]
@@ -154,7 +154,7 @@ fn smaller<T: Arithmetic>(a: T, b: T) -> T {
     if a < b || a.is_nan() { a } else { b }
 }
 
-unsafe fn float<T: Float>(op: ReduceOp, sources: &[Contribution], outputs: &[*mut u8], len: usize) {
+unsafe fn float<T: FloatArithmetic>(op: ReduceOp, sources: &[Contribution], outputs: &[*mut u8], len: usize) {
     // SAFETY: passed on.
     unsafe {
         match op {

@@ -30,12 +30,12 @@ pub(super) struct SentMessages<M> {
     /// The group in which the receiver answers.
     answers: Arc<dyn Transport>,
     to: usize,
-    state: Mutex<State<M>>,
+    state: Mutex<SentState<M>>,
     /// How many wait, readable without the lock.
     waiting: AtomicUsize,
 }
 
-struct State<M> {
+struct SentState<M> {
     /// Number of the next message.
     next: u64,
     /// By number.
@@ -52,7 +52,7 @@ impl<M> std::fmt::Debug for SentMessages<M> {
 
 impl<M> SentMessages<M> {
     pub fn new(answers: Arc<dyn Transport>, to: usize) -> Self {
-        let state = State { next: 0, waiting: BTreeMap::new(), closed: false };
+        let state = SentState { next: 0, waiting: BTreeMap::new(), closed: false };
         Self { answers, to, state: Mutex::new(state), waiting: AtomicUsize::new(0) }
     }
 

@@ -93,9 +93,9 @@ impl<'a> BufferMut<'a> {
     }
 }
 
-/// Where received elements go. Their number may be known only once every rank has called (gathers of unequal lengths),
-/// so the transport asks for the buffer when it knows.
-pub trait Output {
+/// Allocates the buffer that received elements go to. Their number may be known only once every rank has called
+/// (gathers of unequal lengths), so the transport asks for it when it knows.
+pub trait OutputAllocator {
     /// A buffer for a tensor of these dims and `dtype`, which the transport fills completely if the operation succeeds.
     ///
     /// # Errors
@@ -116,7 +116,7 @@ pub enum Transfer<'a, 'b> {
         /// This rank's contribution.
         input: BufferRef<'b>,
         /// Where the result goes.
-        output: &'a mut dyn Output,
+        output: &'a mut dyn OutputAllocator,
     },
     /// Nothing: barrier.
     Nothing,
@@ -156,7 +156,7 @@ impl Arrival {
     }
 
     /// Element type and dims of the message.
-    pub(crate) fn outline(&self) -> (DType, Vec<usize>) {
+    pub(crate) fn dtype_and_dims(&self) -> (DType, Vec<usize>) {
         match self {
             Self::Host(Message(tensor)) => (tensor.dtype(), tensor.shape().to_vec()),
             #[cfg(feature = "cubecl")]

@@ -23,7 +23,8 @@ use super::same_settings::agree_on_settings;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 use crate::distribution::RowShards;
-use crate::graph::{Compared, GradientSink, StepEngine, Updates, gradients_params};
+use crate::graph::{Compared, GradientSink, StepEngine, Updates, found_gradients};
+use crate::params::FoundParams;
 use crate::sharding::Sharding;
 use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree, rows};
@@ -87,6 +88,7 @@ impl<E: StepEngine> Replica<E> {
             }
         }
         let before = self.counters();
+        let mut params = self.engine.find_params()?;
         let measures = matches!(self.averaging, Averaging::ByRows { measures: true, .. });
         shards.begin_step(measures.then(|| self.engine.gradient_layout().elsewhere));
         let (mut sums, mut unit) = (Sums::new(shards), None);
@@ -101,12 +103,12 @@ impl<E: StepEngine> Replica<E> {
             let unit = *unit.get_or_insert(head.rows());
             match inputs {
                 Some(inputs) => {
-                    let gave = self.engine.run(inputs, step.again(), Some(unit), &mut sums)?;
+                    let gave = self.engine.run(&mut params, inputs, step.again(), Some(unit), &mut sums)?;
                     losses.extend(gave.loss);
                     outputs.extend(gave.outputs);
                     runs.extend(gave.run);
                 }
-                None => self.take_part(shards, &mut sums)?,
+                None => self.take_part(shards, &params, &mut sums)?,
             }
             if !head.more() {
                 break;
@@ -118,15 +120,15 @@ impl<E: StepEngine> Replica<E> {
         let (loss, weight, noise) = total(&losses, sums.weight, noise, shards.replicas())?;
         let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
         let gradients = sums.gradients.into_iter().map(|(id, sum)| (id, sum.scale(factor))).collect();
-        let grads = gradients_params(self.engine.local(), gradients);
+        let grads = found_gradients(&params, gradients);
         let counters = self.counters() - before;
         Ok(Step { outputs, counters, runs, ..Step::new(LossValue::known(loss), weight, grads, noise) })
     }
 
     /// Takes part in the micro-batch of the others.
-    fn take_part(&mut self, shards: &RowShards, sums: &mut Sums<'_>) -> Result<(), Error> {
+    fn take_part(&mut self, shards: &RowShards, params: &FoundParams, sums: &mut Sums<'_>) -> Result<(), Error> {
         let mut lent = HashMap::new();
-        for (id, sum) in shards.take_part(self.engine.local())? {
+        for (id, sum) in shards.take_part(self.engine.local(), params)? {
             let sum = accumulate(lent.remove(&id), sum);
             lent.insert(id, sum);
         }

@@ -17,8 +17,8 @@ use super::reducer::Reducer;
 use super::structure::{Structure, broadcast_some};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
-use crate::graph::read_params;
-use crate::params::{ParamRef, agree, own_buffers, visit_floats};
+use crate::graph::read_found;
+use crate::params::{FoundParams, ParamRef, agree, own_buffers, visit_floats};
 use crate::tensor::PlainTensor;
 
 /// Whether a forward has run already with the parameters as they are.
@@ -31,18 +31,24 @@ pub(crate) enum ForwardState {
 }
 
 impl Reducer {
-    /// Registers everything that `module` trains with the reduction. Collective if it has changed, and then it
-    /// returns the module to go on with. `next` is what ranks call whose module has not.
+    /// Registers everything that `module` trains, in which `found` was found, with the reduction. Collective if it has
+    /// changed, and then it returns the module to go on with. `next` is what ranks call whose module has not.
     ///
     /// # Errors
     /// [`Error::ModelMismatch`], the same on all ranks, if it has not changed in the same way on all, or if a forward
     /// has run with new parameters of unequal values; [`Error::Graph`] if parameters of one id have different values;
     /// those of [`Communicator`].
-    pub(crate) fn admit<M: Module>(&self, module: &M, forward: ForwardState, next: Next) -> Result<Option<M>, Error> {
-        let (changed, repeated) = find_changes(module, &self.known());
+    pub(crate) fn admit<M: Module>(
+        &self,
+        module: &M,
+        found: &FoundParams,
+        forward: ForwardState,
+        next: Next,
+    ) -> Result<Option<M>, Error> {
+        let (changed, repeated) = find_changes(found, &self.known());
         if !repeated.is_empty() {
             // burn's optimizers would move one of them.
-            read_params(module, &repeated).inspect_err(|error| self.control().fail(error.clone()))?;
+            read_found(found, module, &repeated).inspect_err(|error| self.control().fail(error.clone()))?;
         }
         if !changed {
             return Ok(None);
@@ -75,15 +81,15 @@ impl Reducer {
 }
 
 /// Whether a module has what is not known, and the trained parameters that it holds in several places.
-fn find_changes<M: Module>(module: &M, known: &KnownParams) -> (bool, HashSet<ParamId>) {
+fn find_changes(found: &FoundParams, known: &KnownParams) -> (bool, HashSet<ParamId>) {
     let mut params: Vec<(ParamId, bool)> = Vec::new();
-    visit_floats(module, &mut |param| {
+    for param in found.floats() {
         if param.is_shard() {
             // What stands for the parameter is not known, and none itself.
             params.pop();
         }
         params.push((param.id(), param.is_trained()));
-    });
+    }
     let changed = params.iter().any(|(id, trained)| known.is_new(*id, *trained));
     let mut seen = HashSet::new();
     let repeated = params.into_iter().filter(|(id, trained)| !seen.insert(*id) && *trained);

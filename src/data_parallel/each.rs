@@ -32,7 +32,7 @@ impl<E: StepEngine> Replica<E> {
         mut step: StepFn<'_, E::Model, I>,
     ) -> Result<Step, Error> {
         let before = self.counters();
-        self.admit(reducer, ForwardState::Pending, Next::Rounds)?;
+        let mut params = self.admit(reducer, ForwardState::Pending, Next::Rounds)?;
         let micro_batches: Vec<I> = micro_batches.collect();
         let lines = reducer.known().lines.clone();
         let most = count_rounds(micro_batches.len(), &lines, reducer.control()).inspect_err(|_| reducer.discard())?;
@@ -53,7 +53,7 @@ impl<E: StepEngine> Replica<E> {
                     leader.into_iter().for_each(|leader| self.engine.begin_uneven(leader));
                     let mut sink = ReducerSink { reducer, loss_weight: &mut self.loss_weight, last: true };
                     let unit = sink.unit();
-                    let gave = self.engine.run(inputs, step.again(), unit, &mut sink);
+                    let gave = self.engine.run(&mut params, inputs, step.again(), unit, &mut sink);
                     let gave = gave.and_then(|gave| self.take(reducer, gave, true, &mut outputs, &mut runs));
                     match leader {
                         Some(_) => gave.and_then(|()| self.engine.end_uneven()),
@@ -62,17 +62,17 @@ impl<E: StepEngine> Replica<E> {
                 }
                 None => {
                     reducer.begin(self.loss_weight);
-                    leader.map_or(Ok(()), |leader| self.engine.follow(leader))
+                    leader.map_or(Ok(()), |leader| self.engine.follow(&params, leader))
                 }
             };
-            let ran = ran.and_then(|()| self.engine.end_gathers());
+            let ran = ran.and_then(|()| self.engine.end_gathers(&params));
             self.loss_weight = LossWeight::default();
             let losses = std::mem::take(&mut self.losses);
             let reduced = ran.and_then(|()| reducer.finish(summed(&losses)));
             sum.add(reduced.inspect_err(|_| reducer.discard())?, reducer.non_finite());
         }
         reducer.set_non_finite(sum.non_finite.take());
-        let (loss, weight, grads) = self.complete(reducer, sum.mean())?;
+        let (loss, weight, grads) = self.complete(reducer, &params, sum.mean())?;
         let counters = self.counters() - before;
         Ok(Step { outputs, counters, runs, ..Step::new(loss, weight, grads, self.noise) })
     }

@@ -7,11 +7,11 @@ use std::panic::resume_unwind;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use burn::backend::DispatchTensor;
-use burn::module::{Module, ModuleVisitor, Param, ParamId};
-use burn::tensor::{Device, Gradients, Tensor};
+use burn::module::{Module, ParamId};
+use burn::tensor::{Device, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
-use super::gathered::{Gatherer, assemble, checked_rows, meta_whole, shards_of};
+use super::gathered::{Gatherer, assemble, checked_params, meta_whole, shards_of};
 use super::hook::{HookGroup, detach, listening};
 use super::reducer::Reducer;
 use crate::Error;
@@ -23,7 +23,7 @@ use crate::graph::{
     StepEngine, capture_step,
 };
 use crate::lock::lock;
-use crate::params::{self, ParamSlice, ShardedIds, SliceSource};
+use crate::params::{self, FoundParams, ParamSlice, ShardedIds, SliceSource};
 use crate::sharding::Rows;
 use crate::step::{Loss, LossParts, StepCounters, StepFn, Weight};
 use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
@@ -61,6 +61,7 @@ impl<M: Module> Eager<M> {
     /// Backward of a micro-batch whose inputs have this many rows.
     pub(super) fn backward(
         &self,
+        params: &FoundParams,
         loss: Loss,
         rows: Option<usize>,
         unit: Option<f64>,
@@ -115,9 +116,13 @@ impl<M: Module> Eager<M> {
         self.gatherer.iter().for_each(|gatherer| gatherer.begin_backward());
         let mut grads = listening(self.hooks, || scaled.backward());
         self.end_micro_batch()?;
-        let mut collect = Collect { sink, grads: &mut grads, outcome: Ok(()) };
-        self.module.visit(&mut collect);
-        collect.outcome.map(|()| MicroBatchResult { loss, outputs, run: None })
+        // Some stayed with burn: of parameters without a hook, or on a device that is not known here.
+        for param in params.floats() {
+            if let Some(gradient) = param.take_gradient(&mut grads) {
+                sink.gradient(param.id(), gradient)?;
+            }
+        }
+        Ok(MicroBatchResult { loss, outputs, run: None })
     }
 
     /// Ends the backward of a micro-batch, and drops the parameters that were gathered for it.
@@ -131,22 +136,20 @@ impl<M: Module> Eager<M> {
         ended
     }
 
-    /// Runs a forward of the model, whose parameters may have to be gathered.
+    /// Runs a forward of the model, whose parameters may have to be gathered: those that were found, if they were.
     ///
     /// # Errors
     /// What went wrong with that, for which a forward has no way out but to panic.
-    fn forward_gathering<T>(&self, forward: impl FnOnce() -> T) -> Result<T, Error> {
+    fn forward_gathering<T>(&self, params: Option<&FoundParams>, forward: impl FnOnce() -> T) -> Result<T, Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(forward()) };
-        gatherer.set_shards(self.rows_of(gatherer)?);
+        gatherer.set_shards(match params {
+            Some(params) => shards_of(params, gatherer),
+            None => shards_of(&self.find_params()?, gatherer),
+        });
         catch_quietly(is_thrown, forward).map_err(|panic| match gatherer.failure() {
             Some(error) => error,
             None => resume_unwind(panic),
         })
-    }
-
-    /// This rank's rows of all parameters. Fails the world if they are not there as they should be.
-    fn rows_of(&self, gatherer: &Arc<Gatherer>) -> Result<HashMap<ParamId, PlainTensor>, Error> {
-        checked_rows(&self.module, gatherer).inspect_err(|error| self.control.fail(error.clone()))
     }
 
     /// What gathers the parameters, if each rank holds its rows of them.
@@ -165,6 +168,7 @@ impl<M: Module> Eager<M> {
     pub(super) fn run_sync_batch_norm<I: TensorTree + Clone>(
         &self,
         reducer: &Reducer,
+        params: &FoundParams,
         micro_batches: Vec<(I, f64)>,
         forward: impl FnMut(&M, I) -> Tensor<1>,
     ) -> Result<Vec<(Tensor<1>, f64)>, Error> {
@@ -173,7 +177,7 @@ impl<M: Module> Eager<M> {
             Some(steps) => steps,
             none => none.insert(SyncBatchNorm::new(reducer.data())?),
         };
-        steps.run(&self.module, reducer, micro_batches, forward)
+        steps.run(&self.module, reducer, params, micro_batches, forward)
     }
 
     pub(super) fn synchronized(&self) -> MutexGuard<'_, Option<SyncBatchNorm>> {
@@ -203,14 +207,15 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn run<I: TensorTree + Clone>(
         &mut self,
+        params: &mut FoundParams,
         inputs: I,
         mut step: StepFn<'_, M, I>,
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatchResult, Error> {
         let (inputs, rows) = rows(inputs)?;
-        let loss = self.forward_gathering(|| step.call(&self.module, inputs))?;
-        self.backward(loss, rows, unit, sink)
+        let loss = self.forward_gathering(Some(params), || step.call(&self.module, inputs))?;
+        self.backward(params, loss, rows, unit, sink)
     }
 
     /// That of the captured step operation by operation, which frees as early as can be: eager steps fuse nothing.
@@ -237,7 +242,7 @@ impl<M: Module> StepEngine for Eager<M> {
         O: TensorTree + Clone + Send + 'static,
     {
         let inputs = inputs.map_tensors(&mut Detach)?;
-        let outputs = self.forward_gathering(|| forward(&self.module.valid(), inputs))?;
+        let outputs = self.forward_gathering(None, || forward(&self.module.valid(), inputs))?;
         if let Some(gatherer) = &self.gatherer {
             gatherer.end_pass();
             gatherer.end_gathers()?;
@@ -245,12 +250,18 @@ impl<M: Module> StepEngine for Eager<M> {
         outputs.map_tensors(&mut Detach)
     }
 
-    fn check_params(&self) -> Result<(), Error> {
-        self.gatherer.as_ref().map_or(Ok(()), |gatherer| self.rows_of(gatherer).map(drop))
+    /// Fails the world if rows are not there as they should be.
+    fn find_params(&self) -> Result<FoundParams, Error> {
+        match &self.gatherer {
+            None => Ok(FoundParams::of(&self.module)),
+            Some(gatherer) => {
+                checked_params(&self.module, gatherer).inspect_err(|error| self.control.fail(error.clone()))
+            }
+        }
     }
 
     fn load(self, source: &mut dyn SliceSource) -> Result<Self, Error> {
-        self.check_params()?;
+        self.find_params()?;
         let slices = self.param_slices()?;
         let loaded = self.change(|module| params::load(module, source, &|id| slices.get(&id).cloned()))?;
         loaded.rows_changed();
@@ -259,9 +270,9 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn assemble(&self) -> Result<M, Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(self.module.clone()) };
-        let rows = self.rows_of(gatherer)?;
-        self.end_gathers()?;
-        gatherer.set_shards(rows);
+        let params = self.find_params()?;
+        self.end_gathers(&params)?;
+        gatherer.set_shards(shards_of(&params, gatherer));
         assemble(&self.module, gatherer)
     }
 
@@ -314,7 +325,7 @@ impl<M: Module> StepEngine for Eager<M> {
 
     fn rows_changed(&self) {
         if let Some(gatherer) = &self.gatherer {
-            gatherer.set_shards(shards_of(&self.module, gatherer));
+            gatherer.set_shards(shards_of(&FoundParams::of(&self.module), gatherer));
         }
     }
 
@@ -336,34 +347,18 @@ impl<M: Module> StepEngine for Eager<M> {
         self.gatherer.as_ref().map_or(Ok(()), |gatherer| gatherer.end_uneven())
     }
 
-    fn end_gathers(&self) -> Result<(), Error> {
+    fn end_gathers(&self, params: &FoundParams) -> Result<(), Error> {
         let Some(gatherer) = self.gatherer.as_ref().filter(|gatherer| gatherer.says_what_it_wants()) else {
             return Ok(());
         };
-        gatherer.set_shards(shards_of(&self.module, gatherer));
+        gatherer.set_shards(shards_of(params, gatherer));
         gatherer.end_gathers()
     }
 
-    fn follow(&self, leader: usize) -> Result<(), Error> {
+    fn follow(&self, params: &FoundParams, leader: usize) -> Result<(), Error> {
         let Some(gatherer) = &self.gatherer else { return Ok(()) };
-        gatherer.set_shards(shards_of(&self.module, gatherer));
+        gatherer.set_shards(shards_of(params, gatherer));
         gatherer.follow(leader)
-    }
-}
-
-/// Takes the gradients that stayed with burn: of parameters without a hook, or on a device that is not known here.
-struct Collect<'a> {
-    sink: &'a mut dyn GradientSink,
-    grads: &'a mut Gradients,
-    outcome: Result<(), Error>,
-}
-
-impl ModuleVisitor for Collect<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(gradient) = param.base().grad_remove(self.grads) {
-            let given = self.sink.gradient(param.id, PlainTensor::from(gradient));
-            self.outcome = std::mem::replace(&mut self.outcome, Ok(())).and(given);
-        }
     }
 }
 

@@ -88,9 +88,7 @@ use std::sync::Arc;
 
 use burn::module::Module;
 
-pub use batch_norm::{
-    BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, register_sync_batch_norm, sync_batch_norm,
-};
+pub use batch_norm::{BatchNormSync, register_sync_batch_norm, sync_batch_norm};
 pub use comm_hook::{AllReduceHook, Bucket, CastHook, CommHook};
 pub use config::DataParallelConfig;
 pub use dataset::DistributedDataset;

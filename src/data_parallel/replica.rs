@@ -21,7 +21,7 @@ use crate::Error;
 use crate::comm::Communicator;
 use crate::distribution::RowShards;
 use crate::graph::{MicroBatchResult, StepEngine};
-use crate::params::SliceSource;
+use crate::params::{FoundParams, SliceSource};
 use crate::sharding::Sharding;
 use crate::step::{LossValue, NoNoise, NoiseState, RunReport, Step, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
@@ -272,7 +272,7 @@ impl<E: StepEngine> Replica<E> {
             return self.run_reducing_each(&reducer, micro_batches, step);
         }
         let before = self.counters();
-        self.admit(&reducer, ForwardState::Pending, Next::Head)?;
+        let mut params = self.admit(&reducer, ForwardState::Pending, Next::Head)?;
         reducer.begin_noise(|| self.engine.gradient_layout().elsewhere);
         let (mut outputs, mut runs) = (Vec::new(), Vec::new());
         let mut ran = Ok(());
@@ -281,7 +281,7 @@ impl<E: StepEngine> Replica<E> {
             begun = micro_batches.peek().is_none();
             let mut sink = ReducerSink { reducer: &reducer, loss_weight: &mut self.loss_weight, last: begun };
             let unit = sink.unit();
-            let gave = self.engine.run(inputs, step.again(), unit, &mut sink);
+            let gave = self.engine.run(&mut params, inputs, step.again(), unit, &mut sink);
             ran = gave.and_then(|gave| self.take(&reducer, gave, begun, &mut outputs, &mut runs));
             if ran.is_err() {
                 break;
@@ -290,30 +290,43 @@ impl<E: StepEngine> Replica<E> {
         if ran.is_ok() && !begun {
             reducer.begin(self.loss_weight);
         }
-        let (loss, weight, grads) = self.finish(&reducer, ran)?;
+        let (loss, weight, grads) = self.finish(&reducer, &params, ran)?;
         let counters = self.counters() - before;
         Ok(Step { outputs, counters, runs, ..Step::new(loss, weight, grads, self.noise) })
     }
 
-    /// Registers everything that the model trains now with the reduction.
-    pub(super) fn admit(&mut self, reducer: &Arc<Reducer>, forward: ForwardState, next: Next) -> Result<(), Error> {
-        let ready = self.engine.check_params().and_then(|()| self.engine.end_gathers());
-        let admitted = ready.and_then(|()| reducer.admit(&self.engine, forward, next)).inspect_err(|_| {
+    /// Registers everything that the model trains now with the reduction. Returns the parameters of the step.
+    pub(super) fn admit(
+        &mut self,
+        reducer: &Arc<Reducer>,
+        forward: ForwardState,
+        next: Next,
+    ) -> Result<FoundParams, Error> {
+        self.try_to_admit(reducer, forward, next).inspect_err(|_| {
             self.loss_weight = LossWeight::default();
             self.losses.clear();
             reducer.discard();
-        })?;
-        if let Some(engine) = admitted {
-            self.engine = match self.hooks.filter(|_| reducer.data().size() > 1) {
-                Some(hooks) => {
-                    let mut indices = reducer.indices();
-                    indices.retain(|id, _| engine.shard_rows(*id).is_none());
-                    engine.apply_reparameterization(AttachHooks::new(reducer, hooks, &indices))
-                }
-                None => engine,
-            };
-        }
-        Ok(())
+        })
+    }
+
+    fn try_to_admit(
+        &mut self,
+        reducer: &Arc<Reducer>,
+        forward: ForwardState,
+        next: Next,
+    ) -> Result<FoundParams, Error> {
+        let params = self.engine.find_params()?;
+        self.engine.end_gathers(&params)?;
+        let Some(engine) = reducer.admit(&self.engine, &params, forward, next)? else { return Ok(params) };
+        self.engine = match self.hooks.filter(|_| reducer.data().size() > 1) {
+            Some(hooks) => {
+                let mut indices = reducer.indices();
+                indices.retain(|id, _| engine.shard_rows(*id).is_none());
+                engine.apply_reparameterization(AttachHooks::new(reducer, hooks, &indices))
+            }
+            None => engine,
+        };
+        self.engine.find_params()
     }
 
     pub(super) fn take(
@@ -338,6 +351,7 @@ impl<E: StepEngine> Replica<E> {
     pub(super) fn finish(
         &mut self,
         reducer: &Reducer,
+        params: &FoundParams,
         ran: Result<(), Error>,
     ) -> Result<(LossValue, f64, GradientsParams), Error> {
         self.loss_weight = LossWeight::default();
@@ -346,10 +360,10 @@ impl<E: StepEngine> Replica<E> {
         // Replicas reduce the sum on the host; a single one need not wait for the device.
         let sum =
             |losses: &[(Tensor<1>, f64)]| losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
-        let ran = ran.and_then(|()| self.engine.end_gathers());
+        let ran = ran.and_then(|()| self.engine.end_gathers(params));
         let reduced = ran.and_then(|()| reducer.finish(if alone { 0.0 } else { sum(&losses) }));
         let outcome = reduced.and_then(|reduced| {
-            let (known, weight, grads) = self.complete(reducer, reduced)?;
+            let (known, weight, grads) = self.complete(reducer, params, reduced)?;
             Ok((if alone { LossValue::mean(losses, weight) } else { known }, weight, grads))
         });
         outcome.inspect_err(|_| reducer.discard())
@@ -359,11 +373,12 @@ impl<E: StepEngine> Replica<E> {
     pub(super) fn complete(
         &mut self,
         reducer: &Reducer,
+        params: &FoundParams,
         mut reduced: Reduced,
     ) -> Result<(LossValue, f64, GradientsParams), Error> {
         self.waited += reduced.waited;
         self.noise = reduced.noise;
-        let grads = register(reducer, &mut reduced, &self.engine)?;
+        let grads = register(reducer, &mut reduced, params)?;
         self.steps += 1;
         if reducer.compares(self.steps) {
             fingerprint::compare(&self.engine, reducer.control())?;

@@ -13,6 +13,8 @@ use super::reducer::Reducer;
 use super::reducer_sink::ReducerSink;
 use super::replica::Replica;
 use crate::Error;
+use crate::graph::StepEngine;
+use crate::params::FoundParams;
 use crate::step::{Loss, Step};
 use crate::tensor::TensorTree;
 
@@ -29,9 +31,9 @@ impl<M: Module> Replica<Eager<M>> {
     /// of unequal values; [`Error::Graph`] if parameters of one id have different values; the error of the world.
     pub fn backward(&mut self, loss: impl Into<Loss>) -> Result<GradientsParams, Error> {
         let reducer = self.ready()?;
-        self.admit(&reducer, ForwardState::Done, Next::Head)?;
-        let ran = self.run_backward(&reducer, loss.into(), true);
-        self.finish(&reducer, ran).map(|(_, _, grads)| grads)
+        let params = self.admit(&reducer, ForwardState::Done, Next::Head)?;
+        let ran = self.run_backward(&reducer, &params, loss.into(), true);
+        self.finish(&reducer, &params, ran).map(|(_, _, grads)| grads)
     }
 
     /// Takes part in the `backward` of the others, on a rank that has no data left.
@@ -49,9 +51,9 @@ impl<M: Module> Replica<Eager<M>> {
                  with which they say so, or take steps by `step_micro_batches`, with no micro-batch on this rank",
             ));
         }
-        self.admit(&reducer, ForwardState::Done, Next::Head)?;
+        let params = self.admit(&reducer, ForwardState::Done, Next::Head)?;
         reducer.begin(self.loss_weight);
-        self.finish(&reducer, Ok(())).map(|(_, _, grads)| grads)
+        self.finish(&reducer, &params, Ok(())).map(|(_, _, grads)| grads)
     }
 
     /// Runs backward on a micro-batch that is not the last of its step. Communicates nothing.
@@ -60,7 +62,8 @@ impl<M: Module> Replica<Eager<M>> {
     /// [`Error::InvalidArgument`] if the weight of the loss is negative or not finite.
     pub fn accumulate(&mut self, loss: impl Into<Loss>) -> Result<(), Error> {
         let reducer = self.ready()?;
-        self.run_backward(&reducer, loss.into(), false)?;
+        let params = FoundParams::of(self.engine.local());
+        self.run_backward(&reducer, &params, loss.into(), false)?;
         reducer.forget_uses();
         Ok(())
     }
@@ -91,11 +94,11 @@ impl<M: Module> Replica<Eager<M>> {
             ));
         }
         let before = self.counters();
-        self.admit(&reducer, ForwardState::Pending, Next::Head)?;
-        let ran = self.engine.run_sync_batch_norm(&reducer, micro_batches, forward).map(|losses| {
+        let params = self.admit(&reducer, ForwardState::Pending, Next::Head)?;
+        let ran = self.engine.run_sync_batch_norm(&reducer, &params, micro_batches, forward).map(|losses| {
             self.losses = losses;
         });
-        let (loss, weight, grads) = self.finish(&reducer, ran)?;
+        let (loss, weight, grads) = self.finish(&reducer, &params, ran)?;
         let counters = self.counters() - before;
         Ok(Step { counters, ..Step::new(loss, weight, grads, self.noise) })
     }
@@ -111,10 +114,10 @@ impl<M: Module> Replica<Eager<M>> {
         self.reducer().cloned().ok_or_else(|| Error::invalid("Replica", "it has not been made one of several"))
     }
 
-    fn run_backward(&mut self, reducer: &Reducer, loss: Loss, last: bool) -> Result<(), Error> {
+    fn run_backward(&mut self, reducer: &Reducer, params: &FoundParams, loss: Loss, last: bool) -> Result<(), Error> {
         let mut sink = ReducerSink { reducer, loss_weight: &mut self.loss_weight, last };
         let unit = sink.unit();
-        let gave = self.engine.backward(loss, None, unit, &mut sink)?;
+        let gave = self.engine.backward(params, loss, None, unit, &mut sink)?;
         self.losses.extend(gave.loss);
         Ok(())
     }

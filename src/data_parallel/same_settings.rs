@@ -3,7 +3,7 @@
 use super::config::DataParallelConfig;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
-use crate::params::{share_bytes, share_text};
+use crate::params::share_text;
 
 /// Collective, unless there is a single replica.
 ///
@@ -22,7 +22,7 @@ pub(super) fn agree_on_settings(config: &DataParallelConfig, group: &Communicato
         return Ok(());
     }
     let rank = first as usize;
-    let its = share_bytes(mine.into_bytes(), rank, group)?;
+    let its = group.share_bytes(mine.into_bytes(), rank)?;
     let its = String::from_utf8_lossy(&its);
     let (its, theirs) = its.lines().zip(theirs.lines()).find(|(its, theirs)| its != theirs).unwrap_or_default();
     let problem = format!(

@@ -123,11 +123,11 @@ impl DistributedSampler {
     /// [`Error::InvalidArgument`] if there is no memory for a shuffled order of so many items.
     pub fn epoch(&self, epoch: usize) -> Result<Share, Error> {
         let order = match self.shuffle {
-            None => Order::AsIs,
+            None => ItemOrder::AsIs,
             Some(seed) if u32::try_from(self.items).is_ok() => {
-                Order::Narrow(self.shuffled(seed, epoch, |item| item as u32)?)
+                ItemOrder::Narrow(self.shuffled(seed, epoch, |item| item as u32)?)
             }
-            Some(seed) => Order::Wide(self.shuffled(seed, epoch, |item| item)?),
+            Some(seed) => ItemOrder::Wide(self.shuffled(seed, epoch, |item| item)?),
         };
         Ok(Share { sampler: *self, epoch, order })
     }
@@ -175,12 +175,12 @@ fn shuffle<T>(order: &mut [T], seed: u64, epoch: usize) {
 pub struct Share {
     sampler: DistributedSampler,
     epoch: usize,
-    order: Order,
+    order: ItemOrder,
 }
 
 /// The items of a rank in its turns.
 #[derive(Clone)]
-enum Order {
+enum ItemOrder {
     /// Those at its places.
     AsIs,
     /// These, all indices below 2^32.
@@ -208,9 +208,9 @@ impl Share {
     /// Index of the item that comes `turn`-th; none from [`len`](Self::len) on.
     pub fn get(&self, turn: usize) -> Option<usize> {
         match &self.order {
-            Order::AsIs => (turn < self.len()).then(|| self.sampler.place(turn)),
-            Order::Narrow(items) => items.get(turn).map(|item| *item as usize),
-            Order::Wide(items) => items.get(turn).copied(),
+            ItemOrder::AsIs => (turn < self.len()).then(|| self.sampler.place(turn)),
+            ItemOrder::Narrow(items) => items.get(turn).map(|item| *item as usize),
+            ItemOrder::Wide(items) => items.get(turn).copied(),
         }
     }
 

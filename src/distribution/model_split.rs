@@ -16,7 +16,7 @@ use crate::graph::{
     register_counter_based_rng,
 };
 use crate::layout::Layout;
-use crate::params::{self, Renamed, SliceSource};
+use crate::params::{self, FoundParams, Renamed, SliceSource};
 use crate::partition::{
     Larger, PartitionOptions, ShardReport, bucket_reductions, fuse_products, overlap, pad, partition,
     register_collectives,
@@ -165,13 +165,14 @@ impl ModelSplit {
         params::meta_module(local, &|id, _| self.whole_dims(id))
     }
 
-    /// The signature of the [meta module](Self::meta_module) for a training step.
+    /// The signature of the [meta module](Self::meta_module) for a training step, by what was found in this rank's
+    /// part.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if it has other parameters than the one that was split, or is on a device without
     /// autodiff.
-    pub(crate) fn of_step<M: Module>(&self, local: &M) -> Result<Signature, Error> {
-        let signature = Signature::of_step(local, &|id, _| self.whole_dims(id));
+    pub(crate) fn of_step<M: Module>(&self, local: &M, params: &FoundParams) -> Result<Signature, Error> {
+        let signature = Signature::of_step(params, &|id, _| self.whole_dims(id));
         signature.can_train()?;
         self.known(local, signature)
     }
@@ -181,7 +182,7 @@ impl ModelSplit {
     /// # Errors
     /// [`Error::InvalidArgument`] if it has other parameters than the one that was split.
     pub(crate) fn of_forward<M: Module>(&self, local: &M) -> Result<Signature, Error> {
-        self.known(local, Signature::of_forward(local, &|id, _| self.whole_dims(id)))
+        self.known(local, Signature::of_forward(&FoundParams::of(local), &|id, _| self.whole_dims(id)))
     }
 
     fn known<M: Module>(&self, local: &M, signature: Signature) -> Result<Signature, Error> {

@@ -17,6 +17,7 @@ pub(super) fn rank_failed(rank: usize, cause: &Error, log: &CallLog) -> String {
         | Error::Pipeline { .. }
         | Error::Plan { .. }
         | Error::Schedule { .. }
+        | Error::Settings { .. }
         | Error::Strategy { .. } => format!("{cause} (rank {rank} found it first)"),
         _ => format!("rank {rank} failed: {cause}{log}"),
     }

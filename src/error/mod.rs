@@ -253,6 +253,23 @@ pub enum Error {
         problem: String,
     },
 
+    /// The ranks of a group were given different settings.
+    #[error(
+        "`{name}` is {value} on rank {rank} of group `{group}`, and {value_of_0} on rank 0: give all ranks the same"
+    )]
+    Settings {
+        /// Group whose ranks were to be given the same.
+        group: Arc<str>,
+        /// First rank that differs from rank 0.
+        rank: usize,
+        /// The first setting that differs, as in `data.overlap`.
+        name: String,
+        /// Its value on that rank as JSON, or in words that it has none.
+        value: String,
+        /// Its value on rank 0.
+        value_of_0: String,
+    },
+
     /// An environment variable that does not parse.
     #[error("environment variable {variable}={value:?} is not {expected}")]
     Environment {

@@ -9,9 +9,9 @@ use std::rc::Rc;
 
 use burn_ir::{OperationIr, ScalarIr, TensorId, TensorIr, TensorStatus};
 
-use super::fused::{FUSED, Kernels, TILED, multiplies};
+use super::fused::{FUSED, Kernels, TILED, made_whole};
 use super::instruction::Instruction;
-use super::operation::{Class, is_view, matmul, passing_bytes, reshape, written_over};
+use super::operation::{Class, is_view, passing_bytes, reshape, written_over};
 use crate::tensor::{ALIGN, FROM};
 
 /// Memory that tensors lie in.
@@ -188,8 +188,8 @@ impl BufferLifetimes {
     }
 
     fn run(&mut self, op: &OperationIr) {
-        if let Some(product) = matmul(op).filter(|product| multiplies(product.out.dtype)) {
-            return self.make(&product.out, true, Rc::default(), true);
+        if let Some(out) = made_whole(op) {
+            return self.make(out, true, Rc::default(), true);
         }
         let first = op.inputs().next();
         if let (true, Some(input)) = (is_view(op), first) {

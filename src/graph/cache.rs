@@ -17,6 +17,7 @@ use super::recent::{GRAPHS, Recent};
 use super::signature::Signature;
 use super::step::StepGraph;
 use crate::Error;
+use crate::params::FoundParams;
 use crate::step::{ClosureIdentity, Loss, StepFn};
 use crate::tensor::{TensorMapper, TensorTree, place};
 
@@ -87,7 +88,7 @@ impl GraphCache {
         R: Into<Loss>,
     {
         let mut call = |model: &M, inputs: I| loss(model, inputs).into();
-        let signature = Signature::of_step(model, &|_, _| None);
+        let signature = Signature::of_step(&FoundParams::of(model), &|_, _| None);
         self.executor_of(signature, inputs, StepFn::new::<F>(&mut call), || model.clone())
     }
 
@@ -130,7 +131,7 @@ impl GraphCache {
         F: FnMut(&M, I) -> O,
         O: TensorTree + Clone + Send + 'static,
     {
-        let signature = Signature::of_forward(model, &|_, _| None);
+        let signature = Signature::of_forward(&FoundParams::of(model), &|_, _| None);
         self.forward_of(signature, inputs, forward, || model.clone())
     }
 

@@ -14,7 +14,7 @@ use super::random::RandomSource;
 use super::results::{StepObserver, StepOutputs};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::{ParamSlice, SliceSource};
+use crate::params::{FoundParams, ParamSlice, SliceSource};
 use crate::sharding::Rows;
 use crate::step::{RunReport, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
@@ -85,9 +85,11 @@ pub trait StepEngine: Module {
     }
 
     /// Runs forward and backward of a micro-batch. Gradients are those of the sum over its items, divided by `unit`; by
-    /// one that suits the engine if there is none.
+    /// one that suits the engine if there is none. `params` are those of the step, and found anew where the model
+    /// changes in it.
     fn run<I: TensorTree + Clone>(
         &mut self,
+        params: &mut FoundParams,
         inputs: I,
         step: StepFn<'_, Self::Model, I>,
         unit: Option<f64>,
@@ -130,13 +132,13 @@ pub trait StepEngine: Module {
         F: FnMut(&Self::Model, I) -> O,
         O: TensorTree + Clone + Send + 'static;
 
-    /// Makes sure that the model still holds what this engine has made of its parameters: it may have been changed
-    /// since the last step. All ranks get the error.
+    /// Finds the parameters of the model for a step, in one walk. Makes sure that they are still what this engine has
+    /// made of them: the model may have been changed since the last step. All ranks get the error.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] with the parameter.
-    fn check_params(&self) -> Result<(), Error> {
-        Ok(())
+    fn find_params(&self) -> Result<FoundParams, Error> {
+        Ok(FoundParams::of(self.local()))
     }
 
     /// Gives this rank's parameters the values that a source has.
@@ -234,7 +236,7 @@ pub trait StepEngine: Module {
     ///
     /// # Errors
     /// Those of [`Communicator`].
-    fn end_gathers(&self) -> Result<(), Error> {
+    fn end_gathers(&self, _params: &FoundParams) -> Result<(), Error> {
         Ok(())
     }
 
@@ -242,7 +244,7 @@ pub trait StepEngine: Module {
     ///
     /// # Errors
     /// Those of [`Communicator`].
-    fn follow(&self, _leader: usize) -> Result<(), Error> {
+    fn follow(&self, _params: &FoundParams, _leader: usize) -> Result<(), Error> {
         Ok(())
     }
 }

@@ -15,7 +15,7 @@ use super::edges::{CaptureInputs, CaptureOutputs};
 use super::execute::Executor;
 use super::graph_error;
 use super::leaves::ToCapture;
-use super::module::Inventory;
+use super::module::{Inventory, StepParams};
 use super::recording::Recording;
 use super::step::StepGraph;
 use crate::Error;
@@ -99,7 +99,20 @@ impl<O: TensorTree + Clone> Forward<O> {
     /// # Errors
     /// As [`Executor::step`].
     pub fn run<M: Module, I: TensorTree>(&mut self, model: &M, inputs: I) -> Result<O, Error> {
-        let given = self.executor.forward(model, inputs)?;
+        self.run_given(model, StepParams::default(), inputs)
+    }
+
+    /// As [`run`](Self::run), with what is known of the parameters.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run).
+    pub(crate) fn run_given<M: Module, I: TensorTree>(
+        &mut self,
+        model: &M,
+        params: StepParams<'_>,
+        inputs: I,
+    ) -> Result<O, Error> {
+        let given = self.executor.forward_given(model, params, inputs)?;
         self.captured.outputs(given)
     }
 }

@@ -8,7 +8,7 @@ use crate::tensor::PlainTensor;
 
 /// Which runs a rank compares.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Turn {
+pub(super) enum ComparedRuns {
     /// Those that all ranks do.
     Any,
     /// More, since its inputs are on the host.
@@ -38,11 +38,11 @@ impl InputComparison {
     /// [`Error::Graph`] if an input cannot be read.
     pub(super) fn start(
         &mut self,
-        turn: Turn,
+        runs: ComparedRuns,
         inputs: Vec<(String, PlainTensor)>,
         groups: &[Communicator],
     ) -> Result<(), Error> {
-        let mut told = vec![turn as u64, self.updates.digest(Compared::Parts), inputs.len() as u64];
+        let mut told = vec![runs as u64, self.updates.digest(Compared::Parts), inputs.len() as u64];
         for (path, input) in inputs {
             self.paths.push(path);
             told.push(input.shape().len() as u64);
@@ -106,13 +106,13 @@ impl InputComparison {
         let (ranks, name) = (by_rank(told), group.group());
         let Some(first) = ranks.first() else { return Ok(()) };
         for (rank, told) in ranks.iter().enumerate() {
-            let problem = if told.turn != first.turn {
-                let of = |turn| if turn == Turn::OnHost as u64 { "the host alone" } else { "a device" };
+            let problem = if told.runs != first.runs {
+                let of = |runs| if runs == ComparedRuns::OnHost as u64 { "the host alone" } else { "a device" };
                 format!(
                     "rank {rank} of group `{name}` was given inputs on {}, and rank 0 on {}: the ranks that share a model compute on \
                      devices of one kind, and make their inputs there",
-                    of(told.turn),
-                    of(first.turn),
+                    of(told.runs),
+                    of(first.runs),
                 )
             } else if told.inputs.len() != first.inputs.len() {
                 let [theirs, firsts] = [told, first].map(|told| told.inputs.len());
@@ -143,16 +143,16 @@ const SAME: &str = "the ranks that share a model pass the same whole inputs, eac
                     another axis";
 
 /// What a rank has told.
-struct Told<'a> {
-    turn: u64,
+struct ToldInputs<'a> {
+    runs: u64,
     updates: u64,
     /// The dims and the digest of each input.
     inputs: Vec<(&'a [u64], u64)>,
 }
 
-fn by_rank(mut told: &[u64]) -> Vec<Told<'_>> {
+fn by_rank(mut told: &[u64]) -> Vec<ToldInputs<'_>> {
     let mut ranks = Vec::new();
-    while let [turn, updates, count, rest @ ..] = told {
+    while let [runs, updates, count, rest @ ..] = told {
         let (mut inputs, mut rest) = (Vec::new(), rest);
         while inputs.len() < *count as usize
             && let Some((rank, behind)) = rest.split_first()
@@ -162,7 +162,7 @@ fn by_rank(mut told: &[u64]) -> Vec<Told<'_>> {
             inputs.push((dims, digest));
             rest = behind;
         }
-        ranks.push(Told { turn: *turn, updates: *updates, inputs });
+        ranks.push(ToldInputs { runs: *runs, updates: *updates, inputs });
         told = rest;
     }
     ranks

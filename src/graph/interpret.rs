@@ -11,9 +11,9 @@ use burn_router::TensorInterpreter;
 
 use super::backend::{GraphBackend, from_handle, into_handle};
 use super::custom::CustomOps;
-use super::fused::{fuses_on, multiplies, multiply};
+use super::fused::{assemble, assembles, fuses_on, multiplies, multiply};
 use super::graph_error;
-use super::operation::matmul;
+use super::operation::{cat, matmul};
 use super::step_memory::StepMemory;
 use crate::Error;
 use crate::tensor::{PlainTensor, check_device};
@@ -22,7 +22,7 @@ use crate::tensor::{PlainTensor, check_device};
 #[derive(Debug)]
 pub(crate) struct Interpreter {
     device: Device,
-    /// What products are written into; none if burn multiplies.
+    /// What products, and tensors beside each other, are written into; none if burn does all.
     memory: Option<Arc<StepMemory>>,
     backend: Box<dyn Interpret>,
 }
@@ -70,17 +70,22 @@ impl Interpreter {
     /// # Errors
     /// [`Error::Graph`] if a tensor is not on the device.
     pub(crate) fn run(&mut self, op: &OperationIr) -> Result<(), Error> {
-        match (&self.memory, matmul(op)) {
-            (Some(memory), Some(product)) if multiplies(product.out.dtype) => {
-                let left = self.backend.get(&product.lhs)?.into_flex()?;
-                let right = self.backend.get(&product.rhs)?.into_flex()?;
-                let room = memory.room(&product.out);
-                let out = multiply(&left, &right, &product.out.shape, room);
-                self.backend.bind(product.out.id, PlainTensor::from_flex(out))?;
-            }
-            _ => self.backend.run(op.clone()),
-        }
-        Ok(())
+        let Some(memory) = &self.memory else {
+            self.backend.run(op.clone());
+            return Ok(());
+        };
+        let mut get = |tensor: &TensorIr| self.backend.get(tensor)?.into_flex();
+        let (out, made) = if let Some(product) = matmul(op).filter(|product| multiplies(product.out.dtype)) {
+            let (out, factors) = (&product.out, [[get(&product.lhs)?, get(&product.rhs)?]]);
+            (out, multiply(&factors, &out.shape, out.dtype, memory.room(out)))
+        } else if let Some(cat) = cat(op).filter(|cat| assembles(cat)) {
+            let (out, parts) = (&cat.out, cat.tensors.iter().map(get).collect::<Result<Vec<_>, _>>()?);
+            (out, assemble(&parts, cat.dim, &out.shape, out.dtype, memory.room(out)))
+        } else {
+            self.backend.run(op.clone());
+            return Ok(());
+        };
+        self.backend.bind(out.id, PlainTensor::from_flex(made))
     }
 
     /// The value of a tensor, taken out if its status says so.

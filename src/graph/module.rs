@@ -10,9 +10,7 @@ use burn::tensor::{DType, Shape};
 
 use super::graph_error;
 use crate::Error;
-use crate::params::{
-    ModulePath, ParamRef, one_device, put_gradients, visit_params, visit_params_and_flags, with_autodiff,
-};
+use crate::params::{FoundParams, ModulePath, ParamRef, path_at, visit_params_and_flags, with_autodiff};
 use crate::tensor::PlainTensor;
 
 /// One float, int or bool parameter or running statistic.
@@ -63,80 +61,85 @@ impl Inventory {
 }
 
 /// The current values of the wanted parameters, sharing their buffers.
+///
+/// # Errors
+/// [`Error::Graph`] for one that is quantized, or that has lost its ties.
 pub(crate) fn read_params<M: Module>(
     module: &M,
     wanted: &HashSet<ParamId>,
 ) -> Result<HashMap<ParamId, PlainTensor>, Error> {
-    let read = ReadParams::of(module, wanted);
-    read.failed.map_or(Ok(read.values), Err)
+    read_found(&FoundParams::of(module), module, wanted)
 }
 
-/// As [`read_params`], with the one device, without autodiff, of all parameters of the module; `None` if there are
-/// none.
+/// As [`read_params`], of what was found in a module.
 ///
 /// # Errors
-/// Those of [`read_params`] and of [`one_device`].
-pub(crate) fn read_for_step<M: Module>(
+/// Those of [`read_params`].
+pub(crate) fn read_found<M: Module>(
+    params: &FoundParams,
     module: &M,
     wanted: &HashSet<ParamId>,
-) -> Result<(HashMap<ParamId, PlainTensor>, Option<Device>), Error> {
-    let read = ReadParams::of(module, wanted);
-    if read.several {
-        one_device(module, "a step")?;
-    }
-    read.failed.map_or(Ok((read.values, read.device)), Err)
-}
-
-struct ReadParams<'a> {
-    wanted: &'a HashSet<ParamId>,
-    values: HashMap<ParamId, PlainTensor>,
-    /// The device of the first parameter, and whether another one is elsewhere.
-    device: Option<Device>,
-    several: bool,
-    failed: Option<Error>,
-}
-
-impl<'a> ReadParams<'a> {
-    fn of<M: Module>(module: &M, wanted: &'a HashSet<ParamId>) -> Self {
-        let mut read = Self { wanted, values: HashMap::new(), device: None, several: false, failed: None };
-        visit_params(module, &mut |param| {
-            read.on(param.device());
-            read.add(&param);
-        });
-        read
-    }
-
-    fn on(&mut self, device: Device) {
-        let device = device.inner();
-        match &self.device {
-            None => self.device = Some(device),
-            Some(first) => self.several |= *first != device,
-        }
-    }
-
-    fn add(&mut self, param: &ParamRef<'_>) {
+) -> Result<HashMap<ParamId, PlainTensor>, Error> {
+    let mut values = HashMap::new();
+    for (place, param) in params.all().enumerate().filter(|(_, param)| wanted.contains(&param.id())) {
         let id = param.id();
-        if self.failed.is_some() || !self.wanted.contains(&id) {
-            return;
-        }
-        let path = param.path();
-        match PlainTensor::of(param.value(), &format!("parameter `{path}`")) {
-            Err(error) => self.failed = Some(error),
-            Ok(value) => match self.values.get(&id) {
-                // Tied weights are one value in several places. burn's optimizers update only the first place they
-                // meet, which silently unties them.
-                Some(first) if !same_buffer(first, &value) => {
-                    self.failed = Some(graph_error(format!(
-                        "parameter `{path}` shares its id with another parameter but no longer its value: burn's \
-                         optimizers update only the first of several parameters with one id. Keep one `Param` and use \
-                         it twice in `forward`"
-                    )));
-                }
-                Some(_) => {}
-                None => drop(self.values.insert(id, value)),
-            },
+        // Nothing but an error needs the path.
+        let value = PlainTensor::of(param.value(), "")
+            .or_else(|_| PlainTensor::of(param.value(), &format!("parameter `{}`", path_at(module, place))))?;
+        match values.get(&id) {
+            // Tied weights are one value in several places. burn's optimizers update only the first place they meet,
+            // which silently unties them.
+            Some(first) if !same_buffer(first, &value) => {
+                return Err(graph_error(format!(
+                    "parameter `{}` shares its id with another parameter but no longer its value: burn's optimizers \
+                     update only the first of several parameters with one id. Keep one `Param` and use it twice in \
+                     `forward`",
+                    path_at(module, place)
+                )));
+            }
+            Some(_) => {}
+            None => drop(values.insert(id, value)),
         }
     }
+    Ok(values)
+}
+
+/// What is known of the parameters of a module before a step reads them; by default nothing.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct StepParams<'a> {
+    /// What was found in the module.
+    pub(crate) found: Option<&'a FoundParams>,
+    /// Values that take the place of those that the module has.
+    pub(crate) whole: Option<&'a HashMap<ParamId, PlainTensor>>,
+}
+
+/// The values that a step takes of the wanted parameters, and the one device, without autodiff, of all parameters of
+/// the module; `None` if there are none. Of what was found in the module before, unless running statistics may have
+/// moved since: a step that `moves` them brings them up to date first.
+///
+/// # Errors
+/// Those of [`read_params`] and of [`one_device`](crate::params::one_device).
+pub(crate) fn read_for_step<M: Module>(
+    module: &M,
+    StepParams { found, whole }: StepParams<'_>,
+    moves: bool,
+    wanted: &HashSet<ParamId>,
+) -> Result<(HashMap<ParamId, PlainTensor>, Option<Device>), Error> {
+    if moves {
+        // An eager forward before this step may have left updates pending in the running statistics, which only
+        // `valid` applies.
+        let _ = module.valid();
+    }
+    let params = match found.filter(|found| !moves && !found.statistics_moved()) {
+        Some(found) => found,
+        None => &FoundParams::of(module),
+    };
+    let device = params.one_device(module, "a step")?;
+    let mut values = read_found(params, module, wanted)?;
+    for (id, value) in whole.into_iter().flatten() {
+        values.entry(*id).and_modify(|part| *part = value.clone());
+    }
+    Ok((values, device))
 }
 
 pub(crate) fn same_buffer(a: &PlainTensor, b: &PlainTensor) -> bool {
@@ -182,6 +185,10 @@ impl ModuleMapper for WriteRunningStates {
 ///
 /// `module` gives the rank of each parameter; an id that is not in it is ignored. Nothing is copied.
 pub fn gradients_params<M: Module>(module: &M, gradients: HashMap<ParamId, PlainTensor>) -> GradientsParams {
-    let mut gradients = gradients;
-    put_gradients(module, &mut |id, _| gradients.remove(&id)).0
+    found_gradients(&FoundParams::of(module), gradients)
+}
+
+/// As [`gradients_params`], of what was found in a module.
+pub(crate) fn found_gradients(params: &FoundParams, mut gradients: HashMap<ParamId, PlainTensor>) -> GradientsParams {
+    params.put_gradients(&mut |param| gradients.remove(&param.id())).0
 }

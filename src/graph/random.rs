@@ -26,7 +26,7 @@ use crate::Error;
 use crate::tensor::PlainTensor;
 
 /// Id of the custom operation that draws numbers.
-pub const COUNTER_BASED_RNG: &str = "counter_based_rng";
+const COUNTER_BASED_RNG: &str = "counter_based_rng";
 
 /// Replaces the random operations of a step by such whose numbers depend on nothing but the seed, the step, the number
 /// of the operation and the place of the element. Returns how many there were.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use burn::tensor::DType;
 
-use super::input_comparison::{InputComparison, Turn};
+use super::input_comparison::{ComparedRuns, InputComparison};
 use super::updates::Updates;
 use crate::Error;
 use crate::comm::Communicator;
@@ -104,8 +104,8 @@ impl SameInputs {
         on_host: bool,
     ) -> Result<InputComparison, Error> {
         // How often is the same for all, or goes by where the inputs are.
-        let turn = if self.every.is_none() && on_host { Turn::OnHost } else { Turn::Any };
-        comparison.start(turn, inputs, &self.groups)?;
+        let runs = if self.every.is_none() && on_host { ComparedRuns::OnHost } else { ComparedRuns::Any };
+        comparison.start(runs, inputs, &self.groups)?;
         Ok(comparison)
     }
 }

@@ -1,10 +1,10 @@
 //! The signature of a module: what a captured step depends on in it.
 
-use burn::module::{Flag, Module, Param, ParamId};
+use burn::module::ParamId;
 use burn::tensor::{DType, Shape};
 
 use crate::Error;
-use crate::params::{ModulePath, NewDims, ParamRef, visit_params_and_flags};
+use crate::params::{FoundParams, NewDims};
 
 /// The tensors and training flags of a module, in the order in which a visitor meets them: two modules that have the
 /// same are captured as the same graph.
@@ -32,34 +32,29 @@ impl Signature {
     ///
     /// Lazy parameters are not made, and no autodiff leaf is, but for those whose training setting shows in no other
     /// way: lazy ones, and trained ones on a plain device.
-    pub(crate) fn of_step<M: Module>(module: &M, dims: &NewDims) -> Self {
-        Self::of(module, dims, true)
+    pub(crate) fn of_step(params: &FoundParams, dims: &NewDims) -> Self {
+        Self::of(params, dims, true)
     }
 
     /// The signature for a forward alone, which a capture takes in evaluation mode: nothing is trained, no flag is on.
-    pub(crate) fn of_forward<M: Module>(module: &M, dims: &NewDims) -> Self {
-        Self::of(module, dims, false)
+    pub(crate) fn of_forward(params: &FoundParams, dims: &NewDims) -> Self {
+        Self::of(params, dims, false)
     }
 
-    fn of<M: Module>(module: &M, dims: &NewDims, trains: bool) -> Self {
-        let (mut tensors, mut flags, mut plain) = (Vec::new(), Vec::new(), false);
-        let mut tensor = |param: ParamRef<'_>| {
+    fn of(params: &FoundParams, dims: &NewDims, trains: bool) -> Self {
+        let mut plain = false;
+        let tensors = params.all().map(|param| {
             let (id, found) = (param.id(), param.dims());
             if !param.is_float() {
-                tensors.push((id, Shape::from(found), param.dtype(), TensorUse::Index));
-                return;
+                return (id, Shape::from(found), param.dtype(), TensorUse::Index);
             }
             let trained = trains && param.trains();
             plain |= trained && !param.device().is_autodiff();
             let shape = Shape::from(dims(id, &found).unwrap_or(found));
-            tensors.push((id, shape, param.dtype(), if trained { TensorUse::Trained } else { TensorUse::Frozen }));
-        };
-        let mut flag = |flag: &Param<Flag>, _: &ModulePath| {
-            if trains {
-                flags.push((flag.id, flag.clone().train().is_enabled()));
-            }
-        };
-        visit_params_and_flags(module, &mut tensor, &mut flag);
+            (id, shape, param.dtype(), if trained { TensorUse::Trained } else { TensorUse::Frozen })
+        });
+        let tensors = tensors.collect();
+        let flags = if trains { params.flags().to_vec() } else { Vec::new() };
         Self { tensors, flags, plain }
     }
 

@@ -76,7 +76,7 @@ impl Updates {
     /// [`Error::Optimizer`] in any case, the same on all ranks; those of [`Communicator`].
     pub fn explain(&self, compared: Compared, group: &Communicator) -> Result<(), Error> {
         let mine = lock(&self.0).told(group.world_rank());
-        let told = Told::read(&group.all_gather(mine)?);
+        let told = ToldUpdates::read(&group.all_gather(mine)?);
         let error = Error::Optimizer { problem: difference(&told, compared) };
         group.fail(error.clone());
         Err(error)
@@ -119,13 +119,13 @@ impl History {
 }
 
 /// What a rank has told.
-struct Told {
+struct ToldUpdates {
     world_rank: u64,
     count: u64,
     last: Vec<Update>,
 }
 
-impl Told {
+impl ToldUpdates {
     /// That of all ranks, one behind the other.
     fn read(mut words: &[u64]) -> Vec<Self> {
         let mut all = Vec::new();
@@ -149,8 +149,8 @@ impl Told {
 }
 
 /// In what the ranks differ, in the first update in which they do.
-fn difference(told: &[Told], compared: Compared) -> String {
-    let first = told.iter().map(Told::first).max().unwrap_or(0);
+fn difference(told: &[ToldUpdates], compared: Compared) -> String {
+    let first = told.iter().map(ToldUpdates::first).max().unwrap_or(0);
     let [least, most] = [told.iter().map(|told| told.count).min(), told.iter().map(|told| told.count).max()]
         .map(Option::unwrap_or_default);
     for number in first..least {

@@ -36,7 +36,7 @@ impl TensorFiles {
     /// # Errors
     /// What is wrong, with the tensor.
     pub(super) fn parse(json: &[u8]) -> Result<Self, String> {
-        let read: Read =
+        let read: ReadIndex =
             serde_json::from_slice(json).map_err(|why| format!("this is no index of safetensors: {why}"))?;
         for (tensor, file) in &read.weight_map.0 {
             if !is_plain(file) {
@@ -57,13 +57,13 @@ pub(super) fn is_plain(name: &str) -> bool {
 }
 
 #[derive(Deserialize)]
-struct Read {
+struct ReadIndex {
     weight_map: WeightMap,
 }
 
 /// What an index looks like.
 #[derive(Serialize)]
-pub(super) struct Written<'a> {
+pub(super) struct WrittenIndex<'a> {
     pub(super) metadata: Metadata,
     pub(super) weight_map: BTreeMap<&'a str, &'a str>,
 }
@@ -80,13 +80,13 @@ struct WeightMap(BTreeMap<String, String>);
 
 impl<'de> Deserialize<'de> for WeightMap {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_map(Entries).map(WeightMap)
+        deserializer.deserialize_map(WeightMapEntries).map(WeightMap)
     }
 }
 
-struct Entries;
+struct WeightMapEntries;
 
-impl<'de> Visitor<'de> for Entries {
+impl<'de> Visitor<'de> for WeightMapEntries {
     type Value = BTreeMap<String, String>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

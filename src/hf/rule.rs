@@ -47,26 +47,26 @@ pub struct Rule {
 }
 
 /// A rule as it is written, before it is known whether it can fit a model.
-struct Written(Rule);
+struct WrittenRule(Rule);
 
-impl<'de> Deserialize<'de> for Written {
+impl<'de> Deserialize<'de> for WrittenRule {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         // By its fields, and so are rules written: what serde has made of it, as `remote` says.
         Rule::deserialize(deserializer).map(Self)
     }
 }
 
-impl TryFrom<Written> for Rule {
+impl TryFrom<WrittenRule> for Rule {
     type Error = String;
 
-    fn try_from(Written(rule): Written) -> Result<Self, String> {
+    fn try_from(WrittenRule(rule): WrittenRule) -> Result<Self, String> {
         rule.check().map(|()| rule)
     }
 }
 
 impl<'de> Deserialize<'de> for Rule {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        table_as::<Written, Self, D>(deserializer)
+        table_as::<WrittenRule, Self, D>(deserializer)
     }
 }
 

@@ -71,14 +71,14 @@ impl FusedAdamW {
 
 /// The moments of an update.
 #[derive(Clone, Copy)]
-struct Moments {
+struct MomentUpdate {
     betas: Betas,
     is_first: bool,
     /// Whether there is no maximum of the second moment yet.
     is_first_max: bool,
 }
 
-impl Moments {
+impl MomentUpdate {
     /// Changes the moments by a gradient; the first and the second, or its maximum, by which to update.
     #[inline(always)]
     fn follow<T: Number, const N: usize>(&self, gradient: T, moments: &mut [T; N]) -> (T, T) {
@@ -99,7 +99,7 @@ impl Moments {
 
 #[derive(Clone, Copy)]
 struct AdamRule {
-    moments: Moments,
+    moments: MomentUpdate,
     lr: f64,
     weight_decay: Option<WeightDecay>,
     /// By what the first moment is multiplied for its bias and that of the second.
@@ -108,7 +108,7 @@ struct AdamRule {
 }
 
 impl AdamRule {
-    fn new(moments: Moments, time: i32, lr: f64, adam: &FusedAdam) -> Self {
+    fn new(moments: MomentUpdate, time: i32, lr: f64, adam: &FusedAdam) -> Self {
         let Betas { beta_1, beta_2, epsilon, .. } = moments.betas;
         let second = (1.0 - beta_2.powi(time)).sqrt();
         let factor = second / (1.0 - beta_1.powi(time));
@@ -131,7 +131,7 @@ impl<const N: usize> UpdateRule<N> for AdamRule {
 
 #[derive(Clone, Copy)]
 struct AdamWRule {
-    moments: Moments,
+    moments: MomentUpdate,
     lr: f64,
     /// By what moments are divided for their bias.
     biases: [f32; 2],
@@ -140,7 +140,7 @@ struct AdamWRule {
 }
 
 impl AdamWRule {
-    fn new(moments: Moments, time: i32, lr: f64, adam: &FusedAdamW) -> Self {
+    fn new(moments: MomentUpdate, time: i32, lr: f64, adam: &FusedAdamW) -> Self {
         let Betas { beta_1, beta_2, .. } = moments.betas;
         let biases = [beta_1, beta_2].map(|beta| 1.0 - beta.powi(time));
         let Decoupled { weight_decay, cautious_weight_decay: is_cautious } = adam.decay;
@@ -189,7 +189,7 @@ fn step<const D: usize, R: UpdateRule<2> + UpdateRule<3>>(
     gradient: Tensor<D>,
     state: Option<AdaptiveMomentumState<D>>,
     betas: Betas,
-    make: impl Fn(Moments, i32) -> R,
+    make: impl Fn(MomentUpdate, i32) -> R,
 ) -> (Tensor<D>, AdaptiveMomentumState<D>) {
     let is_first = state.is_none();
     let (before, first, second, max) = match state {
@@ -197,7 +197,7 @@ fn step<const D: usize, R: UpdateRule<2> + UpdateRule<3>>(
         None => (0, None, None, None),
     };
     let time = before + 1;
-    let moments = Moments { betas, is_first, is_first_max: max.is_none() };
+    let moments = MomentUpdate { betas, is_first, is_first_max: max.is_none() };
     let rule = make(moments, time as i32);
     let (value, moment_1, moment_2, max_moment_2) = if betas.amsgrad {
         let (value, [first, second, max]) = update(value, gradient, [first, second, max], rule);

@@ -89,25 +89,25 @@ fn update_as<T: Number, const N: usize>(
     rule: impl UpdateRule<N>,
 ) {
     let moments = moments.each_mut().map(|moment| moment.storage_mut::<T>());
-    Elements { value: value.storage_mut(), gradient: gradient.storage(), moments, rule }.share_out();
+    ParamElements { value: value.storage_mut(), gradient: gradient.storage(), moments, rule }.share_out();
 }
 
 /// Elements of a parameter, as many of each.
-struct Elements<'a, T, R, const N: usize> {
+struct ParamElements<'a, T, R, const N: usize> {
     value: &'a mut [T],
     gradient: &'a [T],
     moments: [&'a mut [T]; N],
     rule: R,
 }
 
-impl<T: Number, R: UpdateRule<N>, const N: usize> Elements<'_, T, R, N> {
+impl<T: Number, R: UpdateRule<N>, const N: usize> ParamElements<'_, T, R, N> {
     /// Computes halves on threads of their own, as long as that is worth it. Each element is computed by itself, so the
     /// number of threads changes nothing.
     fn share_out(self) {
         if self.value.len() < SPLIT_FROM || rayon::current_num_threads() == 1 {
             return vectorized(self);
         }
-        let Elements { value, gradient, moments, rule } = self;
+        let ParamElements { value, gradient, moments, rule } = self;
         let half = value.len() / 2;
         let (value, more_value) = value.split_at_mut(half);
         let (gradient, more_gradient) = gradient.split_at(half);
@@ -115,8 +115,8 @@ impl<T: Number, R: UpdateRule<N>, const N: usize> Elements<'_, T, R, N> {
         let moments = halves.each_mut().map(|(moment, _)| std::mem::take(moment));
         let more_moments = halves.map(|(_, more)| more);
         rayon::join(
-            || Elements { value, gradient, moments, rule }.share_out(),
-            || Elements { value: more_value, gradient: more_gradient, moments: more_moments, rule }.share_out(),
+            || ParamElements { value, gradient, moments, rule }.share_out(),
+            || ParamElements { value: more_value, gradient: more_gradient, moments: more_moments, rule }.share_out(),
         );
     }
 
@@ -135,7 +135,7 @@ impl<T: Number, R: UpdateRule<N>, const N: usize> Elements<'_, T, R, N> {
     }
 }
 
-impl<T: Number, R: UpdateRule<N>, const N: usize> Loops for Elements<'_, T, R, N> {
+impl<T: Number, R: UpdateRule<N>, const N: usize> Loops for ParamElements<'_, T, R, N> {
     #[inline(always)]
     fn run(mut self) {
         let from = self.value.len() / BLOCK * BLOCK;

@@ -39,7 +39,7 @@ pub(crate) struct Widened {
 
 /// What it keeps of its parameter.
 #[derive(Clone)]
-struct State {
+struct WidenedState {
     inner: ModuleOptimizer,
     /// Whether the record only [asked](ASKED).
     asked: bool,
@@ -76,7 +76,7 @@ impl Widened {
             );
             return Err(Error::Optimizer { problem });
         }
-        let mut optim = state.map_or_else(|| self.inner.clone(), |state| state.downcast::<State>().inner);
+        let mut optim = state.map_or_else(|| self.inner.clone(), |state| state.downcast::<WidenedState>().inner);
         let mut grads = GradientsParams::new();
         grads.register(self.id, Tensor::<D>::from_bridge(gradient).cast(self.dtype));
         // Optimizers take values off their tape.
@@ -89,7 +89,7 @@ impl Widened {
         let model = ShardParams(vec![ShardParam { path: self.path.clone(), rows, owner: 0, param }]);
         let mut updated = optim.step(lr, model, grads);
         let value = updated.0.remove(0).param.value().float::<D>()?;
-        let state = DynState::create(State { inner: optim, asked: false }, D);
+        let state = DynState::create(WidenedState { inner: optim, asked: false }, D);
         Ok((value.cast(dtype).into_bridge(), state))
     }
 
@@ -138,7 +138,7 @@ impl DynOptimizer for Widened {
     }
 
     fn state_flatten(&self, prefix: &str, state: &DynState, into: &mut StateSink) {
-        let State { inner, asked } = state.downcast_ref();
+        let WidenedState { inner, asked } = state.downcast_ref();
         if *asked {
             into.push_scalar(prefix, ASKED, Scalar::from(1_usize));
         }
@@ -151,6 +151,6 @@ impl DynOptimizer for Widened {
     fn state_unflatten(&self, rank: usize, prefix: &str, from: &mut StateSource, _: &Device) -> Option<DynState> {
         let (state, asked) = (self.names.take(prefix, from), from.take_scalar(prefix, ASKED).is_some());
         let inner = self.inner.clone().load_record(self.record(rank, state)?);
-        Some(DynState::create(State { inner, asked }, rank))
+        Some(DynState::create(WidenedState { inner, asked }, rank))
     }
 }

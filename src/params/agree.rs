@@ -22,7 +22,7 @@ pub(crate) fn agree(lines: &[(String, String)], group: &Communicator) -> Result<
     }
     let rank = first as usize;
     let found = if group.rank() == rank { difference(lines, &theirs) } else { String::new() };
-    let found = share_bytes(found.into_bytes(), rank, group)?;
+    let found = group.share_bytes(found.into_bytes(), rank)?;
     let found = String::from_utf8_lossy(&found).into_owned();
     let (path, problem) = found.split_once('\t').unwrap_or((&found, "it differs"));
     let name = group.group().clone();
@@ -36,18 +36,8 @@ pub(crate) fn agree(lines: &[(String, String)], group: &Communicator) -> Result<
 /// # Errors
 /// Those of [`Communicator::broadcast`].
 pub(crate) fn share_text(text: &str, group: &Communicator) -> Result<String, Error> {
-    let bytes = share_bytes(text.as_bytes().to_vec(), 0, group)?;
+    let bytes = group.share_bytes(text.as_bytes().to_vec(), 0)?;
     Ok(String::from_utf8_lossy(&bytes).into_owned())
-}
-
-/// The bytes of one rank, on all.
-///
-/// # Errors
-/// Those of [`Communicator::broadcast`].
-pub(crate) fn share_bytes(mut bytes: Vec<u8>, root: usize, group: &Communicator) -> Result<Vec<u8>, Error> {
-    let len = group.broadcast(vec![bytes.len() as u64], root)?[0] as usize;
-    bytes.resize(len, 0);
-    group.broadcast(bytes, root)
 }
 
 /// The first line that differs from those of rank 0, as `path<tab>problem`.

@@ -1,26 +1,13 @@
-//! Gradients in and out of burn's [`GradientsParams`], which are asked for by the rank of each parameter.
+//! Gradients out of burn's [`GradientsParams`], which are asked for by the rank of each parameter.
 
 use std::collections::HashSet;
 
 use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 
 use super::walk::ModulePath;
-use crate::Error;
 use crate::tensor::PlainTensor;
-
-/// The gradients that `gradient` has of the float parameters of a module, by their ids and devices (without autodiff),
-/// as burn's optimizers take them. Nothing is copied. [`Error::Graph`] comes beside them if a gradient has another rank
-/// than its parameter, and is left out.
-pub(crate) fn put_gradients<M: Module>(
-    module: &M,
-    gradient: &mut dyn FnMut(ParamId, Device) -> Option<PlainTensor>,
-) -> (GradientsParams, Result<(), Error>) {
-    let mut put = Put { gradient, grads: GradientsParams::new(), error: None };
-    module.visit(&mut put);
-    (put.grads, put.error.map_or(Ok(()), Err))
-}
 
 /// Takes the gradients of the float parameters of a module out, in its order. A parameter that is in several places
 /// counts once, at the first.
@@ -39,23 +26,6 @@ pub(crate) struct TakenGradient<'a> {
     pub(crate) id: ParamId,
     pub(crate) path: &'a ModulePath,
     pub(crate) gradient: Option<PlainTensor>,
-}
-
-struct Put<'a> {
-    gradient: &'a mut dyn FnMut(ParamId, Device) -> Option<PlainTensor>,
-    grads: GradientsParams,
-    error: Option<Error>,
-}
-
-impl ModuleVisitor for Put<'_> {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let device = if param.is_initialized() { param.base().device() } else { param.lazy_device() };
-        let Some(gradient) = (self.gradient)(param.id, device.inner()) else { return };
-        match gradient.float::<D>() {
-            Ok(gradient) => self.grads.register(param.id, gradient),
-            Err(error) => self.error = Some(error),
-        }
-    }
 }
 
 struct Take<'a> {
@@ -84,18 +54,18 @@ impl ModuleVisitor for Take<'_> {
 
 /// The gradients of the float parameters of a module, times a number.
 pub(crate) fn scale_gradients<M: Module>(module: &M, grads: GradientsParams, factor: f64) -> GradientsParams {
-    let mut scale = Scale { from: grads, to: GradientsParams::new(), factor };
+    let mut scale = ScaleGradients { from: grads, to: GradientsParams::new(), factor };
     module.visit(&mut scale);
     scale.to
 }
 
-struct Scale {
+struct ScaleGradients {
     from: GradientsParams,
     to: GradientsParams,
     factor: f64,
 }
 
-impl ModuleVisitor for Scale {
+impl ModuleVisitor for ScaleGradients {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.from.remove::<D>(param.id) {
             self.to.register(param.id, gradient.mul_scalar(self.factor));

@@ -1,9 +1,11 @@
-//! The parameters of any module: one way to visit them (`visit_params`) and one to change them (`map_params`); agreed
-//! on by the ranks, replaced by meta tensors, read from a store a part at a time.
+//! The parameters of any module: one way to visit them (`visit_params`), to look at them again (`FoundParams`) and one
+//! to change them (`map_params`); agreed on by the ranks, replaced by meta tensors, read from a store a part at a time.
 
 mod agree;
+mod any_param;
 mod buffers;
 mod device;
+mod found;
 mod gradients;
 mod ids;
 mod leaf;
@@ -22,10 +24,11 @@ mod walk;
 
 pub use source::SliceSource;
 
-pub(crate) use agree::{agree, share_bytes, share_text};
+pub(crate) use agree::{agree, share_text};
 pub(crate) use buffers::own_buffers;
 pub(crate) use device::one_device;
-pub(crate) use gradients::{put_gradients, scale_gradients, take_gradients};
+pub(crate) use found::FoundParams;
+pub(crate) use gradients::{scale_gradients, take_gradients};
 pub(crate) use ids::{Renamed, share_ids};
 pub(crate) use leaf::{LazyParam, LeafKind, leaf, stand_in, with_autodiff};
 #[doc(hidden)]
@@ -40,4 +43,4 @@ pub(crate) use statistics::{average_statistics, is_statistic};
 pub(crate) use sweep::sweep_leaves;
 pub(crate) use together::{attempt, together};
 pub(crate) use unknown_params::{check_params_known, unknown_params};
-pub(crate) use walk::{ModulePath, ParamRef, visit_floats, visit_params, visit_params_and_flags};
+pub(crate) use walk::{ModulePath, ParamRef, path_at, visit_floats, visit_params, visit_params_and_flags};

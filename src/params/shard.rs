@@ -24,7 +24,7 @@ pub(crate) struct ShardedIds {
 
 impl ShardedIds {
     pub(crate) fn of<M: Module>(module: &M) -> Self {
-        let mut find = Find::default();
+        let mut find = FindShards::default();
         module.visit(&mut find);
         find.found
     }
@@ -36,14 +36,14 @@ impl ShardedIds {
 }
 
 #[derive(Default)]
-struct Find {
+struct FindShards {
     last: Option<ParamId>,
     /// Whether the rows of the last one come next.
     entered: bool,
     found: ShardedIds,
 }
 
-impl ModuleVisitor for Find {
+impl ModuleVisitor for FindShards {
     fn enter_module(&mut self, name: &str, container: &str) {
         if is_shard(name, container) {
             self.found.stand_ins.extend(self.last.take());

@@ -1,6 +1,5 @@
 //! Errors that all ranks of a group return alike.
 
-use super::agree::share_bytes;
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp, panic_message};
 use crate::error::catch_quietly;
@@ -34,6 +33,6 @@ pub(crate) fn together<T>(
     }
     let rank = first as usize;
     let text = outcome.err().map(words).unwrap_or_default();
-    let text = share_bytes(text.into_bytes(), rank, group)?;
+    let text = group.share_bytes(text.into_bytes(), rank)?;
     Err(wrong(format!("rank {rank}: {}", String::from_utf8_lossy(&text))))
 }

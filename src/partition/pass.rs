@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::logical_tensor::LogicalTensor;
 use super::options::PartitionOptions;
@@ -10,7 +10,7 @@ use super::report::ShardReport;
 use super::rules::{LocalOperation, ShardingOption, looked_up, lower, realise};
 use crate::graph::StepGraph;
 use crate::graph::liveness::without_dead;
-use crate::graph::operation::{only_moves, op_name};
+use crate::graph::operation::{only_moves, op_name, replace_tensors};
 use crate::graph::origin::Origins;
 use crate::layout::Layout::{self, Replicated, Sharded};
 
@@ -235,7 +235,7 @@ impl<'a> Pass<'a> {
             locals.insert(out.id, local.clone());
             reduced.push((local, whole));
         }
-        op.visit_mut(&mut Replace(&locals));
+        replace_tensors(&mut op, &locals);
         let (degree, rank) = (self.options.degree, self.options.rank);
         let local = realise(op, option, degree, rank, &mut || self.fresh());
         self.operations.extend(local);
@@ -265,15 +265,5 @@ impl<'a> Pass<'a> {
         self.forward = self.made_forward.contains(&tensor.id);
         self.tensors.entry(tensor.id).or_insert_with(|| LogicalTensor::new(tensor.clone(), Replicated, tensor.id));
         self.get(tensor.id, layout)
-    }
-}
-
-struct Replace<'a>(&'a HashMap<TensorId, TensorIr>);
-
-impl IrVisitorMut for Replace<'_> {
-    fn visit_tensor_mut(&mut self, tensor: &mut TensorIr) {
-        if let Some(local) = self.0.get(&tensor.id) {
-            *tensor = local.clone();
-        }
     }
 }

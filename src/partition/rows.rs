@@ -16,7 +16,7 @@ use crate::graph::step::Uses;
 /// The step with linear layers and their gradients on dims as they were.
 pub(super) fn unflattened(graph: &StepGraph) -> StepGraph {
     let results = graph.results().map(|result| result.id).collect();
-    let find = Find { operations: &graph.operations, uses: Uses::of(&graph.operations), results };
+    let find = FindFlat { operations: &graph.operations, uses: Uses::of(&graph.operations), results };
     let found = (0..graph.operations.len()).filter_map(|place| find.flat(place).map(|flat| (place, flat)));
     let found: Vec<(usize, Flat)> = found.collect();
     let gone: HashSet<usize> = found.iter().flat_map(|(last, flat)| flat.instead_of(*last)).collect();
@@ -103,13 +103,13 @@ impl Flat {
     }
 }
 
-struct Find<'a> {
+struct FindFlat<'a> {
     operations: &'a [OperationIr],
     uses: Uses,
     results: HashSet<TensorId>,
 }
 
-impl Find<'_> {
+impl FindFlat<'_> {
     /// What the operation at `place` ends.
     fn flat(&self, place: usize) -> Option<Flat> {
         let op = &self.operations[place];

@@ -15,16 +15,18 @@ use super::tied::TiedParams;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{StepGraph, StepKey, TensorTree, capture_forward, capture_step, counter_based_rng, graph_error};
-use crate::params::one_device;
+use crate::params::{FoundParams, one_device};
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::{CutGraph, StageRun, cut_like, measure_operations};
 use crate::step::{ClosureIdentity, StepFn};
 
 impl PipelineState {
-    /// Captures and cuts the step for this batch, unless that is done; `local` loses what this rank does not hold.
+    /// Captures and cuts the step for this batch, unless that is done; `local` loses what this rank does not hold, and
+    /// its parameters are found anew then.
     pub(super) fn prepare<M, I>(
         &mut self,
         local: &mut Option<M>,
+        params: &mut FoundParams,
         inputs: I,
         mut step: StepFn<'_, M, I>,
     ) -> Result<(StepKey, Batch), Error>
@@ -34,7 +36,7 @@ impl PipelineState {
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
-        let signature = self.signature(&model, true);
+        let signature = self.signature(&model, params, true);
         let model = local.insert(model);
         let mut key = StepKey::new(step.identity, signature?, &inputs)?;
         let (firsts, sizes) = batch.sizes();
@@ -43,6 +45,8 @@ impl PipelineState {
             let graphs = self.capture_all(&self.meta_module(model), &batch, &inputs, &firsts, step.again())?;
             key = key.with_graphs(graphs.iter().map(StepGraph::digest));
             anew = Some(graphs);
+            // A capture brings running statistics up to date.
+            *params = FoundParams::of(model);
         }
         if self.steps.contains_key(&key) {
             return Ok((key, batch));
@@ -60,6 +64,7 @@ impl PipelineState {
         let trained = gradients.map(|(param, _)| graphs[0].params[*param].id).collect();
         let pipeline = Pipeline::over(self.group.clone(), self.timetable.clone(), &stages)?;
         self.steps.insert(key.clone(), CapturedStep { pipeline, stages, trained });
+        local.iter().for_each(|local| *params = FoundParams::of(local));
         Ok((key, batch))
     }
 
@@ -112,7 +117,7 @@ impl PipelineState {
         I: TensorTree + Clone,
     {
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, self.config.micro_batches)?;
-        self.signature(local, false)?;
+        self.signature(local, &FoundParams::of(local), false)?;
         let mut graph = self.capture(&self.meta_module(local), &batch, inputs, 0, step)?;
         self.split_graph(&mut graph)?;
         let device = one_device(local, "measure")?.unwrap_or_else(Device::flex);
@@ -136,7 +141,7 @@ impl PipelineState {
         let count = self.config.micro_batches.min(rows);
         let batch = Batch::new(inputs.clone(), &self.config.whole_inputs, count)?;
         let Some(model) = local.take() else { return Err(stage_error("the model was lost in an earlier error")) };
-        let signature = self.signature(&model, false);
+        let signature = self.signature(&model, &FoundParams::of(&model), false);
         let model = local.insert(model);
         let identity = ClosureIdentity::of::<F>();
         let mut key = StepKey::new(identity, signature?, &inputs)?;

@@ -8,7 +8,7 @@ use super::schedule::Unit;
 use super::step::bound;
 use super::{Pipelined, stage_error};
 use crate::Error;
-use crate::graph::TensorTree;
+use crate::graph::{StepParams, TensorTree};
 use crate::lock::lock;
 use crate::params::one_device;
 use crate::tensor::PlainTensor;
@@ -60,9 +60,9 @@ impl<M: Module> Pipelined<M> {
         // Only a step can keep what is shared here.
         let settled = state.tied_params.settled(&self.local)?;
         let local = settled.as_ref().unwrap_or(&self.local);
-        let (rows, shards) = (local, state.row_shards.clone());
-        let whole = shards.as_ref().map_or(Ok(None), |shards| shards.bound(rows))?;
-        let local = whole.as_ref().unwrap_or(rows);
+        let shards = state.row_shards.clone();
+        let whole = shards.as_ref().map_or(Ok(None), |shards| shards.whole(local, None))?;
+        let given = StepParams { whole: whole.as_ref(), ..StepParams::default() };
         let (captured, batch) = state.prepare_forward(&mut Some(self.local.clone()), inputs, forward)?;
         let count = captured.sizes.len();
         let inputs: Vec<Vec<PlainTensor>> = (0..count).map(|micro_batch| batch.micro_batch(micro_batch)).collect();
@@ -71,9 +71,9 @@ impl<M: Module> Pipelined<M> {
             Some(_) => exchanges(&captured.stages, &pipeline.forwards(count)?.rows()[group.rank()]),
             None => Vec::new(),
         };
-        let mut run = || bound(&mut captured.stages, local, |stages| pipeline.evaluate(stages, &inputs));
+        let mut run = || bound(&mut captured.stages, local, given, |stages| pipeline.evaluate(stages, &inputs));
         let mut executed = match &shards {
-            Some(shards) => shards.forward(rows, &own, run)?,
+            Some(shards) => shards.forward(local, &own, run)?,
             None => run()?,
         };
         captured.stages.iter_mut().for_each(|stage| drop(stage.unbind(local)));

@@ -12,7 +12,7 @@ use super::{Forwarded, LossSum, MicroBatch, Stage, StageMessage, stage_error};
 use crate::Error;
 use crate::distribution::RowShards;
 use crate::graph::instruction::Instruction;
-use crate::graph::{RandomSource, RandomStart, graph_error};
+use crate::graph::{RandomSource, RandomStart, StepParams, graph_error};
 use crate::partition::Exchange;
 use crate::pipeline_parallel::cut::{StageRun, Tensors};
 use crate::tensor::PlainTensor;
@@ -97,13 +97,18 @@ impl GraphStage {
         self.random = Some((source.clone(), start, rows));
     }
 
-    /// Has stages take the parameters of a step.
+    /// Has stages take the parameters of a step, with what is known of them.
     ///
     /// # Errors
     /// Those of [`StageRun::bind`].
-    pub(super) fn bind<M: Module>(stages: &mut [Self], model: &M) -> Result<(), Error> {
+    pub(super) fn bind<M: Module>(stages: &mut [Self], model: &M, params: StepParams<'_>) -> Result<(), Error> {
         let mut runs: Vec<&mut StageRun> = stages.iter_mut().flat_map(|stage| &mut stage.runs).collect();
-        StageRun::bind_all(&mut runs, model)
+        StageRun::bind_all(&mut runs, model, params)
+    }
+
+    /// Whether it gives running statistics new values.
+    pub(super) fn moves_statistics(&self) -> bool {
+        self.runs.iter().any(StageRun::moves_statistics)
     }
 
     /// Lets go of the parameters, and takes the gradients that have come together.

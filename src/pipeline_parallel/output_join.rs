@@ -42,8 +42,9 @@ impl OutputJoin {
         if sizes.len() == 1 || together == out.shape.to_vec() {
             return Ok(Self::Rows);
         }
-        let found = Value::of(whole, out.id);
-        let each: Option<Vec<Value>> = parts.iter().map(|part| Value::of(part, part.outputs[place].id)).collect();
+        let found = OutputValue::of(whole, out.id);
+        let each: Option<Vec<OutputValue>> =
+            parts.iter().map(|part| OutputValue::of(part, part.outputs[place].id)).collect();
         if let (Some(value), Some(each)) = (found, each)
             && each.iter().all(|part| part.behind == value.behind)
             && let Some(joined) = value.joined(&each, sizes)
@@ -83,35 +84,35 @@ impl OutputJoin {
 }
 
 /// What an output without rows is.
-struct Value {
-    kind: Kind,
+struct OutputValue {
+    kind: OutputKind,
     /// The linear steps behind it.
     behind: Vec<String>,
 }
 
 #[derive(PartialEq)]
-enum Kind {
+enum OutputKind {
     Same,
     /// Of so many elements.
     Sum(usize),
     Mean(usize),
 }
 
-impl Value {
+impl OutputValue {
     fn of(graph: &StepGraph, out: TensorId) -> Option<Self> {
         let (mut id, mut behind) = (out, Vec::new());
         let maker = |id: TensorId| graph.operations.iter().find(|op| op.outputs().any(|out| out.id == id));
         loop {
             if !depends_on_inputs(graph, id) {
-                return Some(Self { kind: Kind::Same, behind });
+                return Some(Self { kind: OutputKind::Same, behind });
             }
             let op = maker(id)?;
             match sum_or_mean(op) {
                 Some(SumOrMean::Sum(input)) => {
-                    return Some(Self { kind: Kind::Sum(input.shape.num_elements()), behind });
+                    return Some(Self { kind: OutputKind::Sum(input.shape.num_elements()), behind });
                 }
                 Some(SumOrMean::Mean(input)) => {
-                    return Some(Self { kind: Kind::Mean(input.shape.num_elements()), behind });
+                    return Some(Self { kind: OutputKind::Mean(input.shape.num_elements()), behind });
                 }
                 None => {}
             }
@@ -123,17 +124,18 @@ impl Value {
 
     /// How such values of the micro-batches of each size become this one, that of the batch.
     fn joined(&self, each: &[Self], sizes: &[usize]) -> Option<OutputJoin> {
-        let counts =
-            |count: fn(&Kind) -> Option<usize>| each.iter().map(|part| count(&part.kind)).collect::<Option<Vec<_>>>();
+        let counts = |count: fn(&OutputKind) -> Option<usize>| {
+            each.iter().map(|part| count(&part.kind)).collect::<Option<Vec<_>>>()
+        };
         let all = |counts: &[usize]| sizes.iter().map(|size| counts[*size]).sum::<usize>();
         match &self.kind {
-            Kind::Same => each.iter().all(|part| part.kind == Kind::Same).then_some(OutputJoin::Same),
-            Kind::Sum(whole) => {
-                let counts = counts(|kind| if let Kind::Sum(count) = kind { Some(*count) } else { None })?;
+            OutputKind::Same => each.iter().all(|part| part.kind == OutputKind::Same).then_some(OutputJoin::Same),
+            OutputKind::Sum(whole) => {
+                let counts = counts(|kind| if let OutputKind::Sum(count) = kind { Some(*count) } else { None })?;
                 (all(&counts) == *whole).then_some(OutputJoin::Sum)
             }
-            Kind::Mean(whole) => {
-                let counts = counts(|kind| if let Kind::Mean(count) = kind { Some(*count) } else { None })?;
+            OutputKind::Mean(whole) => {
+                let counts = counts(|kind| if let OutputKind::Mean(count) = kind { Some(*count) } else { None })?;
                 let shares = counts.iter().map(|count| *count as f64 / *whole as f64).collect();
                 (all(&counts) == *whole).then_some(OutputJoin::Mean(shares))
             }

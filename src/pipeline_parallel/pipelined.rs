@@ -18,7 +18,7 @@ use crate::graph::{
 };
 use crate::lock::lock;
 use crate::nesting::refuse_wrapping;
-use crate::params::{self, ParamSlice, SliceSource, one_device};
+use crate::params::{self, FoundParams, ParamSlice, SliceSource, one_device};
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::CutReport;
 use crate::step::{Loss, StepCounters, StepFn, Weight};
@@ -232,6 +232,7 @@ impl<M: Module> StepEngine for Pipelined<M> {
     /// Gradients come once the pipeline has drained.
     fn run<I: TensorTree + Clone>(
         &mut self,
+        params: &mut FoundParams,
         inputs: I,
         step: StepFn<'_, M, I>,
         unit: Option<f64>,
@@ -244,7 +245,7 @@ impl<M: Module> StepEngine for Pipelined<M> {
         if let Some(shards) = &shards {
             shards.begin_micro_batch(unit, 1.0 / divisor)?;
         }
-        let (run, outputs, gradients) = self.run_step(inputs, step)?;
+        let (run, outputs, gradients) = self.run_step(params, inputs, step)?;
         comparison.finish()?;
         if let Some(shards) = &shards {
             shards.end_micro_batch(&run.weights);

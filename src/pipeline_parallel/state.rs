@@ -14,7 +14,7 @@ use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{CustomOps, RandomSource, Recent, Signature, StepKey, register_counter_based_rng};
-use crate::params::{self, NewDims, Renamed, SliceSource};
+use crate::params::{self, FoundParams, NewDims, Renamed, SliceSource};
 use crate::partition::ShardReport;
 use crate::pipeline_parallel::cut::{Cut, CutGraph};
 use crate::plan::{Plan, PlanRow};
@@ -258,15 +258,21 @@ impl PipelineState {
         params::meta_module(local, &|id, found| self.whole_dims(id, found))
     }
 
-    /// The signature of the [meta module](Self::meta_module), for a training step or else a forward alone.
+    /// The signature of the [meta module](Self::meta_module), by what was found in this rank's part, for a training
+    /// step or else a forward alone.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if it has other parameters than the one that was wrapped, or is to be trained on a
     /// device without autodiff.
-    pub(super) fn signature<M: Module>(&self, local: &M, trains: bool) -> Result<Signature, Error> {
+    pub(super) fn signature<M: Module>(
+        &self,
+        local: &M,
+        params: &FoundParams,
+        trains: bool,
+    ) -> Result<Signature, Error> {
         let dims: &NewDims = &|id, found| self.whole_dims(id, found);
         let of = if trains { Signature::of_step } else { Signature::of_forward };
-        let (signature, known) = (of(local, dims), |id| self.dims.contains_key(&id));
+        let (signature, known) = (of(params, dims), |id| self.dims.contains_key(&id));
         if trains {
             signature.can_train()?;
         }

@@ -13,9 +13,9 @@ use super::pipeline::PipelineRun;
 use super::{Pipelined, Stage, stage_error};
 use crate::Error;
 use crate::distribution::RowShards;
-use crate::graph::TensorTree;
+use crate::graph::{StepParams, TensorTree};
 use crate::lock::lock;
-use crate::params::{one_device, sweep_leaves};
+use crate::params::{FoundParams, one_device, sweep_leaves};
 use crate::step::{Loss, StepFn};
 use crate::tensor::PlainTensor;
 
@@ -43,7 +43,7 @@ impl<M: Module> Pipelined<M> {
     ) -> Result<(), Error> {
         let state = self.state.clone();
         let mut local = Some(self.local.clone());
-        lock(&state).prepare(&mut local, inputs, step)?;
+        lock(&state).prepare(&mut local, &mut FoundParams::of(&self.local), inputs, step)?;
         self.take(local)
     }
 
@@ -56,7 +56,7 @@ impl<M: Module> Pipelined<M> {
         let state = self.state.clone();
         let mut state = lock(&state);
         let mut local = Some(self.local.clone());
-        let (key, _) = state.prepare(&mut local, inputs, step)?;
+        let (key, _) = state.prepare(&mut local, &mut FoundParams::of(&self.local), inputs, step)?;
         self.take(local)?;
         let rank = state.group.rank();
         let Some(CapturedStep { pipeline, stages, .. }) = state.steps.get_mut(&key) else {
@@ -70,6 +70,7 @@ impl<M: Module> Pipelined<M> {
     #[allow(clippy::type_complexity)]
     pub(super) fn run_step<I: TensorTree + Clone>(
         &mut self,
+        params: &mut FoundParams,
         inputs: I,
         step: StepFn<'_, M, I>,
     ) -> Result<(PipelineRun, Vec<Vec<PlainTensor>>, Vec<(ParamId, PlainTensor)>), Error> {
@@ -77,10 +78,11 @@ impl<M: Module> Pipelined<M> {
         let mut state = lock(&state);
         let state = &mut *state;
         let mut local = Some(self.local.clone());
-        let (key, batch) = state.prepare(&mut local, inputs, step)?;
+        let (key, batch) = state.prepare(&mut local, params, inputs, step)?;
         self.take(local)?;
         if let Some(settled) = state.tied_params.settled(&self.local)? {
             self.local = settled;
+            *params = FoundParams::of(&self.local);
         }
         state.tied_params.settle();
         let inputs: Vec<Vec<PlainTensor>> =
@@ -92,12 +94,16 @@ impl<M: Module> Pipelined<M> {
         let rows: Vec<_> = (0..inputs.len()).map(|micro_batch| batch.rows(micro_batch)).collect();
         stages.iter_mut().for_each(|stage| stage.draw_from(&state.random, start, rows.clone()));
         if let Some(shards) = &state.row_shards {
-            shards.agree(&self.local, &exchanges(stages, &pipeline.timetable().rows()[state.group.rank()]))?;
+            let own = exchanges(stages, &pipeline.timetable().rows()[state.group.rank()]);
+            shards.agree(&self.local, Some(params), &own)?;
         }
-        let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.bound(&self.local))?;
-        let model = whole.as_ref().unwrap_or(&self.local);
-        let mut executed = bound(stages, model, |stages| pipeline.step(stages, &inputs))?;
+        let whole = state.row_shards.as_ref().map_or(Ok(None), |shards| shards.whole(&self.local, Some(params)))?;
+        let given = StepParams { found: Some(params), whole: whole.as_ref() };
+        let mut executed = bound(stages, &self.local, given, |stages| pipeline.step(stages, &inputs))?;
         state.random.go_to(start, inputs.len(), rows.last().map_or(0, |last| last.end));
+        if stages.iter().any(GraphStage::moves_statistics) {
+            params.statistics_move();
+        }
         let mut gradients = HashMap::new();
         for stage in stages {
             for (id, gradient) in stage.unbind(&self.local) {
@@ -109,7 +115,7 @@ impl<M: Module> Pipelined<M> {
             accumulate(&mut gradients, id, sum);
         }
         if state.timetable.trains() && !state.tied_params.is_empty() {
-            let device = one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
+            let device = params.one_device(&self.local, "a step")?.unwrap_or_else(Device::flex);
             match state.row_shards {
                 Some(_) => state.tied_params.sum_any(&mut gradients, &device)?,
                 None => state.tied_params.sum(&mut gradients, &trained, &device)?,
@@ -136,13 +142,14 @@ impl<M: Module> Pipelined<M> {
     }
 }
 
-/// Runs stages with the parameters of `model`. After an error nothing of the step is left.
+/// Runs stages with the parameters of `model`, with what is known of them. After an error nothing of the step is left.
 pub(super) fn bound<M: Module>(
     stages: &mut [GraphStage],
     model: &M,
+    params: StepParams<'_>,
     run: impl FnOnce(&mut [GraphStage]) -> Result<PipelineRun, Error>,
 ) -> Result<PipelineRun, Error> {
     sweep_leaves();
-    let bound = GraphStage::bind(stages, model);
+    let bound = GraphStage::bind(stages, model, params);
     bound.and_then(|()| run(stages)).inspect_err(|_| stages.iter_mut().for_each(GraphStage::discard))
 }

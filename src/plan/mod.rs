@@ -45,6 +45,7 @@ mod from_layouts;
 mod pattern;
 mod presets;
 mod rule_text;
+mod show;
 mod suggest;
 mod table;
 mod text;

@@ -1,7 +1,6 @@
 //! The table of a plan: every parameter of a model with its layouts.
 
 use std::collections::HashSet;
-use std::fmt;
 
 use burn::module::{Module, ParamId};
 use burn::tensor::DType;
@@ -60,7 +59,7 @@ impl PlanRow {
     }
 }
 
-/// Every parameter of a model under a plan. Prints as a table.
+/// Every parameter of a model under a plan. Prints as a table, [in short](Self::in_short) as one of few rows.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PlanTable {
     axes: Vec<(String, usize)>,
@@ -232,7 +231,7 @@ impl PlanTable {
 
 impl AxisPlan {
     /// Finds rules that decide nothing, and parameters about which two rules disagree.
-    fn check(&self, axis: &str, rows: &[PlanRow], tied: &[TiedParam]) -> Result<(), Error> {
+    fn check(&self, axis: &str, rows: &[PlanRow], tied: &[TiedPath]) -> Result<(), Error> {
         if let Some(refused) = &self.refused {
             return Err(plan_error(refused.clone()));
         }
@@ -256,7 +255,7 @@ impl AxisPlan {
         if !self.rules.is_empty() && !rows.iter().any(any) {
             return Err(unmatched("the patterns of the plan match", rows));
         }
-        for TiedParam { first, other } in tied {
+        for TiedPath { first, other } in tied {
             let (a, b) = (self.layout(first), self.layout(other));
             // A plan need not name both places; if it does, it must give them the same layout.
             if a != b && self.rules.iter().any(|rule| rule.matches(other)) {
@@ -305,45 +304,8 @@ fn unmatched(what: &str, rows: &[PlanRow]) -> Error {
     plan_error(format!("{what} none of the parameters {paths}; `*` stands for any characters"))
 }
 
-impl fmt::Display for PlanTable {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = self.axes.iter().map(|(name, size)| format!("{name} {size}"));
-        let head: Vec<String> = ["parameter".into(), "dims".into()]
-            .into_iter()
-            .chain(names)
-            .chain(["local dims".into(), "bytes".into()])
-            .collect();
-        let line = |row: &PlanRow| -> Vec<String> {
-            let (dims, local) = (format!("{:?}", row.dims), format!("{:?}", row.local_dims));
-            let layouts = row.layouts.iter().map(ToString::to_string);
-            [row.path.clone(), dims].into_iter().chain(layouts).chain([local, row.bytes.to_string()]).collect()
-        };
-        let lines: Vec<Vec<String>> = std::iter::once(head).chain(self.rows.iter().map(line)).collect();
-        let columns = self.axes.len() + 4;
-        let width = |column: usize| lines.iter().map(|line| line[column].chars().count()).max().unwrap_or(0);
-        let widths: Vec<usize> = (0..columns).map(width).collect();
-        for line in &lines {
-            let (bytes, words) = line.split_last().map_or(("", &line[..]), |(last, rest)| (last.as_str(), rest));
-            for (word, width) in words.iter().zip(&widths) {
-                write!(f, "{word:width$}  ")?;
-            }
-            writeln!(f, "{bytes:>width$}", width = widths[columns - 1])?;
-        }
-        let (bytes, degree, share) = (self.bytes(), self.degree(), 100.0 * self.whole_share());
-        let all = self.model_bytes();
-        write!(
-            f,
-            "{bytes} bytes on each of {degree} ranks; of the model's {all} bytes {share:.1} % are whole on every rank"
-        )?;
-        match self.mostly_whole() {
-            Some(warning) => write!(f, "\n{warning}"),
-            None => Ok(()),
-        }
-    }
-}
-
 /// A parameter that is met again at another path.
-struct TiedParam {
+struct TiedPath {
     first: String,
     other: String,
 }
@@ -351,7 +313,7 @@ struct TiedParam {
 #[derive(Default)]
 struct TableRows {
     rows: Vec<PlanRow>,
-    tied: Vec<TiedParam>,
+    tied: Vec<TiedPath>,
     seen: HashSet<ParamId>,
 }
 
@@ -363,7 +325,7 @@ impl TableRows {
             let padded_dims = dims.clone();
             self.rows.push(PlanRow { path, id, dims, padded_dims, dtype, layouts: Vec::new(), local_dims, bytes: 0 });
         } else if let Some(row) = self.rows.iter().find(|row| row.id == id) {
-            self.tied.push(TiedParam { first: row.path.clone(), other: path });
+            self.tied.push(TiedPath { first: row.path.clone(), other: path });
         }
     }
 }

@@ -9,7 +9,7 @@ use std::collections::{HashMap, VecDeque};
 use super::{read_files, text};
 
 /// The path of a module, or of what is in one, from the crate on.
-type Names = Vec<String>;
+type Segments = Vec<String>;
 
 /// What a file says.
 #[derive(Default)]
@@ -17,9 +17,9 @@ struct File {
     /// Its path, and that of its folder.
     path: String,
     folder: String,
-    imports: Vec<Names>,
+    imports: Vec<Segments>,
     /// What it hands on: by name, where it comes from.
-    exports: HashMap<String, Names>,
+    exports: HashMap<String, Segments>,
 }
 
 /// The words and signs of a source, without comments and texts.
@@ -53,7 +53,7 @@ fn tokens(source: &str) -> Vec<String> {
 }
 
 /// The paths of a `use`, each with the name that it gets. `place` is behind the word; afterwards it is behind the tree.
-fn tree(tokens: &[String], place: &mut usize, before: &[String], found: &mut Vec<(Names, String)>) {
+fn tree(tokens: &[String], place: &mut usize, before: &[String], found: &mut Vec<(Segments, String)>) {
     let mut path = before.to_vec();
     let mut name = None;
     while let Some(token) = tokens.get(*place) {
@@ -130,12 +130,12 @@ fn read(path: &str, source: &str) -> File {
 }
 
 /// All files, by the paths of their modules.
-struct Files(HashMap<Names, File>);
+struct Files(HashMap<Segments, File>);
 
 impl Files {
     fn new(sources: &[(String, String)]) -> Self {
         let module = |path: &str| {
-            let mut names: Names = path.trim_end_matches(".rs").split('/').map(str::to_owned).collect();
+            let mut names: Segments = path.trim_end_matches(".rs").split('/').map(str::to_owned).collect();
             if names.last().is_some_and(|last| last == "mod" || last == "lib") {
                 names.pop();
             }
@@ -145,7 +145,7 @@ impl Files {
     }
 
     /// A path from the crate on, as the module `at` writes it. `None` for one of another crate.
-    fn absolute(&self, at: &Names, path: &[String]) -> Option<Names> {
+    fn absolute(&self, at: &Segments, path: &[String]) -> Option<Segments> {
         let (first, rest) = path.split_first()?;
         Some(match first.as_str() {
             "crate" => rest.to_vec(),
@@ -162,7 +162,7 @@ impl Files {
     }
 
     /// The module that something comes from; `None` for a module itself.
-    fn origin(&self, path: &Names, hops: usize) -> Option<Names> {
+    fn origin(&self, path: &Segments, hops: usize) -> Option<Segments> {
         // What has the name of a module as well is handed on beside that.
         let handed_on = |depth: usize| {
             let name = path.get(depth).filter(|_| depth + 1 == path.len());
@@ -182,7 +182,7 @@ impl Files {
     }
 
     /// The modules that what a module imports comes from.
-    fn imported(&self, module: &Names) -> Vec<Names> {
+    fn imported(&self, module: &Segments) -> Vec<Segments> {
         let paths = self.0[module].imports.iter().filter_map(|path| self.absolute(module, path));
         paths.filter_map(|path| self.origin(&path, 8)).collect()
     }
@@ -190,10 +190,10 @@ impl Files {
     /// What imports a module of a row below its own, of modules in rows from the ground up. Tests may, and every module
     /// returns an `Error`.
     fn upward(&self, rows: &HashMap<String, usize>) -> Vec<String> {
-        let row = |module: &Names| rows.get(module.first()?).copied();
+        let row = |module: &Segments| rows.get(module.first()?).copied();
         let mut found = Vec::new();
         for (module, file) in self.0.iter().filter(|(_, file)| !file.path.contains("tests")) {
-            let upward = |to: &Names| {
+            let upward = |to: &Segments| {
                 to.first().is_some_and(|first| first != "error")
                     && row(module).zip(row(to)).is_some_and(|(from, to)| to > from)
             };
@@ -211,11 +211,11 @@ impl Files {
     /// The circles in which a file imports one of another folder.
     fn circles(&self) -> Vec<String> {
         // The root hands on names only.
-        let mut modules: Vec<&Names> = self.0.keys().filter(|module| !module.is_empty()).collect();
+        let mut modules: Vec<&Segments> = self.0.keys().filter(|module| !module.is_empty()).collect();
         modules.sort();
-        let place: HashMap<&Names, usize> =
+        let place: HashMap<&Segments, usize> =
             modules.iter().enumerate().map(|(place, module)| (*module, place)).collect();
-        let imported = |module: &&Names| {
+        let imported = |module: &&Segments| {
             let mut places: Vec<usize> =
                 self.imported(module).iter().filter_map(|origin| place.get(origin).copied()).collect();
             places.sort_unstable();

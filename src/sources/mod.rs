@@ -1,11 +1,12 @@
-//! Tests of the sources themselves: what files import, what they begin with, how wide comments are, whether configs are
-//! alike and burn's operations in one room, whether the paths that the documentation names exist, and whether the gate
-//! runs every unit test.
+//! Tests of the sources themselves: what files import, what they begin with, how wide comments are, whether types have
+//! names of their own, configs are alike and burn's operations in one room, whether the paths that the documentation
+//! names exist, and whether the gate runs every unit test.
 
 mod comments;
 mod configs;
 mod features;
 mod imports;
+mod names;
 mod operations;
 mod paths;
 

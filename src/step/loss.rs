@@ -85,7 +85,7 @@ impl Loss {
     }
 
     fn with_outputs(self, outputs: impl TensorTree) -> Self {
-        let mut collect = Collect { path: Vec::new(), outputs: Vec::new() };
+        let mut collect = CollectOutputs { path: Vec::new(), outputs: Vec::new() };
         let outputs = outputs.map_tensors(&mut collect).map(|_| collect.outputs);
         Self { outputs, ..self }
     }
@@ -165,12 +165,12 @@ impl From<Tensor<1, Int>> for Count {
     }
 }
 
-struct Collect {
+struct CollectOutputs {
     path: Vec<usize>,
     outputs: Vec<ExtraOutput>,
 }
 
-impl TensorMapper for Collect {
+impl TensorMapper for CollectOutputs {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
         self.outputs.push((crate::tensor::place(&self.path), tensor.clone()));
         Ok(tensor)

@@ -1,27 +1,27 @@
-//! One piece of memory in which the tensors of a step have their places.
+//! One allocation of memory in which the tensors of a step have their places.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard};
 
-use super::pieces::Piece;
+use super::allocations::Allocation;
 use crate::lock::lock;
 
 /// Memory whose places are lent, each to one tensor at a time. Whoever works out the places may err in who is still
 /// there: a place that is not free is not lent.
 #[derive(Debug)]
 pub(super) struct Arena {
-    piece: Piece,
+    allocation: Allocation,
     /// Where places that are lent begin and end.
     lent: Mutex<BTreeMap<usize, usize>>,
 }
 
 impl Arena {
     pub(super) fn new(bytes: usize) -> Self {
-        Self { piece: Piece::zeroed(bytes), lent: Mutex::default() }
+        Self { allocation: Allocation::zeroed(bytes), lent: Mutex::default() }
     }
 
     pub(super) fn size(&self) -> usize {
-        self.piece.size()
+        self.allocation.size()
     }
 
     /// Lends `bytes` from `start` on, if all of them are free.
@@ -47,8 +47,8 @@ impl Arena {
     /// If it is not within the arena.
     pub(super) fn pointer(&self, start: usize) -> *mut u8 {
         assert!(start <= self.size(), "a place that was lent lies in its arena");
-        // SAFETY: the place lies within the piece.
-        unsafe { self.piece.pointer().add(start) }
+        // SAFETY: the place lies within the allocation.
+        unsafe { self.allocation.pointer().add(start) }
     }
 
     fn lent(&self) -> MutexGuard<'_, BTreeMap<usize, usize>> {

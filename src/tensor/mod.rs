@@ -1,6 +1,7 @@
 //! Tensors whose kind, rank and device are known at run time only: what parameters, gradients, activations and messages
 //! are to everything below a model.
 
+mod allocations;
 mod arena;
 mod backend;
 mod digest;
@@ -9,7 +10,6 @@ pub(crate) mod magnitude;
 mod measured_sum;
 mod ops;
 mod panel;
-mod pieces;
 mod product;
 mod recycled;
 mod squares;
@@ -25,10 +25,11 @@ use burn::backend::{
 use burn::tensor::kind::{Autodiff, Basic};
 use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 
+pub(crate) use self::allocations::ALIGN;
 pub(crate) use self::backend::{check_device, with_backend};
 pub(crate) use self::lent::{Lender, Returned};
 pub(crate) use self::product::{Multiplied, Product, SPLIT_FROM, Strided};
-pub(crate) use self::recycled::{ALIGN, FROM, Pool, Room};
+pub(crate) use self::recycled::{FROM, Pool, Room};
 pub(crate) use self::squares::{Look, Squares};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};

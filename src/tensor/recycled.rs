@@ -3,8 +3,8 @@
 //! The system gives and takes memory of this size page by page, each of which it zeroes when it is first touched. That
 //! takes longer than to write it. So it stays with the steps of a thread, in two forms: an arena in which tensors that
 //! live and die within a step have places that were worked out before, so that it is as large as the step needs; and
-//! pieces for tensors that leave the step or whose end is not known, which are used again by the next of about their
-//! size.
+//! allocations for tensors that leave the step or whose end is not known, which are used again by the next of about
+//! their size.
 
 use std::alloc::{Layout, handle_alloc_error};
 use std::cell::RefCell;
@@ -15,19 +15,17 @@ use burn::backend::flex::{FlexTensor, Layout as Strides};
 use burn::tensor::{Bytes, DType, Shape};
 use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProperty};
 
+use super::allocations::{Allocation, Allocations};
 use super::arena::Arena;
-use super::pieces::{Piece, Pieces};
 use crate::lock::lock;
 
 /// What is smaller comes from the allocator, which keeps it.
 pub(crate) const FROM: usize = 256 << 10;
-/// A cache line, and the widest vector.
-pub(crate) const ALIGN: usize = 64;
 
 /// The memory that the captured steps of a thread take turns in. It goes back to the system with the last of them.
 #[derive(Debug, Default)]
 pub(crate) struct Pool {
-    pieces: Mutex<Pieces>,
+    allocations: Mutex<Allocations>,
     /// As large as the largest step of those that have run.
     arena: Mutex<Option<Arc<Arena>>>,
     /// How many tensors did not find their place free.
@@ -53,21 +51,21 @@ impl Pool {
 
     /// One that keeps no more than so many bytes that no tensor holds.
     pub(crate) fn keeping(bytes: usize) -> Self {
-        Self { pieces: Mutex::new(Pieces::limited(bytes)), ..Self::default() }
+        Self { allocations: Mutex::new(Allocations::limited(bytes)), ..Self::default() }
     }
 
     /// Room for so many bytes, with any values.
     pub(crate) fn room(self: &Arc<Self>, bytes: usize) -> Room {
         if bytes < FROM {
-            return Room { place: Place::Piece(Piece::zeroed(bytes), Weak::new()), bytes };
+            return Room { backing: Backing::Allocation(Allocation::zeroed(bytes), Weak::new()), bytes };
         }
         self.large_room(bytes).unwrap_or_else(|layout| handle_alloc_error(layout))
     }
 
     /// The same for many bytes, if there is memory for them.
     fn large_room(self: &Arc<Self>, bytes: usize) -> Result<Room, Layout> {
-        let piece = self.pieces().lend(bytes)?;
-        Ok(Room { place: Place::Piece(piece, Arc::downgrade(self)), bytes })
+        let allocation = self.allocations().lend(bytes)?;
+        Ok(Room { backing: Backing::Allocation(allocation, Arc::downgrade(self)), bytes })
     }
 
     /// Room in the arena, of which the step needs `size` bytes, from `start` on; elsewhere if somebody is still there.
@@ -79,7 +77,7 @@ impl Pool {
             arena.insert(large.unwrap_or_else(|| Arc::new(Arena::new(size)))).clone()
         };
         match arena.lend(start, bytes) {
-            true => Room { place: Place::Arena(arena, start), bytes },
+            true => Room { backing: Backing::Arena(arena, start), bytes },
             false => {
                 #[cfg(test)]
                 self.elsewhere.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -120,19 +118,19 @@ impl Pool {
     /// Bytes that no tensor holds.
     #[cfg(test)]
     pub(crate) fn free(&self) -> usize {
-        self.pieces().idle
+        self.allocations().idle
     }
 
-    fn pieces(&self) -> MutexGuard<'_, Pieces> {
-        lock(&self.pieces)
+    fn allocations(&self) -> MutexGuard<'_, Allocations> {
+        lock(&self.allocations)
     }
 }
 
-/// Where a room is.
+/// What memory a room is in.
 #[derive(Debug)]
-enum Place {
-    /// In a piece of its own, which returns to its pool, if there still is one.
-    Piece(Piece, Weak<Pool>),
+enum Backing {
+    /// In an allocation of its own, which returns to its pool, if there still is one.
+    Allocation(Allocation, Weak<Pool>),
     /// In an arena, from there on.
     Arena(Arc<Arena>, usize),
     /// Given back.
@@ -142,17 +140,17 @@ enum Place {
 /// Memory for a tensor; it can be used again when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Room {
-    place: Place,
+    backing: Backing,
     bytes: usize,
 }
 
 impl Room {
     /// Where it begins, at a multiple of 64 bytes.
     pub(crate) fn pointer(&self) -> *mut u8 {
-        match &self.place {
-            Place::Piece(piece, _) => piece.pointer(),
-            Place::Arena(arena, start) => arena.pointer(*start),
-            Place::Nowhere => std::ptr::null_mut(),
+        match &self.backing {
+            Backing::Allocation(allocation, _) => allocation.pointer(),
+            Backing::Arena(arena, start) => arena.pointer(*start),
+            Backing::Nowhere => std::ptr::null_mut(),
         }
     }
 
@@ -171,13 +169,13 @@ impl Room {
 
 impl Drop for Room {
     fn drop(&mut self) {
-        match std::mem::replace(&mut self.place, Place::Nowhere) {
-            Place::Arena(arena, start) => arena.take_back(start),
-            Place::Piece(piece, pool) => {
+        match std::mem::replace(&mut self.backing, Backing::Nowhere) {
+            Backing::Arena(arena, start) => arena.take_back(start),
+            Backing::Allocation(allocation, pool) => {
                 let Some(pool) = pool.upgrade() else { return };
-                pool.pieces().take_back(piece);
+                pool.allocations().take_back(allocation);
             }
-            Place::Nowhere => {}
+            Backing::Nowhere => {}
         }
     }
 }
@@ -193,19 +191,19 @@ impl AllocationController for Room {
     }
 
     unsafe fn memory_mut(&mut self, _: AccessPolicy) -> Result<&mut [MaybeUninit<u8>], AccessError> {
-        // SAFETY: the piece is at least so large, and lent for writing.
+        // SAFETY: the allocation is at least so large, and lent for writing.
         Ok(unsafe { std::slice::from_raw_parts_mut(self.pointer().cast(), self.bytes) })
     }
 
     fn memory(&self, _: AccessPolicy) -> Result<&[MaybeUninit<u8>], AccessError> {
-        // SAFETY: the piece is at least so large.
+        // SAFETY: the allocation is at least so large.
         Ok(unsafe { std::slice::from_raw_parts(self.pointer().cast(), self.bytes) })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::pieces::{KEEP, SLACK};
+    use super::super::allocations::{KEEP, SLACK};
     use super::*;
 
     fn filled(pool: &Arc<Pool>, bytes: usize, with: u8) -> Bytes {
@@ -220,7 +218,7 @@ mod tests {
     #[test]
     fn memory_is_taken_again() {
         let pool = Pool::of_thread();
-        pool.pieces().most = 16 * FROM;
+        pool.allocations().most = 16 * FROM;
         let first = filled(&pool, FROM, 7);
         let place = first.as_ptr();
         assert_eq!((first.len(), first[FROM - 1], pool.free()), (FROM, 7, 0));
@@ -258,7 +256,7 @@ mod tests {
             let held = pool.free();
             assert!((96 * FROM..=96 * FROM + 96 * FROM / SLACK).contains(&held), "{size}: {held}");
         }
-        let all = pool.pieces().free.iter().map(|(size, of_size)| size * of_size.len()).sum::<usize>();
+        let all = pool.allocations().free.iter().map(|(size, of_size)| size * of_size.len()).sum::<usize>();
         assert_eq!(all, pool.free());
     }
 

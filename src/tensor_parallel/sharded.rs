@@ -1,5 +1,6 @@
 //! A tensor-parallel model: each rank holds a part, and trains it through a captured step.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
@@ -15,10 +16,11 @@ use crate::distribution::{ModelSplit, RowShards};
 use crate::graph::{
     CheckedOptimizers, ClipRecord, ComparedCall, CustomOps, GRAPHS, GradientLayout, GradientSink, GraphCache,
     MicroBatchResult, RandomSource, SameInputs, ScaledGradients, SplitParam, StepEngine, StepGraph, StepObserver,
+    StepParams,
 };
 use crate::lock::lock;
 use crate::nesting::{self, refuse_wrapping};
-use crate::params::{self, ParamSlice, SliceSource, one_device};
+use crate::params::{self, FoundParams, ParamSlice, SliceSource, one_device};
 use crate::partition::{Exchange, ShardReport};
 use crate::plan::PlanTable;
 use crate::step::{StepCounters, StepFn};
@@ -194,28 +196,41 @@ impl<M: Module> StepEngine for Sharded<M> {
 
     fn run<I: TensorTree + Clone>(
         &mut self,
+        params: &mut FoundParams,
         inputs: I,
         step: StepFn<'_, M, I>,
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatchResult, Error> {
-        let signature = self.split.of_step(&self.local)?;
+        let signature = self.split.of_step(&self.local, params)?;
         let updates = self.checked_optimizers.updates();
         let comparison = self.same_inputs.start(ComparedCall::Step, &inputs, updates)?;
         let (inputs, rows) = rows(inputs)?;
         let mut state = lock(&self.state);
-        let whole = || self.split.meta_module(&self.local);
+        let captured = Cell::new(false);
+        let whole = || {
+            captured.set(true);
+            self.split.meta_module(&self.local)
+        };
         let executor = state.graphs.executor_of(signature, &inputs, step, whole)?;
+        if captured.get() {
+            // A capture brings running statistics up to date.
+            *params = FoundParams::of(&self.local);
+        }
         let all_rows = rows.unwrap_or(1);
         self.split.random().set_rows(all_rows);
         let rows = executor.graph().weight.is_none().then_some(rows.unwrap_or(1) as f64);
         let mut units = ScaledGradients::new(rows, unit, sink);
         if let Some(shards) = self.split.shards() {
             shards.begin_micro_batch(unit, units.take_factor())?;
-            shards.agree(&self.local, &[executor.operations().filter_map(Exchange::of).collect()])?;
+            shards.agree(&self.local, Some(params), &[executor.operations().filter_map(Exchange::of).collect()])?;
         }
-        let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
-        let step = executor.step_observed(bound.as_ref().unwrap_or(&self.local), inputs, &mut units)?;
+        let whole = self.split.shards().map_or(Ok(None), |shards| shards.whole(&self.local, Some(params)))?;
+        let given = StepParams { found: Some(params), whole: whole.as_ref() };
+        let step = executor.step_given(&self.local, given, inputs, &mut units)?;
+        if executor.moves_statistics() {
+            params.statistics_move();
+        }
         comparison.finish()?;
         if let Some(shards) = self.split.shards() {
             for (id, sum) in shards.end_lending()? {
@@ -233,7 +248,7 @@ impl<M: Module> StepEngine for Sharded<M> {
         step: StepFn<'_, M, I>,
         keeps: bool,
     ) -> Result<usize, Error> {
-        let signature = self.split.of_step(&self.local)?;
+        let signature = self.split.of_step(&self.local, &FoundParams::of(&self.local))?;
         let (inputs, _) = rows(inputs)?;
         let whole = || self.split.meta_module(&self.local);
         let mut state = lock(&self.state);
@@ -252,13 +267,13 @@ impl<M: Module> StepEngine for Sharded<M> {
         let updates = self.checked_optimizers.updates();
         let comparison = self.same_inputs.start(ComparedCall::Forward, &inputs, updates)?;
         let mut state = lock(&self.state);
-        let whole = || self.split.meta_module(&self.local);
-        let bound = self.split.shards().map_or(Ok(None), |shards| shards.bound(&self.local))?;
-        let captured = state.graphs.forward_of(signature, &inputs, forward, whole)?;
+        let whole = self.split.shards().map_or(Ok(None), |shards| shards.whole(&self.local, None))?;
+        let given = StepParams { whole: whole.as_ref(), ..StepParams::default() };
+        let captured = state.graphs.forward_of(signature, &inputs, forward, || self.split.meta_module(&self.local))?;
         let outputs = match self.split.shards() {
             Some(shards) => {
                 let own = captured.operations().filter_map(Exchange::of).collect();
-                let run = || captured.run(bound.as_ref().unwrap_or(&self.local), inputs);
+                let run = || captured.run_given(&self.local, given, inputs);
                 shards.forward(&self.local, &[own], run)?
             }
             None => captured.run(&self.local, inputs)?,

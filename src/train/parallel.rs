@@ -64,7 +64,7 @@ pub trait Parallelize: Module + Sized {
             log::warn!("{unread}");
         }
         let captured = strategy.captured(dp);
-        same_strategy::agree(world, [dp, pp, tp], captured.is_some())?;
+        same_strategy::agree(world, [dp, pp, tp], strategy.data.sharding, captured.is_some())?;
         let mesh = Mesh::new(world, [("dp", dp), ("pp", pp), ("tp", tp)])?;
         let (replicas, data) = (mesh.axis("dp")?, strategy.data.clone());
         let (stages, layers) = (mesh.axis("pp")?, mesh.axis("tp")?);
@@ -74,15 +74,15 @@ pub trait Parallelize: Module + Sized {
             _ => strategy.tensor.clone(),
         };
         let wrapped = match (&strategy.pipeline, captured) {
-            (_, None) => Wrapped::Eager(self.data_parallel(&replicas, data)?),
+            (_, None) => Wrapper::Eager(self.data_parallel(&replicas, data)?),
             (Some(pipeline), Some(_)) if pp > 1 => {
                 let pipelined = match tp {
                     1 => self.pipeline_parallel(&stages, pipeline.clone())?,
                     _ => self.tensor_parallel(&layers, tensor)?.pipeline_parallel(&stages, pipeline.clone())?,
                 };
-                Wrapped::Pipelined(pipelined.data_parallel(&replicas, data)?)
+                Wrapper::Pipelined(pipelined.data_parallel(&replicas, data)?)
             }
-            (_, Some(_)) => Wrapped::Sharded(self.tensor_parallel(&layers, tensor)?.data_parallel(&replicas, data)?),
+            (_, Some(_)) => Wrapper::Sharded(self.tensor_parallel(&layers, tensor)?.data_parallel(&replicas, data)?),
         };
         // What is put together over both of these axes takes one collective.
         let together = if pp > 1 && tp > 1 { Some(mesh.joint(&["pp", "tp"])?) } else { None };
@@ -95,7 +95,7 @@ impl<M: Module> Parallelize for M {}
 /// A model that is spread as a [`Strategy`] says: one type, whatever the strategy. It is trained by [`ParallelModule`].
 #[derive(Clone)]
 pub struct Parallel<M> {
-    wrapped: Wrapped<M>,
+    wrapped: Wrapper<M>,
     mesh: Mesh,
     /// Joins the ranks that share the model, where these lie along several axes.
     together: Option<Communicator>,
@@ -104,7 +104,7 @@ pub struct Parallel<M> {
 }
 
 #[derive(Clone)]
-enum Wrapped<M> {
+enum Wrapper<M> {
     Eager(Replica<Eager<M>>),
     Sharded(Replica<Sharded<M>>),
     Pipelined(Replica<Pipelined<M>>),
@@ -114,9 +114,9 @@ enum Wrapped<M> {
 macro_rules! with {
     ($wrapped:expr, $model:ident => $call:expr) => {
         match $wrapped {
-            Wrapped::Eager($model) => $call,
-            Wrapped::Sharded($model) => $call,
-            Wrapped::Pipelined($model) => $call,
+            Wrapper::Eager($model) => $call,
+            Wrapper::Sharded($model) => $call,
+            Wrapper::Pipelined($model) => $call,
         }
     };
 }
@@ -126,9 +126,9 @@ macro_rules! renew {
     ($self:ident, $model:ident => $call:expr) => {
         Parallel {
             wrapped: match $self.wrapped {
-                Wrapped::Eager($model) => Wrapped::Eager($call),
-                Wrapped::Sharded($model) => Wrapped::Sharded($call),
-                Wrapped::Pipelined($model) => Wrapped::Pipelined($call),
+                Wrapper::Eager($model) => Wrapper::Eager($call),
+                Wrapper::Sharded($model) => Wrapper::Sharded($call),
+                Wrapper::Pipelined($model) => Wrapper::Pipelined($call),
             },
             mesh: $self.mesh.clone(),
             together: $self.together.clone(),

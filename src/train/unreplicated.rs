@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use burn::module::ParamId;
 
 use crate::Error;
-use crate::graph::{GradientSink, StepEngine, TensorTree, gradients_params};
+use crate::graph::{GradientSink, StepEngine, TensorTree, found_gradients};
 use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::PlainTensor;
 
@@ -47,11 +47,12 @@ pub(super) fn step<E: StepEngine, I: TensorTree + Clone>(
     mut step: StepFn<'_, E::Model, I>,
 ) -> Result<Step, Error> {
     let before = engine.counters();
+    let mut params = engine.find_params()?;
     let mut sum = GradientSum::default();
     let (mut losses, mut outputs, mut runs) = (Vec::new(), Vec::new(), Vec::new());
     for inputs in micro_batches {
         let unit = (sum.unit > 0.0).then_some(sum.unit);
-        let gave = engine.run(inputs, step.again(), unit, &mut sum)?;
+        let gave = engine.run(&mut params, inputs, step.again(), unit, &mut sum)?;
         losses.extend(gave.loss);
         outputs.extend(gave.outputs);
         runs.extend(gave.run);
@@ -60,7 +61,7 @@ pub(super) fn step<E: StepEngine, I: TensorTree + Clone>(
     // Of no items at all the loss is NaN, the gradients are those of nothing.
     let factor = if weight > 0.0 { unit / weight } else { 1.0 };
     let gradients = gradients.into_iter().map(|(id, gradient)| (id, gradient.scale(factor))).collect();
-    let grads = gradients_params(engine.local(), gradients);
+    let grads = found_gradients(&params, gradients);
     let (loss, noise) = (LossValue::mean(losses, weight), NoiseState::None(NoNoise::NoReplicas));
     let counters = engine.counters() - before;
     Ok(Step { outputs, counters, runs, ..Step::new(loss, weight, grads, noise) })

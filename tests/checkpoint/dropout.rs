@@ -50,9 +50,9 @@ impl Net {
 }
 
 /// Axes dp, pp, tp, micro-batches of a replica, and whether it takes every n-th row.
-type Mesh = (usize, usize, usize, usize, bool);
+type Spread = (usize, usize, usize, usize, bool);
 
-fn wrap(world: &Rank, net: &Net, (dp, pp, tp, micro_batches, _): Mesh) -> Result<Parallel<Net>, Error> {
+fn wrap(world: &Rank, net: &Net, (dp, pp, tp, micro_batches, _): Spread) -> Result<Parallel<Net>, Error> {
     let mut strategy = Strategy::new().with_dp(dp).with_engine(Engine::Captured);
     if tp > 1 {
         let plan = Plan::new().shard("*.up.weight", 1).shard("*.up.bias", 0).shard("*.down.weight", 0);
@@ -67,7 +67,7 @@ fn wrap(world: &Rank, net: &Net, (dp, pp, tp, micro_batches, _): Mesh) -> Result
 fn train(
     mut model: Parallel<Net>,
     optim: &mut ModuleOptimizer,
-    mesh: Mesh,
+    mesh: Spread,
     (first, end): (u64, u64),
     by_rows: bool,
 ) -> Result<(Parallel<Net>, Vec<f64>), Error> {
@@ -95,12 +95,12 @@ fn train(
     Ok((model, losses))
 }
 
-fn run(net: &Net, mesh: Mesh, by_rows: bool) -> Vec<f64> {
+fn run(net: &Net, mesh: Spread, by_rows: bool) -> Vec<f64> {
     let run = |world: Rank| Ok(train(wrap(&world, net, mesh)?, &mut optimizer(), mesh, (0, 4), by_rows)?.1);
     launch::threads(mesh.0 * mesh.1 * mesh.2).run(run).unwrap().swap_remove(0)
 }
 
-const MESHES: [Mesh; 7] = [
+const MESHES: [Spread; 7] = [
     (2, 1, 1, 1, false),
     (3, 1, 1, 2, true),
     (5, 1, 1, 1, false),
@@ -111,7 +111,7 @@ const MESHES: [Mesh; 7] = [
 ];
 
 #[track_caller]
-fn same(expected: &[f64], found: &[f64], mesh: Mesh) {
+fn same(expected: &[f64], found: &[f64], mesh: Spread) {
     let near = expected.iter().zip(found).all(|(a, b)| (a - b).abs() <= 1e-5 * a.abs());
     assert!(near && expected.len() == found.len(), "{mesh:?}: {expected:?} {found:?}");
 }

@@ -223,5 +223,7 @@ fn ranks_that_want_other_things_are_an_error() {
         let config = CheckpointConfig::new().with_keep_last(world.rank() + 1);
         Checkpointer::new(&world, dir.path(), config).map(|_| ())
     });
-    assert!(run.unwrap_err().to_string().contains("config of checkpoints"));
+    let said = run.unwrap_err().to_string();
+    let expected = "`CheckpointConfig.keep_last` is 2 on rank 1 of group `world/checkpoint`, and 1 on rank 0: give all ranks the same";
+    assert_eq!(said, expected);
 }

@@ -1,4 +1,4 @@
-//! Checkpoints: from any mesh to any mesh, or not at all.
+//! Checkpoints: from any mesh to any mesh, or not at all; and directories of Hugging Face.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -8,6 +8,7 @@ mod beside_rows;
 mod damage;
 mod dropout;
 mod fickle;
+mod hf;
 mod keep;
 mod meshes;
 mod net;
@@ -19,6 +20,7 @@ mod room;
 mod sealed;
 mod strict;
 mod tied;
+mod two_runs;
 mod wrong_json;
 
 use crate::common::dir::Dir;

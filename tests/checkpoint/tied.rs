@@ -46,7 +46,7 @@ impl Tied {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Mesh {
+struct Spread {
     dp: usize,
     pp: usize,
     tp: usize,
@@ -55,11 +55,11 @@ struct Mesh {
     stages: usize,
 }
 
-const fn mesh(dp: usize, pp: usize, tp: usize) -> Mesh {
-    Mesh { dp, pp, tp, sharding: Sharding::None, stages: 1 }
+const fn mesh(dp: usize, pp: usize, tp: usize) -> Spread {
+    Spread { dp, pp, tp, sharding: Sharding::None, stages: 1 }
 }
 
-impl Mesh {
+impl Spread {
     const fn sharded(self, sharding: Sharding) -> Self {
         Self { sharding, ..self }
     }
@@ -126,7 +126,7 @@ type Made = (&'static str, fn() -> ModuleOptimizer);
 
 const OPTIMIZERS: [Made; 4] = [("adamw", optimizer), ("sgd", sgd), ("fused", fused), ("muon", muon)];
 
-const MESHES: [Mesh; 7] = [
+const MESHES: [Spread; 7] = [
     mesh(1, 1, 1),
     mesh(1, 2, 1),
     mesh(2, 2, 1).sharded(Sharding::Optimizer),
@@ -200,6 +200,42 @@ fn moments_that_came_before_the_cut_are_refused() {
         });
         for said in run.unwrap() {
             assert!(said.contains("`tokens.weight`") && said.contains("`prepare`"), "{said}");
+        }
+    }
+}
+
+/// Values alone may come before the cut: a stage that turns out to need some reads them then, or is sent them if they are
+/// not to be had any more.
+#[test]
+fn values_that_came_before_the_cut_are_read_where_they_are_needed() {
+    let (dir, model) = (Dir::fresh(), Tied::new());
+    let alone = launch::threads(1).run(|world| {
+        let mut optim = optimizer();
+        let (mut model, _) = train(mesh(1, 1, 1).wrap(&world, &model)?, &mut optim, (0, 2))?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
+        checkpoints.save(2, TrainState::new(&mut model))?;
+        Ok(train(model, &mut optimizer(), (2, 4))?.1)
+    });
+    let alone = alone.unwrap().swap_remove(0);
+    for (gone, sent) in [(false, 0), (true, 1)] {
+        let run = launch::threads(2).run(|world| {
+            let config = PipelineConfig::new(2).with_cut(Cut::before(["blocks.1.*"]));
+            let mut wrapped = own(&Tied::new()).parallelize(&world, &Strategy::new().with_pp(2, config))?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
+            checkpoints.restore(TrainState::new(&mut wrapped))?;
+            world.barrier()?;
+            if gone && world.rank() == 0 {
+                std::fs::remove_dir_all(dir.path().join("step-000000002")).unwrap();
+            }
+            world.barrier()?;
+            let (wrapped, losses) = train(wrapped, &mut optimizer(), (2, 4))?;
+            Ok((losses, wrapped.counters().pipeline.of("broadcast").calls))
+        });
+        for (losses, found) in run.unwrap() {
+            assert_eq!(found, sent, "{gone}");
+            for (found, expected) in losses.iter().zip(&alone) {
+                assert!((found - expected).abs() <= 1e-5 * expected.abs(), "{gone}: {found} {expected}");
+            }
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::train_lm::{Folder, TINY, example, json, losses, losses_in, same_losse
 
 const STEPS: [&str; 4] = ["--steps", "60", "--batch", "8"];
 /// A launcher and all that it waits for take no longer.
-const PATIENCE: Duration = Duration::from_secs(120);
+const TIME_OUT: Duration = Duration::from_secs(120);
 
 /// What a run is told that may be started again.
 fn flags(saved: &str, outcome: &str) -> Vec<String> {
@@ -27,7 +27,7 @@ fn wait_for(saved: &str, step: &str, run: &mut Child) {
     let began = Instant::now();
     while !Path::new(saved).join(step).exists() {
         std::thread::sleep(Duration::from_millis(1));
-        assert!(run.try_wait().unwrap().is_none() && began.elapsed() < PATIENCE, "{step} does not come");
+        assert!(run.try_wait().unwrap().is_none() && began.elapsed() < TIME_OUT, "{step} does not come");
     }
 }
 

@@ -5,6 +5,7 @@ mod common {
     pub mod ports;
 }
 
+mod given;
 mod launchers;
 mod schedules;
 mod strategies;

@@ -107,6 +107,9 @@ fn flags_that_make_no_sense_are_refused() {
     refused(&["--lr", "fast"], "must be a number");
     refused(&["--batch", "automatic"], "or `auto`");
     refused(&["--grow-batch", "0"], "at least 1");
+    for bytes in ["0", "-1", "1.5G", "6GB", "99999999T", "much"] {
+        refused(&["--memory-budget", bytes], "it must be bytes, as 500M or 6G");
+    }
     for norm in ["0", "-1", "nan", "inf"] {
         refused(&["--clip", norm], "greater than 0 and finite");
     }
@@ -145,6 +148,7 @@ fn flags_that_do_not_fit_together_are_refused() {
         "has one gradient a step, and measures no noise: give --dp 2",
     );
     refused(&["--batch", "auto", "--micro-batch", "5"], "leave --micro-batch out");
+    refused(&["--memory-budget", "1G"], "--memory-budget is for --batch auto");
     refused(&["--batch", "auto", "--launch", "processes"], "give --launch threads");
     refused(&["--schedule", "zb_h1"], "--schedule zb_h1 is for pipelines: give --pp");
     refused(
@@ -513,7 +517,19 @@ fn checkpoints_of_another_run_are_left_alone() {
     let saved = folder.path("saved");
     assert!(tiny(&["--save", &saved, "--dp", "1", "--steps", "1"]).status.success());
     refused(&["--save", &saved, "--steps", "1"], "there are checkpoints already: give --resume");
+    let file = folder.write("file", b"");
+    refused(&["--save", &file], "file: it is not a directory");
+    refused(&["--save", &folder.path("file/below")], "file/below: Not a directory");
     assert!(Path::new(&saved).join("step-000000001").exists());
+    // One checkpoint in place of all.
+    for name in ["step-000000001", "step-1"] {
+        let one = format!("{saved}/{name}");
+        refused(
+            &["--resume", &one],
+            &format!("--resume {one}: it is one checkpoint: give --resume {saved} --resume-step 1"),
+        );
+        assert!(name == "step-000000001" || !Path::new(&one).exists());
+    }
     assert!(tiny(&["--save", &saved, "--resume", &saved, "--dp", "1", "--steps", "2"]).status.success());
 }
 
@@ -653,6 +669,7 @@ fn a_run_goes_on_from_an_earlier_checkpoint() {
     fs::write(&file, bytes).unwrap();
     let (code, stderr, _) = run(&["--resume", &saved]);
     assert!(code == Some(2) && stderr.contains("rank-00001.safetensors: bytes"), "{stderr}");
+    assert!(!stderr.contains("restore_step"), "{stderr}");
     assert!(stderr.contains("--resume-step goes on from another one: 2, 4"), "{stderr}");
     let (code, stderr, _) = run(&["--resume", &saved, "--resume-step", "3"]);
     assert!(code == Some(2) && stderr.contains("has checkpoints of steps [2, 4, 6]"), "{stderr}");
@@ -986,7 +1003,14 @@ fn noise_is_measured_and_the_batch_grows() {
     assert_eq!(losses(&again).len(), 40);
 }
 
-/// Less memory, fewer rows.
+/// The number in a text that stands before these words.
+fn number(said: &str, words: &str) -> u64 {
+    let number = said.split_once(words).and_then(|(before, _)| before.split_whitespace().next_back()?.parse().ok());
+    number.unwrap_or_else(|| panic!("no number{words}: {said}"))
+}
+
+/// Less memory, fewer rows. Trials that are known to need more than the budget are not started, others are; the largest
+/// that fits is taken, and trains.
 #[cfg(target_os = "linux")]
 #[test]
 fn the_batch_that_fits_is_found() {
@@ -994,21 +1018,37 @@ fn the_batch_that_fits_is_found() {
     // More than any trial takes.
     let text = folder.path("text");
     fs::write(&text, "what fits is found out by trying\n".repeat(20_000)).unwrap();
-    let rows = |kilobytes: &str| {
+    let rows = |kilobytes: &str, budget: &[&str], limit: &str| {
         let path = folder.path("outcome.json");
         let script = format!("ulimit -d {kilobytes} && exec \"$0\" \"$@\"");
         let flags =
             ["--layers", "1", "--d-model", "16", "--seq", "256", "--steps", "1", "--batch", "auto", "--ranks", "2"];
         let mut limited = Command::new("sh");
-        limited.args(["-c", &script]).arg(example()).args(flags).args(["--json", &path, "--text", &text]);
+        limited.args(["-c", &script]).arg(example()).args(flags).args(budget).args(["--json", &path, "--text", &text]);
         let output = limited.output().unwrap();
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success() && told.contains("rows at once fit on a rank"), "{told}");
+        assert!(output.status.success() && told.contains("step 1/1: loss "), "{told}");
+        assert!(told.contains("at most 1024 rows at once are looked for"), "{told}");
+        assert!(told.contains(&format!(" bytes ({limit})\n")), "{told}");
+        let (bytes, known) = (number(&told, " bytes ("), number(&told, " rows at once may fit"));
+        // The scores of attention by four heads, and of 256 bytes for each place of a row, alone, on two ranks.
+        let needs = |rows: u64| 2 * rows * 5 * 256 * 256 * 4;
+        assert!(needs(known) < bytes && bytes < needs(1024), "{told}");
+        let tried: Vec<u64> =
+            told.split("auto: tries ").skip(1).map(|rest| rest.split(' ').next().unwrap().parse().unwrap()).collect();
+        assert_eq!(tried.first(), Some(&known), "{told}");
+        assert!(tried.iter().all(|rows| *rows <= known), "{told}");
+        let fits = |rows: &u64| !told.contains(&format!("auto: {rows} rows do not fit"));
+        let largest = tried.iter().copied().filter(fits).max().unwrap();
+        assert!(tried.iter().all(|rows| fits(rows) == (*rows <= largest)), "{told}");
+        assert!(largest == known || tried.contains(&(largest + 1)), "{told}");
         let outcome: Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
-        outcome["rows"].as_u64().unwrap()
+        assert_eq!(outcome["rows"].as_u64(), Some(2 * largest), "{told}");
+        largest
     };
-    let (little, more) = (rows("150000"), rows("200000"));
-    assert!(2 <= little && little < more && more < 2048, "{little}, {more}");
+    let little = rows("200000", &["--memory-budget", "120M"], "--memory-budget");
+    let more = rows("200000", &[], "RLIMIT_DATA");
+    assert!(1 <= little && little < more, "{little}, {more}");
 }
 
 /// A step takes no more rows than the text has, whatever would fit.
@@ -1019,9 +1059,11 @@ fn no_more_rows_are_tried_than_the_text_has() {
     let text = folder.path("text");
     // Of the 300 bytes 270 are learned from: 16 rows of 16.
     fs::write(&text, "some words\n".repeat(60).get(..300).unwrap()).unwrap();
-    let flags = ["--text", &text, "--steps", "1", "--batch", "auto", "--pp", "2", "--micro-batches", "3"];
+    let flags = ["--text", &text, "--steps", "1", "--batch", "auto", "--pp", "2", "--micro-batches", "3", "--tp", "2"];
     let output = tiny(&flags);
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     let most = "at most 5 rows at once are looked for (the text has 16 rows, for 3 micro-batches)";
     assert!(output.status.success() && told.contains(most) && !told.contains("tries 6 rows"), "{told}");
+    // Each stage warns of what its plan splits in the run, and not in what was looked for as well.
+    assert_eq!(told.matches("the plan leaves").count(), 2, "{told}");
 }

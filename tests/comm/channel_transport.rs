@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use burn::tensor::DType;
 use burn_parallel::Error;
 use burn_parallel::comm::{
-    BufferMut, BufferRef, Call, CallHistory, CallLog, Communicator, Extent, Message, Operation, Output, ReduceOp,
-    Transfer, Transport, part, reduce_contributions,
+    BufferMut, BufferRef, Call, CallHistory, CallLog, CallShape, Communicator, Message, Operation, OutputAllocator,
+    ReduceOp, Transfer, Transport, part, reduce_contributions,
 };
 
 /// How long a rank that finds a peer gone waits for the reason.
@@ -281,7 +281,7 @@ impl ChannelTransport {
         let lens = |contribution: &Contribution| contribution.buffers.iter().map(|(_, len)| *len).collect::<Vec<_>>();
         let mut dtypes = all.iter().filter_map(|other| other.call.dtype);
         let first = dtypes.next();
-        let in_place = all[0].call.pieces > 1;
+        let in_place = all[0].call.buffers > 1;
         let matching = dtypes.all(|dtype| Some(dtype) == first)
             && all.iter().all(|other| other.call.agrees(&all[0].call) && (!in_place || lens(other) == lens(&all[0])));
         if !matching {
@@ -309,26 +309,31 @@ impl ChannelTransport {
         Ok(())
     }
 
-    fn out_of_place(&self, all: &[Arc<Contribution>], number: u64, output: &mut dyn Output) -> Result<(), Error> {
+    fn out_of_place(
+        &self,
+        all: &[Arc<Contribution>],
+        number: u64,
+        output: &mut dyn OutputAllocator,
+    ) -> Result<(), Error> {
         let (rank, size, operation) = (self.rank, all.len(), all[self.rank].call.operation);
         let source = match operation {
             Operation::Scatter { root } => &all[root].call,
             _ => &all[rank].call,
         };
-        let Call { dtype: Some(dtype), extent, .. } = *source else { return Ok(()) };
-        let rows = |from: usize| received(operation, all[from].call.extent.rows(), (from, rank), size);
+        let Call { dtype: Some(dtype), shape, .. } = *source else { return Ok(()) };
+        let rows = |from: usize| received(operation, all[from].call.shape.rows(), (from, rank), size);
         let taken: usize = match operation {
             Operation::Gather { root } if root != rank => return self.check_shortages(&all[rank].call, number, None),
             Operation::ReduceScatter(_) => rows(rank).len(),
             _ => (0..size).map(|from| rows(from).len()).sum(),
         };
-        let mut dims = extent.dims().to_vec();
+        let mut dims = shape.dims().to_vec();
         dims[0] = taken;
         let allocated = output.allocate(&dims, dtype);
         let shortage = allocated.as_ref().err().filter(|error| matches!(error, Error::OutOfMemory { .. })).cloned();
         self.check_shortages(&all[rank].call, number, shortage)?;
         let mut buffer = allocated?;
-        let width = extent.width();
+        let width = shape.width();
         if let Operation::ReduceScatter(_) = operation {
             let start = rows(rank).start * width;
             let part = |contribution| Contribution::slice(contribution, 0, start, taken * width, dtype);
@@ -376,12 +381,12 @@ fn moved(all: &[Arc<Contribution>], rank: usize) -> u64 {
     let (size, call) = (all.len(), &all[rank].call);
     let others = size - 1;
     let element = |call: &Call| call.dtype.map_or(0, |dtype| dtype.size());
-    let share = part(call.extent.elements(), size, rank).len() * element(call);
+    let share = part(call.shape.elements(), size, rank).len() * element(call);
     let bytes = match call.operation {
         Operation::AllReduce(_) => 2 * share * others,
         Operation::Reduce { root, .. } => share * others + if root == rank { 0 } else { share },
-        Operation::Broadcast { root } if root != rank => call.extent.elements() * element(call),
-        Operation::ReduceScatter(_) => part(call.extent.rows(), size, rank).len() * call.extent.width() * others,
+        Operation::Broadcast { root } if root != rank => call.shape.elements() * element(call),
+        Operation::ReduceScatter(_) => part(call.shape.rows(), size, rank).len() * call.shape.width() * others,
         operation @ (Operation::AllGather
         | Operation::Gather { .. }
         | Operation::Scatter { .. }
@@ -389,8 +394,8 @@ fn moved(all: &[Arc<Contribution>], rank: usize) -> u64 {
             let bytes = |(from, other): (usize, &Arc<Contribution>)| match operation {
                 Operation::Gather { root } if root != rank => 0,
                 _ => {
-                    let rows = received(operation, other.call.extent.rows(), (from, rank), size).len();
-                    rows * other.call.extent.width() * element(&other.call)
+                    let rows = received(operation, other.call.shape.rows(), (from, rank), size).len();
+                    rows * other.call.shape.width() * element(&other.call)
                 }
             };
             all.iter().enumerate().filter(|(from, _)| *from != rank).map(bytes).sum()
@@ -458,7 +463,7 @@ impl Transport for ChannelTransport {
         if let Some(message) = self.try_receive(from, tag)? {
             return Ok(message);
         }
-        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let call = Call::new(Operation::Receive { from, tag }, None, CallShape::flat(0));
         let number = self.group.history.begin(self.rank, &call);
         self.wait(
             &call,

@@ -111,7 +111,7 @@ fn tensors_of_nine_dims() {
     }
 }
 
-/// Dims that an extent folds are compared all the same.
+/// Dims that a shape folds are compared all the same.
 #[test]
 fn nine_dims_that_differ() {
     let differ = |comm: &Communicator| {

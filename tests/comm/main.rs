@@ -1,4 +1,5 @@
-//! Communicators of threads: what they compute, what they say when they fail, and the moves between layouts.
+//! Communicators of threads: what they compute, what they say when they fail, and the moves between layouts; and how
+//! ranks are started and arranged, as threads and as processes.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -8,6 +9,7 @@ mod transport_suite;
 mod channel_transport;
 mod collectives;
 mod failures;
+mod launch;
 mod layout;
 mod limits;
 mod local;

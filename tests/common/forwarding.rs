@@ -59,7 +59,7 @@ impl Transport for Forwarding {
             (Operation::AllGather | Operation::ReduceScatter(_), Transfer::OutOfPlace { input, output }) => {
                 // SAFETY: it is of f32, and lent for reading.
                 let rows = unsafe { std::slice::from_raw_parts(input.as_ptr().cast::<f32>(), input.elements()) };
-                let mut dims = call.extent.dims().to_vec();
+                let mut dims = call.shape.dims().to_vec();
                 let result = match call.operation {
                     Operation::ReduceScatter(op) => {
                         dims[0] /= self.size();

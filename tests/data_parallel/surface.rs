@@ -120,7 +120,7 @@ fn the_gradients_of_another_backward_stay_with_it() {
                 drop((case.loss)(&model, input(rows.clone())).backward());
                 let grads = (case.loss)(&model, input(rows.clone())).backward();
                 let mut own = GradientsParams::from_grads(grads, &*model);
-                let mut taken = Count { grads: &mut own, found: 0 };
+                let mut taken = CountGradients { grads: &mut own, found: 0 };
                 model.visit(&mut taken);
                 assert!(taken.found > 0, "burn's own backward gives its gradients");
                 let loss = (case.loss)(&model, input(rows.clone()));
@@ -135,12 +135,12 @@ fn the_gradients_of_another_backward_stay_with_it() {
     }
 }
 
-struct Count<'a> {
+struct CountGradients<'a> {
     grads: &'a mut GradientsParams,
     found: usize,
 }
 
-impl ModuleVisitor for Count<'_> {
+impl ModuleVisitor for CountGradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         self.found += usize::from(self.grads.remove::<D>(param.id).is_some());
     }
@@ -239,9 +239,9 @@ fn a_replica_that_takes_another_learning_rate_is_found() {
 }
 
 #[derive(Clone)]
-struct Rows;
+struct RowBatcher;
 
-impl Batcher<f32, Vec<f32>> for Rows {
+impl Batcher<f32, Vec<f32>> for RowBatcher {
     fn batch(&self, items: Vec<f32>, _: &Device) -> Vec<f32> {
         assert!(!items.contains(&13.0), "an item that no batcher can take");
         items
@@ -258,7 +258,8 @@ fn a_dataloader_whose_worker_panics_is_an_error_on_all_ranks() {
             if rank.rank() == 1 {
                 items[25] = poison;
             }
-            let loader = DataLoaderBuilder::new(Rows).batch_size(2).num_workers(2).build(InMemDataset::new(items));
+            let loader =
+                DataLoaderBuilder::new(RowBatcher).batch_size(2).num_workers(2).build(InMemDataset::new(items));
             let mut seen = 0;
             for batch in model.join_loader(&*loader) {
                 seen += batch?.map_or(0, |batch| batch.len());

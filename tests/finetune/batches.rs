@@ -105,15 +105,15 @@ fn the_batch_that_fits_is_found() {
     let directory = prepared();
     // More than any trial takes.
     directory.write("large.txt", "what fits is found out by trying\n".repeat(4000).as_bytes());
-    let limited = |kilobytes: &str, dp: &str| {
+    let limited = |kilobytes: &str, dp: &str, more: &[&str]| {
         let flags = ["--data", "in:large.txt", "--seq", "64", "--batch", "auto", "--dp", dp, "--steps", "1"];
-        let program = command(&directory, &[&flags[..], &["--json", "in:outcome.json"]].concat());
+        let program = command(&directory, &[&flags[..], &["--json", "in:outcome.json"], more].concat());
         let script = format!("ulimit -d {kilobytes} && exec \"$0\" \"$@\"");
         let mut limited = Command::new("sh");
         limited.args(["-c", &script]).arg(program.get_program()).args(program.get_args()).output().unwrap()
     };
     let rows = |kilobytes: &str| {
-        let output = limited(kilobytes, "2");
+        let output = limited(kilobytes, "2", &[]);
         let told = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success() && told.contains("rows at once fit on a rank"), "{told}");
         // It takes a while: each trial is told, and what came of it.
@@ -125,13 +125,15 @@ fn the_batch_that_fits_is_found() {
     };
     let (little, more) = (rows("60000"), rows("100000"));
     assert!(2 <= little && little < more && more < 256, "{little}, {more}");
-    // So many models that none is made.
-    let output = limited("60000", "1000");
-    let told = String::from_utf8_lossy(&output.stderr);
-    let last = told.lines().last().unwrap();
-    assert!(output.status.code() == Some(1) && !told.contains("tries"), "{told}");
-    let what = ["finetune: --batch auto: not even one row fits into the ", " bytes of RLIMIT_DATA: "];
-    assert!(last.starts_with(what[0]) && last.contains(what[1]), "{told}");
+    // So many models that none is made, also where it is not known what a step needs.
+    for more in [&[][..], &["--recompute"]] {
+        let output = limited("60000", "1000", more);
+        let told = String::from_utf8_lossy(&output.stderr);
+        let last = told.lines().last().unwrap();
+        assert!(output.status.code() == Some(1) && !told.contains("tries"), "{told}");
+        let what = ["finetune: --batch auto: not even one row fits into the ", " bytes of RLIMIT_DATA: "];
+        assert!(last.starts_with(what[0]) && last.contains(what[1]), "{told}");
+    }
 }
 
 /// A trial takes steps, also for a run that takes none.

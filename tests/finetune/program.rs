@@ -263,6 +263,12 @@ fn a_dry_run_says_what_would_be_and_trains_nothing() {
     assert!(captured.contains("engine = \"captured\"") && zero.contains("engine = \"eager\""), "{captured} {zero}");
     assert!(!zero.contains("--recompute does nothing"), "{zero}");
     assert!(tp.contains("rank 1") && !tp.contains(&format!("parameters {parameters}")), "{tp}");
+    // A line for what lies alike in all layers, or for each.
+    let gates = |said: &str| said.lines().filter(|line| line.contains("mlp.gate_proj.weight")).count();
+    assert!(tp.contains("model.layers.{0-3}.mlp.gate_proj.weight (4)") && gates(&tp) == 1, "{tp}");
+    let whole = flags.map(|flag| if flag == "--dry-run" { "--dry-run=whole" } else { flag });
+    let whole = String::from_utf8(finetune(&directory, &[&whole[..], &["--tp", "2"]].concat()).stdout).unwrap();
+    assert_eq!(gates(&whole), 4, "{whole}");
     assert!(
         zero.contains(&format!("parameters {parameters}, gradients {}, optimizer {parameters} bytes", parameters / 2)),
         "{zero}"

@@ -106,6 +106,11 @@ fn flags_that_make_no_sense_are_refused() {
     refused(&directory, &["--save", "in:old"], "there is a model already: give --resume");
     fs::create_dir_all(directory.path().join("begun/checkpoints")).unwrap();
     refused(&directory, &["--resume", "in:begun"], "begun: there are no checkpoints");
+    let one = directory.path().join("begun/checkpoints/step-000000003");
+    fs::create_dir(&one).unwrap();
+    fs::write(one.join("checkpoint.json"), "").unwrap();
+    let said = format!("give --resume {} --resume-step 3", directory.path().join("begun").display());
+    refused(&directory, &["--resume", "in:begun/checkpoints/step-000000003"], &said);
 }
 
 /// What the model or the replicas say to a file comes when ranks have started.

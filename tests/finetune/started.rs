@@ -33,18 +33,28 @@ fn ranks_of_torchrun(directory: &Directory, flags: [&[&str]; 2]) -> Vec<Output> 
     ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect()
 }
 
-/// Machines whose files differ would not make as many steps: found out before the first.
+/// Ranks whose files or flags differ would not make as many steps, or other ones: found out before the first.
 #[test]
-fn ranks_that_read_other_data_are_refused() {
+fn ranks_that_are_given_something_else_are_refused() {
     let directory = prepared();
     let (data, eval) = ("in:data.jsonl", "in:eval.jsonl");
     let flags =
         |data, eval| ["--data", data, "--eval", eval, "--seq", "64", "--batch", "4", "--steps", "1", "--dp", "2"];
-    for other in [flags(eval, eval), flags(data, data)] {
-        for output in ranks_of_torchrun(&directory, [&flags(data, eval), &other]) {
+    let other_seed = [&flags(data, eval)[..], &["--seed", "1"]].concat();
+    for (other, what) in [
+        (&flags(eval, eval)[..], "`rows of --data` is "),
+        (&flags(data, data), "`rows of --eval` is "),
+        (&other_seed, "`--seed` is 1 on rank 1"),
+        (
+            &[&flags(data, eval)[..], &["--lr", "1e-3"]].concat(),
+            "`--lr` is 0.001 on rank 1 of group `world`, and 0.00005 on",
+        ),
+    ] {
+        for output in ranks_of_torchrun(&directory, [&flags(data, eval), other]) {
             let stderr = String::from_utf8_lossy(&output.stderr);
             assert_eq!(output.status.code(), Some(2), "{stderr}");
-            assert!(stderr.contains("is not the same file on all machines"), "{stderr}");
+            let said: Vec<&str> = stderr.lines().filter(|line| line.starts_with("finetune: ")).collect();
+            assert!(said.len() == 1 && said[0].contains(what), "{what}: {stderr}");
         }
     }
 }

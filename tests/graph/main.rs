@@ -10,5 +10,6 @@ mod execute;
 mod forward;
 mod fused;
 mod parity;
+mod products;
 mod shard;
 mod token_loss;

@@ -20,7 +20,7 @@ use crate::common::models::{Cnn, Lm, Numbers, Residual, Rnn, Tied, cross_entropy
 use crate::common::reference::{difference, gradient_values, values};
 
 /// All stages of a cut, run one after the other in one thread.
-struct Pipeline {
+struct CutPipeline {
     stages: Vec<StageRun>,
     gradients: HashMap<ParamId, PlainTensor>,
 }
@@ -33,7 +33,7 @@ fn add(sums: &mut HashMap<ParamId, PlainTensor>, id: ParamId, more: PlainTensor)
     sums.insert(id, sum);
 }
 
-impl Pipeline {
+impl CutPipeline {
     fn new(graph: &StepGraph, cut: CutGraph) -> Self {
         let stages = cut.stages.into_iter().map(|part| StageRun::new(graph, part, CustomOps::new()).unwrap()).collect();
         Self { stages, gradients: HashMap::new() }
@@ -98,7 +98,7 @@ fn same<M: Module, I: TensorTree + Clone>(
     let expected = (scalar(step.loss), gradient_values(model, &step.gradients), values(&whole));
 
     let parts = model.clone().train();
-    let mut pipeline = Pipeline::new(&graph, cut);
+    let mut pipeline = CutPipeline::new(&graph, cut);
     pipeline.stages.iter_mut().for_each(|stage| stage.bind(&parts).unwrap());
     let found = pipeline.forward(0, &graph_tensors(inputs).unwrap());
     pipeline.backward(0);
@@ -391,7 +391,7 @@ fn forward_and_backward_see_the_same_dropout() {
     let x = Numbers(3).tensor::<2>([16, 8], &device());
     let graph = capture_step(&model, x.clone(), loss).unwrap();
     let parts = cut(&graph, &[0, 1], 2).unwrap();
-    let mut pipeline = Pipeline::new(&graph, parts);
+    let mut pipeline = CutPipeline::new(&graph, parts);
     pipeline.stages.iter_mut().for_each(|stage| stage.bind(&model).unwrap());
     let found = pipeline.forward(0, &graph_tensors(x).unwrap());
     pipeline.backward(0);
@@ -420,7 +420,7 @@ fn micro_batches_under_way_do_not_see_each_other() {
         losses.push(scalar(outputs.unwrap().loss));
     }
     let homes = Cut::Balanced.homes(&graph, 3).unwrap();
-    let mut pipeline = Pipeline::new(&graph, cut(&graph, &homes, 3).unwrap());
+    let mut pipeline = CutPipeline::new(&graph, cut(&graph, &homes, 3).unwrap());
     pipeline.stages.iter_mut().for_each(|stage| stage.bind(&model).unwrap());
     let found: Vec<f32> = (0..3).map(|m| pipeline.forward(m, &graph_tensors(rows(m)).unwrap())).collect();
     assert_eq!(pipeline.stages[0].under_way(), 3);
@@ -520,7 +520,7 @@ fn a_micro_batch_leaves_nothing_behind() {
     let model = lm(2);
     let graph = capture_step(&model, lm_batch(2), lm_loss).unwrap();
     let homes = Cut::before(["encoder.layers.1.*"]).homes(&graph, 2).unwrap();
-    let mut pipeline = Pipeline::new(&graph, cut(&graph, &homes, 2).unwrap());
+    let mut pipeline = CutPipeline::new(&graph, cut(&graph, &homes, 2).unwrap());
     pipeline.stages.iter_mut().for_each(|stage| stage.bind(&model).unwrap());
     let inputs = graph_tensors(lm_batch(2)).unwrap();
     let [first, second] = &mut pipeline.stages[..] else { panic!("two stages") };

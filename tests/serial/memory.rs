@@ -317,14 +317,14 @@ fn few(device: &Device) -> Tensor<2> {
     )
 }
 
-type Step = Box<dyn FnMut() -> Result<(), Error>>;
+type OneStep = Box<dyn FnMut() -> Result<(), Error>>;
 
 /// Steps of a model, each followed by one of Adam; with `optimize` through that.
 macro_rules! training {
     ($model:expr, optimize |$of:ident| $step:expr) => {{
         let mut optim: ModuleOptimizer = AdamConfig::new().init().into();
         let mut model = Some($model);
-        let step: Step = Box::new(move || {
+        let step: OneStep = Box::new(move || {
             let mut $of = model.take().expect("the step before has given it back");
             let step = $step?;
             model = Some($of.optimize(&mut optim, 1e-3, step)?);
@@ -335,7 +335,7 @@ macro_rules! training {
     ($model:expr, |$of:ident| $step:expr) => {{
         let mut optim: ModuleOptimizer = AdamConfig::new().init().into();
         let mut model = Some($model);
-        let step: Step = Box::new(move || {
+        let step: OneStep = Box::new(move || {
             let mut $of = model.take().expect("the step before has given it back");
             let grads = $step?.grads;
             model = Some(optim.step(1e-3, $of, grads));
@@ -346,7 +346,7 @@ macro_rules! training {
 }
 
 /// By how many bytes what all ranks hold is more in the steps from 600 to 1,000 than in those from 200 to 600.
-fn growth(ranks: usize, start: impl Fn(&Rank, Tensor<2>, Tiny) -> Result<Step, Error> + Sync) -> isize {
+fn growth(ranks: usize, start: impl Fn(&Rank, Tensor<2>, Tiny) -> Result<OneStep, Error> + Sync) -> isize {
     let most = launch::threads(ranks).run(|rank| {
         let device = rank.device().autodiff();
         let mut step = start(&rank, few(&device), Tiny::new(&device))?;
@@ -446,7 +446,7 @@ fn a_thousand_steps_hold_no_more_than_a_few() {
         "forward_with under tp",
         growth(2, |rank, x, model| {
             let model = model.tensor_parallel(rank, &plan)?;
-            let step: Step = Box::new(move || model.forward_with(x.clone(), |m, x| m.forward(x)).map(drop));
+            let step: OneStep = Box::new(move || model.forward_with(x.clone(), |m, x| m.forward(x)).map(drop));
             Ok(step)
         }),
     );
@@ -455,7 +455,7 @@ fn a_thousand_steps_hold_no_more_than_a_few() {
         growth(2, |rank, x, model| {
             let mut model = model.pipeline_parallel(rank, pp())?;
             model.prepare(x.clone(), |m, x| m.loss(x))?;
-            let step: Step = Box::new(move || model.forward_with(x.clone(), |m, x| m.forward(x)).map(drop));
+            let step: OneStep = Box::new(move || model.forward_with(x.clone(), |m, x| m.forward(x)).map(drop));
             Ok(step)
         }),
     );

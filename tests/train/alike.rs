@@ -209,14 +209,21 @@ fn all_ranks_of_a_split_have_the_error_of_one() {
     }
 }
 
-/// The axes and the engine decide what ranks call: they are compared before anything else is.
+/// The axes, what is divided, and the engine decide what ranks call: they are compared before anything else is.
 #[test]
 fn ranks_that_spread_the_model_in_another_way_are_told() {
-    let strategies: [[Strategy; 2]; 2] =
-        [[of(2).with_engine(Engine::Eager), of(2).with_engine(Engine::Captured)], [of(2), of(1).with_tp(2, split())]];
-    for (pair, words) in
-        strategies.iter().zip(["rank 1 has captured steps, and rank 0 eager steps", "dp 1, pp 1 and tp 2"])
-    {
+    let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters);
+    let strategies: [[Strategy; 2]; 3] = [
+        [of(2).with_engine(Engine::Eager), of(2).with_engine(Engine::Captured)],
+        [of(2), of(1).with_tp(2, split())],
+        [of(2), of(2).with_data(divided)],
+    ];
+    let words = [
+        "rank 1 has captured steps, and rank 0 eager steps",
+        "dp 1, pp 1 and tp 2",
+        "rank 1 has ZeRO 3, and rank 0 ZeRO 0: give all ranks the same `sharding`",
+    ];
+    for (pair, words) in strategies.iter().zip(words) {
         let ran = launch::threads(2).run(|rank| layers().parallelize(&rank, &pair[rank.rank()]).map(drop));
         let error = ran.unwrap_err();
         assert!(matches!(error, Error::Strategy { .. }), "{error}");

@@ -1,5 +1,5 @@
-//! What all strategies have in common: settings and configs, what fits, the gradient norm, sharded replicas, and how
-//! often a step walks the model.
+//! What all strategies have in common: settings and configs, what fits, the gradient norm, sharded replicas, running
+//! statistics, and how often a step walks the model.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -14,6 +14,7 @@ mod optimizers;
 mod others_moments;
 mod panicking;
 mod settings;
+mod statistics;
 mod walks;
 mod zero;
 mod zero_captured;

@@ -9,7 +9,7 @@ mod view;
 use burn::backend::tensor::FloatTensor;
 use burn_cubecl::Cube;
 
-use super::{PendingProduct, ProductCall, Products};
+use super::{PendingProduct, ProductCall, ShardedProducts};
 use crate::Error;
 use crate::comm::DeviceTensor;
 use view::{fused, resolved};
@@ -18,7 +18,7 @@ fn all_resolved(terms: Vec<[FloatTensor<Cube>; 2]>) -> Vec<[DeviceTensor; 2]> {
     terms.into_iter().map(|term| term.map(resolved)).collect()
 }
 
-impl Products for Cube {
+impl ShardedProducts for Cube {
     fn sum(
         terms: Vec<[FloatTensor<Self>; 2]>,
         call: &ProductCall,

@@ -10,7 +10,7 @@ use burn::backend::Flex;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 
-use super::{PendingProduct, ProductCall, Products};
+use super::{PendingProduct, ProductCall, ShardedProducts};
 use crate::Error;
 use crate::comm::element::with_float_type;
 
@@ -26,7 +26,7 @@ fn dtype_of(terms: &[[FlexTensor; 2]], call: &ProductCall) -> Result<DType, Erro
     terms.first().map(|[left, _]| left.dtype()).ok_or_else(|| call.no_terms())
 }
 
-impl Products for Flex {
+impl ShardedProducts for Flex {
     fn sum(terms: Vec<[FlexTensor; 2]>, call: &ProductCall, beside: bool) -> Result<PendingProduct<FlexTensor>, Error> {
         with_elements!(call.name, dtype_of(&terms, call)?, T => product::sum::<T>(ahead(terms), call, beside))
     }

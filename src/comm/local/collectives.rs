@@ -6,7 +6,7 @@ use super::barrier;
 use super::group::CallDescriptor;
 use crate::Error;
 use crate::comm::reduce::{Contribution, fold};
-use crate::comm::{Call, Extent, Operation, Output, ReduceOp, part};
+use crate::comm::{Call, CallShape, Operation, OutputAllocator, ReduceOp, part};
 
 pub(super) type Descriptors<'a> = barrier::Descriptors<'a, CallDescriptor>;
 
@@ -26,17 +26,17 @@ pub(super) fn out_of_place(
     operation: &Operation,
     rank: usize,
     descriptors: &Descriptors<'_>,
-    output: &mut dyn Output,
+    output: &mut dyn OutputAllocator,
 ) -> Result<u64, Error> {
-    let everything = |_: usize, extent: &Extent| 0..extent.rows();
-    let my_part = |_: usize, extent: &Extent| part(extent.rows(), descriptors.len(), rank);
+    let everything = |_: usize, shape: &CallShape| 0..shape.rows();
+    let my_part = |_: usize, shape: &CallShape| part(shape.rows(), descriptors.len(), rank);
     match *operation {
         Operation::ReduceScatter(op) => fold_part(op, rank, descriptors, output),
         Operation::AllGather => collect(rank, descriptors, output, everything),
         Operation::Gather { root } if root == rank => collect(rank, descriptors, output, everything),
         Operation::Gather { .. } => Ok(0),
         Operation::Scatter { root } => {
-            collect(rank, descriptors, output, |from, extent| if from == root { my_part(from, extent) } else { 0..0 })
+            collect(rank, descriptors, output, |from, shape| if from == root { my_part(from, shape) } else { 0..0 })
         }
         Operation::AllToAll => collect(rank, descriptors, output, my_part),
         _ => unreachable!("{operation:?} is done in place"),
@@ -113,11 +113,16 @@ fn copy_from_root(root: usize, rank: usize, descriptors: &Descriptors<'_>) -> u6
 }
 
 /// Reduces this rank's part of all inputs into its output.
-fn fold_part(op: ReduceOp, rank: usize, descriptors: &Descriptors<'_>, output: &mut dyn Output) -> Result<u64, Error> {
-    let Call { dtype: Some(dtype), extent, .. } = *descriptors.get(rank).call() else { return Ok(0) };
-    let rows = part(extent.rows(), descriptors.len(), rank);
-    let (skipped, elements) = (rows.start * extent.width(), rows.len() * extent.width());
-    let target = output.allocate(&extent.with_rows(rows.len()), dtype)?;
+fn fold_part(
+    op: ReduceOp,
+    rank: usize,
+    descriptors: &Descriptors<'_>,
+    output: &mut dyn OutputAllocator,
+) -> Result<u64, Error> {
+    let Call { dtype: Some(dtype), shape, .. } = *descriptors.get(rank).call() else { return Ok(0) };
+    let rows = part(shape.rows(), descriptors.len(), rank);
+    let (skipped, elements) = (rows.start * shape.width(), rows.len() * shape.width());
+    let target = output.allocate(&shape.with_rows(rows.len()), dtype)?;
     let source = |descriptor: CallDescriptor| Contribution {
         // SAFETY: every input is as long as this rank's, and its owner waits.
         data: unsafe { descriptor.input.add(skipped * dtype.size()) },
@@ -133,24 +138,24 @@ fn fold_part(op: ReduceOp, rank: usize, descriptors: &Descriptors<'_>, output: &
 fn collect(
     rank: usize,
     descriptors: &Descriptors<'_>,
-    output: &mut dyn Output,
-    wanted: impl Fn(usize, &Extent) -> Range<usize>,
+    output: &mut dyn OutputAllocator,
+    wanted: impl Fn(usize, &CallShape) -> Range<usize>,
 ) -> Result<u64, Error> {
-    let Some((dtype, extent)) = descriptors
+    let Some((dtype, shape)) = descriptors
         .iter()
         .find(|descriptor| !descriptor.input.is_null())
-        .and_then(|descriptor| Some((descriptor.call().dtype?, descriptor.call().extent)))
+        .and_then(|descriptor| Some((descriptor.call().dtype?, descriptor.call().shape)))
     else {
         return Ok(0);
     };
     // More than there are addresses for is more than there is memory for.
-    let lens = descriptors.iter().enumerate().map(|(from, descriptor)| wanted(from, &descriptor.call().extent).len());
+    let lens = descriptors.iter().enumerate().map(|(from, descriptor)| wanted(from, &descriptor.call().shape).len());
     let rows = lens.fold(0, usize::saturating_add);
-    let mut target = output.allocate(&extent.with_rows(rows), dtype)?.data;
-    let row_bytes = extent.width() * dtype.size();
+    let mut target = output.allocate(&shape.with_rows(rows), dtype)?.data;
+    let row_bytes = shape.width() * dtype.size();
     let mut moved = 0;
     for (from, descriptor) in descriptors.iter().enumerate() {
-        let range = wanted(from, &descriptor.call().extent);
+        let range = wanted(from, &descriptor.call().shape);
         let bytes = range.len() * row_bytes;
         if bytes > 0 {
             // SAFETY: the rows lie within the sender's input, whose owner waits; the output has room for all of them.
@@ -171,7 +176,7 @@ fn collect(
 /// Whether two matching descriptors have buffers of the same lengths. Memory safety depends on it, so it does not trust
 /// the fingerprint in the calls.
 pub(super) fn same_lengths(own: &CallDescriptor, other: &CallDescriptor) -> bool {
-    own.call().pieces == 1 || {
+    own.call().buffers == 1 || {
         let lens = |descriptor: &CallDescriptor| descriptor.buffers().iter().map(|buffer| buffer.elements);
         lens(own).eq(lens(other))
     }

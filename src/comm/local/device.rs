@@ -28,12 +28,12 @@ use burn_cubecl::CubeDevice;
 use super::device_reduce::fold;
 use super::transport::LocalTransport;
 use crate::Error;
-use crate::comm::coalesced::pieces_on_device;
+use crate::comm::coalesced::coalesced_on_device;
 use crate::comm::device::{
     DeviceTensor, DeviceTransport, bytes_moved, exclusive, flat, from_device, rows_received, to_device, with_dims,
 };
 use crate::comm::payload::on_device;
-use crate::comm::{Arrival, Call, Extent, Operation, ReduceOp, TensorKind, Transfer, Transport, part, reduce};
+use crate::comm::{Arrival, Call, CallShape, Operation, ReduceOp, TensorKind, Transfer, Transport, part, reduce};
 use crate::lock::lock;
 
 /// All-reduces of fewer elements are computed by every rank for itself: a second exchange would take longer.
@@ -79,7 +79,7 @@ impl LocalTransport {
         op: ReduceOp,
         tensors: &[DeviceTensor],
     ) -> Result<(Vec<DeviceTensor>, u64), Error> {
-        let call = pieces_on_device(op, tensors)?;
+        let call = coalesced_on_device(op, tensors)?;
         let (reduced, bytes) = self.run_as::<K>(call, concatenated::<K>(tensors)?)?;
         Ok((split_like::<K>(reduced, tensors)?, bytes))
     }
@@ -96,11 +96,11 @@ impl LocalTransport {
             _ => tensor,
         };
         let all = self.exchange(&call, brought)?;
-        let rows: Vec<usize> = all.iter().map(|tensor| Extent::new(&tensor.meta.shape().to_vec()).rows()).collect();
+        let rows: Vec<usize> = all.iter().map(|tensor| CallShape::new(&tensor.meta.shape().to_vec()).rows()).collect();
         let rows = match operation {
             // Scaled tensors are flat; these operations take equal dims anyway.
             Operation::AllReduce(_) | Operation::ReduceScatter(_) | Operation::Reduce { .. } => {
-                vec![call.extent.rows(); size]
+                vec![call.shape.rows(); size]
             }
             _ => rows,
         };
@@ -110,7 +110,7 @@ impl LocalTransport {
                 let dims = all[root].meta.shape().to_vec();
                 (dims.iter().skip(1).product(), dims)
             }
-            _ => (call.extent.width(), dims),
+            _ => (call.shape.width(), dims),
         };
         let device = all[rank].device.clone();
         let take =
@@ -129,19 +129,19 @@ impl LocalTransport {
             _ => fold_here::<K>(&all, elements, op, dtype, &device).map(from_device::<1, K>),
         };
         let result = match operation {
-            Operation::AllReduce(op) if size > 1 && call.extent.elements() >= SMALL => {
+            Operation::AllReduce(op) if size > 1 && call.shape.elements() >= SMALL => {
                 // As on the host: every rank reduces a share, and all concatenate the shares.
-                let share = part(call.extent.elements(), size, rank);
+                let share = part(call.shape.elements(), size, rank);
                 let folded = fold_here::<K>(&all, share, op, dtype, &device)?;
                 let shares = self.exchange(&call, folded)?;
                 let whole = |share: &DeviceTensor| fetch::<K>(share, 0..share.meta.shape()[0], &device);
                 Tensor::cat(shares.iter().map(whole).collect(), 0)
             }
-            Operation::AllReduce(op) => folded(0..call.extent.elements(), op)?,
-            Operation::Reduce { op, root } if root == rank => folded(0..call.extent.elements(), op)?,
+            Operation::AllReduce(op) => folded(0..call.shape.elements(), op)?,
+            Operation::Reduce { op, root } if root == rank => folded(0..call.shape.elements(), op)?,
             Operation::Reduce { .. } => take(rank, everything(rank)),
             Operation::ReduceScatter(op) => {
-                let mine = part(call.extent.rows(), size, rank);
+                let mine = part(call.shape.rows(), size, rank);
                 folded(mine.start * width..mine.end * width, op)?
             }
             Operation::Broadcast { root } => take(root, everything(root)),

@@ -29,7 +29,7 @@ pub(super) struct CallDescriptor {
     /// The one buffer in place and its length.
     data: *mut u8,
     elements: usize,
-    /// The in-place buffers, `call.pieces` of them, or null.
+    /// The in-place buffers, `call.buffers` of them, or null.
     buffers: *const BufferMut<'static>,
     /// The input of a collective that is not in place, or null.
     pub input: *const u8,
@@ -68,11 +68,11 @@ impl CallDescriptor {
         self.digest != 0 && self.digest == other.digest && self.elements == other.elements
     }
 
-    /// The address of an in-place buffer; `pieces` is how many the ranks have agreed on.
-    pub fn place(&self, piece: usize, pieces: usize) -> *mut u8 {
-        match pieces {
+    /// The address of an in-place buffer; `buffers` is how many the ranks have agreed on.
+    pub fn place(&self, buffer: usize, buffers: usize) -> *mut u8 {
+        match buffers {
             1 => self.data,
-            _ => self.buffers()[piece].data,
+            _ => self.buffers()[buffer].data,
         }
     }
 
@@ -81,9 +81,9 @@ impl CallDescriptor {
         if self.buffers.is_null() {
             return &[];
         }
-        // SAFETY: the descriptor of an in-place collective points to as many buffers as its call has pieces, and its
+        // SAFETY: the descriptor of an in-place collective points to as many buffers as its call says, and its
         // owner waits.
-        unsafe { std::slice::from_raw_parts(self.buffers, self.call().pieces) }
+        unsafe { std::slice::from_raw_parts(self.buffers, self.call().buffers) }
     }
 }
 

@@ -15,7 +15,7 @@ use super::group::{CallDescriptor, Group, SplitGroup};
 use crate::Error;
 use crate::comm::backoff::Backoff;
 use crate::comm::transport::check_rank;
-use crate::comm::{Arrival, Call, CallLog, Extent, Message, Operation, Transfer, Transport};
+use crate::comm::{Arrival, Call, CallLog, CallShape, Message, Operation, Transfer, Transport};
 use crate::lock::lock;
 
 /// One rank's member of a group of threads.
@@ -126,7 +126,7 @@ impl LocalTransport {
         check_rank(self, from, "recv")?;
         self.goes_on()?;
         let group = &*self.group;
-        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let call = Call::new(Operation::Receive { from, tag }, None, CallShape::flat(0));
         let mut message = group.mailboxes.take(from, self.rank, tag);
         if message.is_none() {
             // Only a receive that has to wait is recorded in the call history. It does not hold up collectives on

@@ -36,8 +36,8 @@ fn call_descriptor(bytes: &[u8]) {
         let again = CallDescriptor::from_bytes(&written).map(CallDescriptor::to_bytes);
         assert_eq!(again, Some(written), "{descriptor:?}");
         // What is computed from the calls of others, and printed.
-        let extent = descriptor.call.extent;
-        assert!(extent.elements() <= extent.rows().max(1) * extent.width().max(1));
-        let _ = (extent.with_rows(extent.rows()), descriptor.call.digest(), descriptor.call.to_string());
+        let shape = descriptor.call.shape;
+        assert!(shape.elements() <= shape.rows().max(1) * shape.width().max(1));
+        let _ = (shape.with_rows(shape.rows()), descriptor.call.digest(), descriptor.call.to_string());
     }
 }

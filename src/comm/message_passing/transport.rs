@@ -17,7 +17,7 @@ use super::world::{Membership, Proposal, World};
 use crate::Error;
 use crate::comm::departed::{GRACE, rank_lost};
 use crate::comm::transport::check_rank;
-use crate::comm::{Call, CallLog, Extent, Message, Operation, Transfer, Transport};
+use crate::comm::{Call, CallLog, CallShape, Message, Operation, Transfer, Transport};
 use crate::lock::lock;
 
 #[derive(Debug)]
@@ -146,7 +146,7 @@ impl MessagePassingTransport {
     /// Waits for a message that is not there yet.
     fn wait_for(&self, from: usize, tag: u64) -> Result<Message, Error> {
         let (world, group) = (self.world(), &*self.group);
-        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let call = Call::new(Operation::Receive { from, tag }, None, CallShape::flat(0));
         let number = group.history.begin(group.rank, &call);
         let mut wait = Wait::new(world, false);
         let mut gone_since = None;

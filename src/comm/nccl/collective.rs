@@ -8,7 +8,6 @@ use cudarc::nccl::result::{self as nccl, NcclError, NcclStatus};
 use cudarc::nccl::sys::{self, ncclDataType_t as DataType, ncclRedOp_t as RedOp};
 
 use super::nccl_comm::NcclComm;
-use super::transport::Addresses;
 use crate::comm::{Operation, ReduceOp, part};
 use crate::{Error, comm};
 
@@ -29,6 +28,9 @@ pub(super) const fn data_type(dtype: DType) -> Option<DataType> {
         _ => return None,
     })
 }
+
+/// The addresses that are read and written.
+pub(super) type Addresses = (*const std::ffi::c_void, *mut std::ffi::c_void);
 
 /// One collective on this rank: its elements, and those of each rank.
 pub(super) struct Task<'a> {

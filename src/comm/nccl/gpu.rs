@@ -16,9 +16,9 @@ pub(super) type Server = <CudaRuntime as Runtime>::Server;
 
 /// A GPU: its CUDA context, and burn's thread for it.
 #[derive(Debug, Clone)]
-pub(super) struct Gpu(Arc<Shared>);
+pub(super) struct Gpu(Arc<GpuShared>);
 
-struct Shared {
+struct GpuShared {
     /// The primary context, which burn uses too, and which is kept for the life of the process.
     context: cuda::CUcontext,
     /// burn's thread of the device, from the first tensor on: looked up once, not for each call.
@@ -28,10 +28,10 @@ struct Shared {
 }
 
 // SAFETY: CUDA takes contexts and events from any thread; the rest is seen to here.
-unsafe impl Send for Shared where DeviceHandle<Server>: Send {}
-unsafe impl Sync for Shared where DeviceHandle<Server>: Send + Sync {}
+unsafe impl Send for GpuShared where DeviceHandle<Server>: Send {}
+unsafe impl Sync for GpuShared where DeviceHandle<Server>: Send + Sync {}
 
-impl std::fmt::Debug for Shared {
+impl std::fmt::Debug for GpuShared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Gpu").field("context", &self.context).finish_non_exhaustive()
     }
@@ -46,7 +46,7 @@ impl Gpu {
         let device = driver::device::get(index as i32).map_err(failed)?;
         // SAFETY: the device exists.
         let context = unsafe { driver::primary_ctx::retain(device) }.map_err(failed)?;
-        Ok(Self(Arc::new(Shared { context, server: OnceLock::new(), spare: Mutex::default() })))
+        Ok(Self(Arc::new(GpuShared { context, server: OnceLock::new(), spare: Mutex::default() })))
     }
 
     /// Makes the device the one that this thread's CUDA calls mean.
@@ -65,7 +65,7 @@ impl Gpu {
     }
 }
 
-impl Drop for Shared {
+impl Drop for GpuShared {
     fn drop(&mut self) {
         for event in self.spare.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // SAFETY: nobody else has it; CUDA keeps what it needs of an event that is waited for.

@@ -55,7 +55,7 @@ use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::message_header::{DTYPES, MessageHeader};
 use crate::comm::sent_messages::SentMessages;
-use crate::comm::{Call, Extent, Operation, Transport};
+use crate::comm::{Call, CallShape, Operation, Transport};
 use crate::lock::lock;
 
 // NCCL transfers every dtype that a header can announce.
@@ -147,8 +147,8 @@ impl SendQueue {
         })?;
         drop(raw);
         let ready = prepared.ready.clone();
-        let extent = Extent::new(&tensor.meta.shape().to_vec());
-        let call = Call::on_device(Operation::Send { to, tag }, tensor.dtype, extent);
+        let shape = CallShape::new(&tensor.meta.shape().to_vec());
+        let call = Call::on_device(Operation::Send { to, tag }, tensor.dtype, shape);
         watchdog.watch(call, &channel.link, (ready, done), vec![(tensor, Some(prepared))]);
         called
     }

@@ -14,9 +14,9 @@ use super::watchdog::Watchdog;
 use crate::Error;
 use crate::comm::device::{DeviceTensor, empty_on};
 use crate::comm::message_header::MessageHeader;
-use crate::comm::posted_receives::{Asked, Key, PostedReceives};
+use crate::comm::posted_receives::{Asked, PostedReceives, SourceAndTag};
 use crate::comm::sent_messages::{ask, ask_nothing_more};
-use crate::comm::{Arrival, Call, Extent, Message, Operation, Transport};
+use crate::comm::{Arrival, Call, CallShape, Message, Operation, Transport};
 use crate::lock::lock;
 
 /// The receiving side of a rank in a group.
@@ -55,7 +55,7 @@ impl Receiver {
     }
 
     /// Posts a receive: the next message of this key is transferred as soon as it has been sent.
-    pub fn expect(self: &Arc<Self>, key: Key) {
+    pub fn expect(self: &Arc<Self>, key: SourceAndTag) {
         let (from, rank) = (key.0, self.host.rank());
         // `receive` reports a rank that does not exist.
         if from >= self.host.size() || from == rank || !self.posted.expect(key) {
@@ -80,7 +80,7 @@ impl Receiver {
         self.posted.close();
     }
 
-    pub fn receive(&self, (from, tag): Key) -> Result<Arrival, Error> {
+    pub fn receive(&self, (from, tag): SourceAndTag) -> Result<Arrival, Error> {
         let (arrival, done) = match self.posted.take((from, tag), self.host.timeout()) {
             Asked::Fetched(come) => come,
             Asked::NotYet(turn) => {
@@ -98,9 +98,9 @@ impl Receiver {
     }
 
     /// Fails the world for a message that was announced and does not arrive.
-    fn late(&self, (from, tag): Key) -> Error {
+    fn late(&self, (from, tag): SourceAndTag) -> Error {
         let host = &self.host;
-        let call = Call::new(Operation::Receive { from, tag }, None, Extent::flat(0));
+        let call = Call::new(Operation::Receive { from, tag }, None, CallShape::flat(0));
         host.abort(Error::Timeout {
             group: host.group().clone(),
             rank: host.rank(),
@@ -113,7 +113,7 @@ impl Receiver {
     }
 
     /// The message, or the one that a header announces.
-    fn after(&self, (from, tag): Key, message: Message) -> Result<Come, Error> {
+    fn after(&self, (from, tag): SourceAndTag, message: Message) -> Result<Come, Error> {
         if !MessageHeader::is_in(&message) {
             return Ok((message.into(), None));
         }
@@ -127,7 +127,11 @@ impl Receiver {
     }
 
     /// Receives what a header announces.
-    fn fetch(&self, header: MessageHeader, (from, tag): Key) -> Result<(DeviceTensor, Option<Arc<CudaEvent>>), Error> {
+    fn fetch(
+        &self,
+        header: MessageHeader,
+        (from, tag): SourceAndTag,
+    ) -> Result<(DeviceTensor, Option<Arc<CudaEvent>>), Error> {
         let unsupported = || Error::UnsupportedDType { operation: "recv over NCCL", dtype: header.dtype };
         let kind = data_type(header.dtype).ok_or_else(unsupported)?;
         let output = empty_on(&self.device, header.dims, header.dtype);
@@ -156,8 +160,8 @@ impl Receiver {
             raw.finish("recv", unsafe { nccl::recv(place, count, kind, 0, raw.comm, stream) })
         })?;
         drop(raw);
-        let extent = Extent::new(&output.meta.shape().to_vec());
-        let call = Call::on_device(Operation::Receive { from, tag }, header.dtype, extent);
+        let shape = CallShape::new(&output.meta.shape().to_vec());
+        let call = Call::on_device(Operation::Receive { from, tag }, header.dtype, shape);
         self.watchdog.watch(call, &channel.link, (prepared.ready.clone(), done.clone()), Vec::new());
         prepared.release(done.clone());
         called.map(|()| (output, Some(done)))

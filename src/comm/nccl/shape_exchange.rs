@@ -4,7 +4,7 @@ use burn::tensor::DType;
 
 use crate::Error;
 use crate::comm::device::{DeviceTensor, rows_received};
-use crate::comm::{BufferMut, Call, Extent, Operation, ReduceOp, Transfer, Transport};
+use crate::comm::{BufferMut, Call, CallShape, Operation, ReduceOp, Transfer, Transport};
 
 /// The shapes of the ranks' tensors in a collective.
 pub(super) struct Shapes {
@@ -22,7 +22,7 @@ impl Shapes {
     pub fn alike(call: &Call, tensor: &DeviceTensor, size: usize) -> Option<Self> {
         match call.operation {
             Operation::AllGather | Operation::Gather { .. } | Operation::AllToAll | Operation::Scatter { .. } => None,
-            _ => Some(Self { rows: vec![call.extent.rows(); size], dims: tensor.meta.shape().to_vec() }),
+            _ => Some(Self { rows: vec![call.shape.rows(); size], dims: tensor.meta.shape().to_vec() }),
         }
     }
 
@@ -50,10 +50,10 @@ impl Shapes {
             return Self { rows: vec![dims.first().copied().unwrap_or(1); size], dims }.checked(call, tensor.dtype, 1);
         }
         let mut rows = vec![0u64; size];
-        rows[rank] = call.extent.rows() as u64;
+        rows[rank] = call.shape.rows() as u64;
         reduce(host, ReduceOp::Sum, &mut rows)?;
         // This rank's buffer is read by these.
-        if rows[rank] != call.extent.rows() as u64 {
+        if rows[rank] != call.shape.rows() as u64 {
             return Err(garbled(call));
         }
         Self { rows: rows.into_iter().map(|rows| rows as usize).collect(), dims }.checked(call, tensor.dtype, size)
@@ -94,6 +94,6 @@ fn garbled(call: &Call) -> Error {
 
 /// Reduces a few numbers of the transport's own over the host transport.
 pub(super) fn reduce(host: &dyn Transport, op: ReduceOp, values: &mut [u64]) -> Result<(), Error> {
-    let call = Call::new(Operation::AllReduce(op), Some(DType::U64), Extent::flat(values.len()));
+    let call = Call::new(Operation::AllReduce(op), Some(DType::U64), CallShape::flat(values.len()));
     host.collective(&call, Transfer::InPlace(&mut [BufferMut::new(values)])).map(drop)
 }

@@ -7,7 +7,7 @@ use burn::tensor::{DType, Device};
 use burn_cubecl::CubeDevice;
 use cubecl_environment::stream::StreamId;
 
-use super::collective::{Task, data_type};
+use super::collective::{Addresses, Task, data_type};
 use super::conversion::Conversion;
 use super::messages::SendQueue;
 use super::nccl_comm::NcclComm;
@@ -16,7 +16,7 @@ use super::shape_exchange::{Shapes, reduce};
 use super::stream::{NcclStream, Preparing, prepare};
 use super::watchdog::{CommHandle, HeldBuffer, Watchdog};
 use crate::Error;
-use crate::comm::coalesced::pieces_on_device;
+use crate::comm::coalesced::coalesced_on_device;
 use crate::comm::device::{DeviceTensor, DeviceTransport, bytes_moved, empty_on, flat, rows_received};
 use crate::comm::message_header::MessageHeader;
 use crate::comm::transport::check_rank;
@@ -100,9 +100,6 @@ impl NcclTransport {
     }
 }
 
-/// The addresses that are read and written.
-pub(super) type Addresses = (*const std::ffi::c_void, *mut std::ffi::c_void);
-
 impl DeviceTransport for NcclTransport {
     fn supports(&self, device: &Device, dtype: DType) -> bool {
         *device == self.device.0 && data_type(dtype).is_some()
@@ -148,7 +145,7 @@ impl DeviceTransport for NcclTransport {
     }
 
     fn all_reduce_many(&self, op: ReduceOp, tensors: Vec<DeviceTensor>) -> Result<(Vec<DeviceTensor>, u64), Error> {
-        let call = pieces_on_device(op, &tensors)?;
+        let call = coalesced_on_device(op, &tensors)?;
         let gpu = self.watchdog.gpu();
         let meant: Vec<_> = tensors.iter().map(|tensor| (tensor.meta.shape().to_vec(), tensor.dtype)).collect();
         let conversions: Vec<_> = tensors.iter().map(|tensor| Conversion::of(&call.operation, tensor)).collect();
@@ -164,7 +161,7 @@ impl DeviceTransport for NcclTransport {
         let found = self.prepare(&tensors, &outputs)?;
         self.meet(&call)?;
         let counts: Vec<usize> = tensors.iter().map(|tensor| tensor.meta.shape().iter().product()).collect();
-        let shapes = Shapes { rows: vec![call.extent.rows(); self.host.size()], dims: vec![call.extent.rows()] };
+        let shapes = Shapes { rows: vec![call.shape.rows(); self.host.size()], dims: vec![call.shape.rows()] };
         let bytes = bytes_moved(&call.operation, &shapes.rows, self.host.rank(), 1, meant[0].1);
         let dtype =
             tensors.iter().zip(&counts).find(|(_, count)| **count > 0).map_or(meant[0].1, |(tensor, _)| tensor.dtype);

@@ -6,31 +6,31 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, sleep, yield_now};
 use std::time::{Duration, Instant};
 
-use super::{Asked, Key, PostedReceives};
+use super::{Asked, PostedReceives, SourceAndTag};
 
 const LIMIT: Duration = Duration::from_secs(20);
-const A: Key = (1, 7);
-const B: Key = (1, 8);
+const A: SourceAndTag = (1, 7);
+const B: SourceAndTag = (1, 8);
 
 /// A mailbox, and the thread that fetches from it.
 #[derive(Default, Clone)]
-struct Mailbox {
-    messages: Arc<Mutex<BTreeMap<Key, VecDeque<u32>>>>,
+struct TestMailbox {
+    messages: Arc<Mutex<BTreeMap<SourceAndTag, VecDeque<u32>>>>,
     posted: Arc<PostedReceives<u32>>,
     /// Fetching waits for it.
     held_up: Arc<AtomicBool>,
 }
 
-impl Mailbox {
-    fn send(&self, key: Key, message: u32) {
+impl TestMailbox {
+    fn send(&self, key: SourceAndTag, message: u32) {
         self.messages.lock().unwrap().entry(key).or_default().push_back(message);
     }
 
-    fn look(&self, key: Key) -> Option<u32> {
+    fn look(&self, key: SourceAndTag) -> Option<u32> {
         self.messages.lock().unwrap().get_mut(&key).and_then(VecDeque::pop_front)
     }
 
-    fn expect(&self, key: Key) {
+    fn expect(&self, key: SourceAndTag) {
         if self.posted.expect(key) {
             let mailbox = self.clone();
             thread::spawn(move || {
@@ -49,7 +49,7 @@ impl Mailbox {
     }
 
     /// As a rank does: what was fetched, or else what comes.
-    fn receive(&self, key: Key) -> u32 {
+    fn receive(&self, key: SourceAndTag) -> u32 {
         let _turn = match self.posted.take(key, LIMIT) {
             Asked::Fetched(message) => return message,
             Asked::NotYet(turn) => turn,
@@ -76,7 +76,7 @@ impl Mailbox {
 
 #[test]
 fn what_is_expected_is_fetched_before_it_is_asked_for_and_in_order() {
-    let mailbox = Mailbox::default();
+    let mailbox = TestMailbox::default();
     mailbox.expect(A);
     mailbox.expect(A);
     [1, 2, 3].into_iter().for_each(|message| mailbox.send(A, message));
@@ -92,7 +92,7 @@ fn what_is_expected_is_fetched_before_it_is_asked_for_and_in_order() {
 
 #[test]
 fn one_that_does_not_come_holds_up_no_other() {
-    let mailbox = Mailbox::default();
+    let mailbox = TestMailbox::default();
     mailbox.expect(A);
     mailbox.expect(B);
     mailbox.send(B, 5);
@@ -108,7 +108,7 @@ fn one_that_does_not_come_holds_up_no_other() {
 
 #[test]
 fn one_that_is_on_its_way_is_waited_for() {
-    let mailbox = Mailbox::default();
+    let mailbox = TestMailbox::default();
     mailbox.held_up.store(true, Ordering::Release);
     mailbox.expect(A);
     [1, 2].into_iter().for_each(|message| mailbox.send(A, message));
@@ -128,7 +128,7 @@ fn one_that_is_on_its_way_is_waited_for() {
 
 #[test]
 fn whoever_asks_first_gets_the_oldest() {
-    let mailbox = Mailbox::default();
+    let mailbox = TestMailbox::default();
     mailbox.expect(A);
     mailbox.expect(A);
     mailbox.expect(B);
@@ -151,7 +151,7 @@ fn whoever_asks_first_gets_the_oldest() {
 
 #[test]
 fn nobody_waits_for_what_failed_or_was_closed() {
-    let mailbox = Mailbox::default();
+    let mailbox = TestMailbox::default();
     mailbox.expect(A);
     mailbox.send(A, 0);
     mailbox.until_mail_is_taken();
@@ -159,7 +159,7 @@ fn nobody_waits_for_what_failed_or_was_closed() {
     mailbox.send(A, 9);
     mailbox.expect(A);
     assert_eq!(mailbox.receive(A), 9, "nothing is fetched any more");
-    let mailbox = Mailbox::default();
+    let mailbox = TestMailbox::default();
     mailbox.expect(B);
     mailbox.posted.close();
     assert!(matches!(mailbox.posted.take(B, LIMIT), Asked::NotYet(_)));

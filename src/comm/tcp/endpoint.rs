@@ -26,21 +26,21 @@ pub(super) struct TcpEndpoint<N: Network = System> {
     network: N,
     /// The same connections, to wait for without the lock.
     streams: Vec<Option<N::Stream>>,
-    state: Mutex<State<N::Stream>>,
+    state: Mutex<EndpointState<N::Stream>>,
     /// Parked threads.
     parked: AtomicUsize,
 }
 
 #[derive(Debug)]
-struct State<S> {
+struct EndpointState<S> {
     connections: Vec<Connection<S>>,
     table: RequestTable,
 }
 
 // SAFETY: the buffers are borrowed by the endpoint, whatever thread progresses it; they are used under its lock.
-unsafe impl<S: Send> Send for State<S> {}
+unsafe impl<S: Send> Send for EndpointState<S> {}
 
-impl<S: Stream> State<S> {
+impl<S: Stream> EndpointState<S> {
     /// Writes and reads what is possible without blocking.
     fn pump(&mut self, network: &impl Network<Stream = S>) {
         // Loops and not iterators: this is much of what an unoptimised simulation does.
@@ -89,12 +89,12 @@ impl<N: Network> TcpEndpoint<N> {
             thresholds: network.thresholds(),
         };
         let connections = streams.into_iter().map(|stream| Connection::new(stream, network.limits())).collect();
-        let state = Mutex::new(State { connections, table: RequestTable::default() });
+        let state = Mutex::new(EndpointState { connections, table: RequestTable::default() });
         Self { info, network, streams: copies, state, parked: AtomicUsize::new(0) }
     }
 
     /// Progresses the connections, and wakes parked threads if a request is done.
-    fn pump(&self, state: &mut State<N::Stream>) {
+    fn pump(&self, state: &mut EndpointState<N::Stream>) {
         let before = state.table.count;
         state.pump(&self.network);
         if state.table.count > before && self.parked.load(Ordering::Relaxed) > 0 {
@@ -120,7 +120,7 @@ impl<N: Network> Endpoint for TcpEndpoint<N> {
         control: bool,
         requests: &mut Vec<Request>,
     ) -> Result<(), Error> {
-        let State { connections, table } = &mut *lock(&self.state);
+        let EndpointState { connections, table } = &mut *lock(&self.state);
         let request = table.begin();
         requests.push(Request(request as u64));
         connections[to].send(tag, SendBuffer { data, len, request }, control, table);
@@ -134,7 +134,7 @@ impl<N: Network> Endpoint for TcpEndpoint<N> {
         RecvBytes { data, len }: RecvBytes,
         requests: &mut Vec<Request>,
     ) -> Result<(), Error> {
-        let State { connections, table } = &mut *lock(&self.state);
+        let EndpointState { connections, table } = &mut *lock(&self.state);
         let request = table.begin();
         requests.push(Request(request as u64));
         connections[from].receive(tag, RecvBuffer { data, len, request }, table);
@@ -155,13 +155,13 @@ impl<N: Network> Endpoint for TcpEndpoint<N> {
     }
 
     fn take(&self, from: Option<usize>, tag: u64) -> Result<Option<(usize, Vec<u8>)>, Error> {
-        let State { connections, table } = &mut *lock(&self.state);
+        let EndpointState { connections, table } = &mut *lock(&self.state);
         let mut sources = self.info.sources(from);
         Ok(sources.find_map(|rank| connections[rank].take(tag, TAKEN, table).map(|bytes| (rank, bytes))))
     }
 
     fn reclaim(&self, requests: &mut Vec<Request>) {
-        let State { connections, table } = &mut *lock(&self.state);
+        let EndpointState { connections, table } = &mut *lock(&self.state);
         for request in requests.drain(..) {
             let request = request.0 as usize;
             if !table.is_done(request) {

@@ -8,6 +8,6 @@ mod rewrite;
 mod statistics;
 mod steps;
 
-pub use rewrite::{BatchNormSync, SYNC_BATCH_NORM_GRAD, SYNC_BATCH_NORM_MEAN, sync_batch_norm};
+pub use rewrite::{BatchNormSync, sync_batch_norm};
 pub use statistics::register_sync_batch_norm;
 pub(in crate::data_parallel) use steps::SyncBatchNorm;

@@ -22,9 +22,9 @@ use crate::graph::step::{Rename, Uses};
 use crate::graph::{BatchNormBinding, StepGraph, graph_error};
 
 /// Id of the custom operation on forward statistics; [`sync_batch_norm`] tells its contract.
-pub const SYNC_BATCH_NORM_MEAN: &str = "sync_batch_norm_mean";
+pub(super) const SYNC_BATCH_NORM_MEAN: &str = "sync_batch_norm_mean";
 /// Id of the custom operation on backward means; [`sync_batch_norm`] tells its contract.
-pub const SYNC_BATCH_NORM_GRAD: &str = "sync_batch_norm_grad";
+pub(super) const SYNC_BATCH_NORM_GRAD: &str = "sync_batch_norm_grad";
 
 /// What [`sync_batch_norm`] rewrote.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,9 +45,9 @@ pub struct BatchNormSync {
 /// that the local mean was taken over (batch times spatial size). Of rank `r`, let `n_r` be that number and `m_r` the
 /// input. Every rank must make the same calls in the same order; `n_r` may differ.
 ///
-/// - [`SYNC_BATCH_NORM_MEAN`] gives `sum(n_r m_r) / sum(n_r)`. For the variance that is exact too, since every rank has
+/// - `sync_batch_norm_mean` gives `sum(n_r m_r) / sum(n_r)`. For the variance that is exact too, since every rank has
 ///   centred with the group's mean already.
-/// - [`SYNC_BATCH_NORM_GRAD`] gives, on rank `q`, `sum(w_r n_r m_r) / (w_q sum(n_r))`, where `w_r` is the weight with
+/// - `sync_batch_norm_grad` gives, on rank `q`, `sum(w_r n_r m_r) / (w_q sum(n_r))`, where `w_r` is the weight with
 ///   which rank `r`'s loss (and so each of its parameter gradients) enters the group's loss. If every rank's loss is a
 ///   *mean* over its own samples and gradients are combined sample-exactly, `w_r` is the local number of samples; if
 ///   losses are sums, or ranks are averaged with equal weight, all `w_r` are equal and the formula is that of the

@@ -14,6 +14,7 @@ use crate::data_parallel::hook::GradientListener;
 use crate::data_parallel::loss_weight::LossWeight;
 use crate::data_parallel::reducer::Reducer;
 use crate::graph::{CustomOps, GraphCache, Signature, TensorTree};
+use crate::params::FoundParams;
 use crate::step::{Loss, StepFn};
 
 /// Captured steps with collectives in them, and the communicator of those collectives: they run on the thread that
@@ -53,6 +54,7 @@ impl SyncBatchNorm {
         &mut self,
         module: &M,
         reducer: &Reducer,
+        params: &FoundParams,
         micro_batches: Vec<(I, f64)>,
         mut forward: F,
     ) -> Result<Vec<(Tensor<1>, f64)>, Error> {
@@ -64,9 +66,8 @@ impl SyncBatchNorm {
         let last = micro_batches.len().saturating_sub(1);
         for (number, (input, weight)) in micro_batches.into_iter().enumerate() {
             self.weight.store(weight.to_bits(), Ordering::Relaxed);
-            let executor =
-                self.graphs
-                    .executor_of(Signature::of_step(module, &|_, _| None), &input, step.again(), || module.clone())?;
+            let signature = Signature::of_step(params, &|_, _| None);
+            let executor = self.graphs.executor_of(signature, &input, step.again(), || module.clone())?;
             // The capture has used parameters; what counts is what the graph has gradients for.
             reducer.forget_uses();
             let trained = executor.graph().params.iter().filter(|param| param.gradient.is_some());

@@ -20,18 +20,18 @@ type Factors = Vec<Param<Tensor<2>>>;
 
 /// Takes the adapters off a module, whose parameters stay as they are.
 pub(super) fn take_adapters<M: Module>(module: M) -> (M, Adapters) {
-    let mut found = Find { last: None, inside: None, factors: HashMap::new(), bases: HashMap::new() };
+    let mut found = FindFactors { last: None, inside: None, factors: HashMap::new(), bases: HashMap::new() };
     module.visit(&mut found);
-    let Find { factors, bases, .. } = found;
+    let FindFactors { factors, bases, .. } = found;
     if factors.is_empty() {
         return (module, Adapters::new());
     }
     // In place of each parameter with an adapter a zero, and of its factors ones: what burn merges is the scale.
-    let small = module.clone().map(&mut Shrink { factors: &factors }).materialize();
+    let small = module.clone().map(&mut ShrinkAdapters { factors: &factors }).materialize();
     let mut scales = Scales { wanted: &factors, found: HashMap::new() };
     small.visit(&mut scales);
     let scales = scales.found;
-    let bare = module.map(&mut Shrink { factors: &factors }).materialize().map(&mut Restore(bases));
+    let bare = module.map(&mut ShrinkAdapters { factors: &factors }).materialize().map(&mut PutBases(bases));
     let adapter = |(id, factors): (ParamId, Factors)| {
         let [a, b] = <[_; 2]>::try_from(factors).ok()?;
         Some((id, LoraAdapter { a, b, scale: *scales.get(&id)? }))
@@ -43,13 +43,13 @@ pub(super) fn take_adapters<M: Module>(module: M) -> (M, Adapters) {
 pub(super) fn put_adapters<M: Module>(module: M, adapters: Adapters) -> M {
     match adapters.is_empty() {
         true => module,
-        false => module.apply_reparameterization(Put(adapters)),
+        false => module.apply_reparameterization(PutAdapters(adapters)),
     }
 }
 
-struct Put(Adapters);
+struct PutAdapters(Adapters);
 
-impl Reparameterizer for Put {
+impl Reparameterizer for PutAdapters {
     type Reparam = LoraAdapter;
 
     fn reparameterize<const D: usize>(
@@ -63,7 +63,7 @@ impl Reparameterizer for Put {
 }
 
 /// Finds parameters that have adapters, with the factors of these.
-struct Find {
+struct FindFactors {
     last: Option<(ParamId, Box<dyn std::any::Any>)>,
     inside: Option<ParamId>,
     factors: HashMap<ParamId, Factors>,
@@ -71,7 +71,7 @@ struct Find {
     bases: HashMap<ParamId, Box<dyn std::any::Any>>,
 }
 
-impl ModuleVisitor for Find {
+impl ModuleVisitor for FindFactors {
     fn enter_module(&mut self, name: &str, container: &str) {
         if container == "Reparameterization"
             && name == LoraAdapter::NAME
@@ -102,11 +102,11 @@ impl ModuleVisitor for Find {
 }
 
 /// Makes parameters with adapters and the factors of these as small as can be.
-struct Shrink<'a> {
+struct ShrinkAdapters<'a> {
     factors: &'a HashMap<ParamId, Factors>,
 }
 
-impl ModuleMapper for Shrink<'_> {
+impl ModuleMapper for ShrinkAdapters<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (id, device) = (param.id, param.lazy_device());
         let factor = self.factors.values().flatten().any(|factor| factor.id == id);
@@ -134,9 +134,9 @@ impl ModuleVisitor for Scales<'_> {
 }
 
 /// Puts parameters back.
-struct Restore(HashMap<ParamId, Box<dyn std::any::Any>>);
+struct PutBases(HashMap<ParamId, Box<dyn std::any::Any>>);
 
-impl ModuleMapper for Restore {
+impl ModuleMapper for PutBases {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let known = self.0.get(&param.id).and_then(|known| known.downcast_ref::<Param<Tensor<D>>>());
         known.cloned().unwrap_or(param)

@@ -9,22 +9,19 @@ use super::adapters::{Adapters, put_adapters};
 use super::gatherer::Gatherer;
 use super::row_shard::bare;
 use crate::Error;
-use crate::params::{LeafKind, is_shard, leaf, visit_params};
+use crate::params::{FoundParams, LeafKind, is_shard, leaf, visit_params};
 use crate::tensor::PlainTensor;
 
-/// This rank's rows of all parameters, as the module has them now.
-pub(in crate::data_parallel) fn shards_of<M: Module>(module: &M, gatherer: &Gatherer) -> HashMap<ParamId, PlainTensor> {
-    struct Shards<'a>(&'a Gatherer, HashMap<ParamId, PlainTensor>);
-    impl ModuleVisitor for Shards<'_> {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if self.0.rows(param.id).is_some() {
-                self.1.entry(param.id).or_insert_with(|| param.base().into());
-            }
+/// This rank's rows of all parameters.
+pub(in crate::data_parallel) fn shards_of(params: &FoundParams, gatherer: &Gatherer) -> HashMap<ParamId, PlainTensor> {
+    let mut shards = HashMap::new();
+    for param in params.floats().filter(|param| gatherer.rows(param.id()).is_some()) {
+        // What is quantized is not divided.
+        if let Ok(rows) = PlainTensor::of(param.base(), "") {
+            shards.entry(param.id()).or_insert(rows);
         }
     }
-    let mut shards = Shards(gatherer, HashMap::new());
-    module.visit(&mut shards);
-    shards.1
+    shards
 }
 
 /// The module with whole parameters, as it was before it was sharded but for their values. Collective.
@@ -54,9 +51,9 @@ pub(in crate::data_parallel) fn meta_whole<M: Module>(module: &M, gatherer: &Gat
 
 /// The module with these values in the place of what ranks hold rows of.
 fn with_wholes<M: Module>(module: &M, gatherer: &Gatherer, wholes: HashMap<ParamId, PlainTensor>) -> M {
-    let mut found = Find::default();
+    let mut found = FindPlaceholders::default();
     module.visit(&mut found);
-    let module = module.clone().map(&mut Put { ids: found.ids, wholes });
+    let module = module.clone().map(&mut PutWholes { ids: found.ids, wholes });
     let adapter = |(id, factors): (ParamId, Vec<Param<Tensor<2>>>)| {
         let [a, b] = <[_; 2]>::try_from(factors).ok()?;
         Some((id, LoraAdapter { a, b, scale: gatherer.scale(id)? }))
@@ -69,7 +66,7 @@ fn with_wholes<M: Module>(module: &M, gatherer: &Gatherer, wholes: HashMap<Param
 /// Finds for each placeholder the parameter that it stands for, whether that is trained, and the factors of its
 /// adapter.
 #[derive(Default)]
-struct Find {
+struct FindPlaceholders {
     last: Option<ParamId>,
     /// The placeholder whose shard comes next, and then the shard.
     placeholder: Option<ParamId>,
@@ -79,7 +76,7 @@ struct Find {
     factors: HashMap<ParamId, Vec<Param<Tensor<2>>>>,
 }
 
-impl ModuleVisitor for Find {
+impl ModuleVisitor for FindPlaceholders {
     fn enter_module(&mut self, name: &str, container: &str) {
         if is_shard(name, container) {
             self.placeholder = self.last.take();
@@ -112,12 +109,12 @@ impl ModuleVisitor for Find {
 }
 
 /// Puts wholes in the place of placeholders.
-struct Put {
+struct PutWholes {
     ids: HashMap<ParamId, (ParamId, bool)>,
     wholes: HashMap<ParamId, PlainTensor>,
 }
 
-impl ModuleMapper for Put {
+impl ModuleMapper for PutWholes {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(&(id, trained)) = self.ids.get(&param.id) else { return param };
         let Some(whole) = self.wholes.get(&id).and_then(|whole| whole.clone().float::<D>().ok()) else {

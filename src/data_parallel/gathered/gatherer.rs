@@ -59,7 +59,7 @@ pub(in crate::data_parallel) struct Gatherer {
     pub(super) gathered: Option<Arc<Pool>>,
     /// What stands for the parameters in the module.
     stand_ins: OnceLock<HashSet<ParamId>>,
-    state: Mutex<State>,
+    state: Mutex<GatherState>,
 }
 
 /// A full parameter, and the rows that it was gathered of.
@@ -78,7 +78,7 @@ pub(super) struct Ahead {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct State {
+pub(super) struct GatherState {
     /// This rank's rows of every parameter, as the model had them when it was last looked at.
     pub shards: Vec<Option<PlainTensor>>,
     /// The full parameters of the groups that are gathered now, by their numbers.
@@ -120,7 +120,7 @@ impl Gatherer {
             |(group, _): &(Vec<usize>, Pack)| group.iter().map(|place| &*params[*place].path).collect::<Vec<_>>();
         let numbers = group_numbers(groups.iter().map(paths));
         let places = params.iter().enumerate().map(|(place, param)| (param.id, place)).collect();
-        let state = State { shards: vec![None; params.len()], ..State::default() };
+        let state = GatherState { shards: vec![None; params.len()], ..GatherState::default() };
         let (stand_ins, state) = (OnceLock::new(), Mutex::new(state));
         let mut sizes: Vec<usize> =
             groups.iter().map(|(group, _)| group.iter().map(|place| bytes[*place]).sum()).collect();
@@ -277,12 +277,12 @@ impl Gatherer {
         Ok(())
     }
 
-    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, GatherState> {
         lock(&self.state)
     }
 }
 
-impl State {
+impl GatherState {
     pub fn end_pass(&mut self) {
         self.live.clear();
         self.ahead = None;

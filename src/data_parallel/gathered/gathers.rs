@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::gatherer::{Ahead, FullParam, Gatherer, State};
+use super::gatherer::{Ahead, FullParam, GatherState, Gatherer};
 use super::wants::Want;
 use crate::Error;
 use crate::comm::{Pending, ReduceOp};
@@ -12,7 +12,7 @@ use crate::tensor::PlainTensor;
 
 impl Gatherer {
     /// Gathers groups that others may need, as if this rank did.
-    pub(super) fn bring(&self, state: &mut State, groups: Vec<usize>) -> Result<(), Error> {
+    pub(super) fn bring(&self, state: &mut GatherState, groups: Vec<usize>) -> Result<(), Error> {
         for group in groups {
             if !self.is_needed(state, group, false)? {
                 continue;
@@ -33,7 +33,7 @@ impl Gatherer {
     ///
     /// # Errors
     /// Those of [`Communicator::all_reduce`](crate::comm::Communicator::all_reduce).
-    pub(super) fn is_needed(&self, state: &mut State, group: usize, here: bool) -> Result<bool, Error> {
+    pub(super) fn is_needed(&self, state: &mut GatherState, group: usize, here: bool) -> Result<bool, Error> {
         let there = state.live.contains_key(&group) || state.ahead.as_ref().is_some_and(|ahead| ahead.group == group);
         // Ranks without data answer nothing.
         let unasked = there || state.leader.is_some() || state.backward.keeps(group);
@@ -49,7 +49,12 @@ impl Gatherer {
         Ok(needed)
     }
 
-    pub(super) fn find(&self, state: &mut State, place: usize, shard: &PlainTensor) -> Result<PlainTensor, Error> {
+    pub(super) fn find(
+        &self,
+        state: &mut GatherState,
+        place: usize,
+        shard: &PlainTensor,
+    ) -> Result<PlainTensor, Error> {
         let group = self.group_of[place];
         let again = state.backward.has_passed(group);
         if self.wants.is_none() && state.backward.comes_to(group) {
@@ -81,10 +86,10 @@ impl Gatherer {
     }
 
     /// Gathers a group in the place of others.
-    fn take(&self, state: &mut State, group: usize, shards: Vec<PlainTensor>) -> Result<(), Error> {
+    fn take(&self, state: &mut GatherState, group: usize, shards: Vec<PlainTensor>) -> Result<(), Error> {
         if self.keep != Keep::Step {
             // Before the next ones are made.
-            let State { live, backward, .. } = &mut *state;
+            let GatherState { live, backward, .. } = &mut *state;
             live.retain(|group, _| backward.keeps(*group));
         }
         let began = Instant::now();
@@ -106,7 +111,7 @@ impl Gatherer {
     }
 
     /// Notes which group is in use, and starts the one that followed the last time.
-    fn switch(&self, state: &mut State, group: usize) -> Result<(), Error> {
+    fn switch(&self, state: &mut GatherState, group: usize) -> Result<(), Error> {
         if state.recent[1] == Some(group) {
             return Ok(());
         }
@@ -130,14 +135,19 @@ impl Gatherer {
     }
 
     /// Begins to gather a group.
-    fn start(&self, state: &State, group: usize, shards: Vec<PlainTensor>) -> Result<Pending<Vec<PlainTensor>>, Error> {
+    fn start(
+        &self,
+        state: &GatherState,
+        group: usize,
+        shards: Vec<PlainTensor>,
+    ) -> Result<Pending<Vec<PlainTensor>>, Error> {
         self.announce(state, group as u64 + 1)?;
         let (pack, number, pool) = (self.groups[group].1.clone(), self.numbers[group], self.gathered.clone());
         Ok(self.comms.parameters().start(move |comm| pack.gather_in(pool.as_ref(), shards, comm, number)))
     }
 
     /// Gathers a parameter by itself: its rows are not those that the model had when it was last looked at.
-    fn alone(&self, state: &mut State, place: usize, shard: &PlainTensor) -> Result<PlainTensor, Error> {
+    fn alone(&self, state: &mut GatherState, place: usize, shard: &PlainTensor) -> Result<PlainTensor, Error> {
         let began = Instant::now();
         let full = match &self.wants {
             Some(comm) => self.gather_wanted(state, comm, Want::Alone(place), Some(shard))?,

@@ -1,6 +1,6 @@
 //! Rounds in which some ranks have no data: the first rank that has says what is gathered.
 
-use super::gatherer::{Gatherer, State};
+use super::gatherer::{GatherState, Gatherer};
 use crate::Error;
 
 /// What the leader says when its pass is over.
@@ -8,7 +8,7 @@ const OVER: u64 = 0;
 
 impl Gatherer {
     /// Tells the ranks without data what is gathered, and makes sure that those with data gather the same.
-    pub(super) fn announce(&self, state: &State, number: u64) -> Result<(), Error> {
+    pub(super) fn announce(&self, state: &GatherState, number: u64) -> Result<(), Error> {
         let Some(leader) = state.leader else { return Ok(()) };
         let said = self.comms.control().broadcast(vec![number], leader)?[0];
         if said == number {

@@ -57,7 +57,7 @@ where
     let nodes = [whole.node(), a.node(), b.node()];
     let value = |tensor: &FloatTensor<Autodiff<B, C>>| tensor.clone().into_parts().0;
     let merged = merged::<B>(value(&whole), value(&a), value(&b), scale);
-    let again = Again::<B> { ids, scale, backend: std::marker::PhantomData };
+    let again = RetroMerge::<B> { ids, scale, backend: std::marker::PhantomData };
     let prepared = Backward::<B, 3>::prepare::<BalancedCheckpointing>(Merge, nodes)
         .memory_bound()
         .retro_forward(again)
@@ -66,7 +66,7 @@ where
     let output = match prepared {
         OpsKind::Tracked(mut prepared) => {
             let factors = [prepared.checkpoint(&a), prepared.checkpoint(&b)];
-            prepared.finish(State { factors, scale, dtype }, merged)
+            prepared.finish(MergeState { factors, scale, dtype }, merged)
         }
         OpsKind::UnTracked(prepared) => prepared.finish(merged),
     };
@@ -91,14 +91,14 @@ fn cast<B: Backend>(tensor: FloatTensor<B>, dtype: FloatDType) -> FloatTensor<B>
 
 /// Merges once more, in backward.
 #[derive(Debug)]
-struct Again<B> {
+struct RetroMerge<B> {
     /// The nodes of the whole and of the factors.
     ids: [NodeId; 3],
     scale: f64,
     backend: std::marker::PhantomData<fn() -> B>,
 }
 
-impl<B: Backend> RetroForward for Again<B> {
+impl<B: Backend> RetroForward for RetroMerge<B> {
     fn forward(&self, states: &mut BackwardStates, output: NodeId) {
         let [whole, a, b] = self.ids.map(|id| states.get_state::<FloatTensor<B>>(&id));
         states.save(output, merged::<B>(whole, a, b, self.scale));
@@ -106,7 +106,7 @@ impl<B: Backend> RetroForward for Again<B> {
 }
 
 #[derive(Debug, Clone)]
-struct State {
+struct MergeState {
     factors: [NodeId; 2],
     scale: f64,
     /// Of the whole.
@@ -117,10 +117,10 @@ struct State {
 struct Merge;
 
 impl<B: Backend> Backward<B, 3> for Merge {
-    type State = State;
+    type State = MergeState;
 
-    fn backward(self, ops: Ops<State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
-        let State { factors, scale, dtype } = ops.state;
+    fn backward(self, ops: Ops<MergeState, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+        let MergeState { factors, scale, dtype } = ops.state;
         let [a, b] = factors.map(|id| checkpointer.retrieve_node_output::<FloatTensor<B>>(id));
         let gradient = grads.consume::<B>(&ops.node);
         let [whole, of_a, of_b] = ops.parents;

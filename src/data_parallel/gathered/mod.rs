@@ -43,7 +43,7 @@ mod wants;
 mod wrap;
 
 pub(super) use assemble::{assemble, meta_whole, shards_of};
-pub(super) use checked::checked_rows;
+pub(super) use checked::checked_params;
 pub(super) use gatherer::Gatherer;
 pub(super) use logical::Logical;
 pub(super) use wrap::shard_parameters;

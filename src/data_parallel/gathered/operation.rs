@@ -92,7 +92,7 @@ where
     let prepared = match keep {
         Keep::Pass => Backward::<B, 2>::prepare::<BalancedCheckpointing>(Gather, nodes)
             .memory_bound()
-            .retro_forward(Again::<B>::new(again))
+            .retro_forward(RetroGather::<B>::new(again))
             .parents([&tracked])
             .stateful(),
         Keep::MicroBatch | Keep::Step => {
@@ -118,18 +118,18 @@ struct GatherAgain {
 }
 
 #[derive(Debug)]
-struct Again<B> {
+struct RetroGather<B> {
     again: GatherAgain,
     backend: std::marker::PhantomData<fn() -> B>,
 }
 
-impl<B> Again<B> {
+impl<B> RetroGather<B> {
     fn new(again: GatherAgain) -> Self {
         Self { again, backend: std::marker::PhantomData }
     }
 }
 
-impl<B: Backend> RetroForward for Again<B>
+impl<B: Backend> RetroForward for RetroGather<B>
 where
     DispatchTensor: DispatchKindConversion<B>,
 {

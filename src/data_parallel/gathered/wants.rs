@@ -13,7 +13,7 @@
 
 use std::time::Instant;
 
-use super::gatherer::{Gatherer, State};
+use super::gatherer::{GatherState, Gatherer};
 use crate::Error;
 use crate::comm::{Communicator, Counters};
 use crate::tensor::PlainTensor;
@@ -120,7 +120,7 @@ impl Gatherer {
     /// of [`Communicator`].
     pub(super) fn gather_wanted(
         &self,
-        state: &State,
+        state: &GatherState,
         comm: &Communicator,
         want: Want,
         own: Option<&PlainTensor>,

@@ -19,7 +19,9 @@ use crate::data_parallel::hook::HookGroup;
 use crate::data_parallel::reducer::Reducer;
 use crate::data_parallel::same_settings::agree_on_settings;
 use crate::data_parallel::structure::{Structure, broadcast_some};
-use crate::params::{LazyParam, LeafKind, ShardedIds, leaf, one_device, own_buffers, share_ids, visit_params};
+use crate::params::{
+    FoundParams, LazyParam, LeafKind, ShardedIds, leaf, one_device, own_buffers, share_ids, visit_params,
+};
 use crate::sharding::{Keep, Member, Pack, RankedParam, Rows, ShardComms, groups};
 use crate::tensor::PlainTensor;
 
@@ -72,7 +74,7 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     let sharded = ShardedIds::of(&module);
     let module = broadcast_some(module, group, &|id, _| !sharded.contains(id))?;
     gatherer.set_stand_ins(sharded.stand_ins);
-    gatherer.set_shards(shards_of(&module, &gatherer));
+    gatherer.set_shards(shards_of(&FoundParams::of(&module), &gatherer));
     Ok((module, reducer, gatherer))
 }
 
@@ -161,11 +163,11 @@ fn real_params<M: Module>(module: &M) -> HashSet<ParamId> {
         }
     }
     #[derive(Default)]
-    struct Find {
+    struct FindMarked {
         last: Option<ParamId>,
         found: HashSet<ParamId>,
     }
-    impl ModuleVisitor for Find {
+    impl ModuleVisitor for FindMarked {
         fn enter_module(&mut self, name: &str, container: &str) {
             if container == "Reparameterization" && name == Marked::NAME {
                 self.found.extend(self.last.take());
@@ -176,7 +178,7 @@ fn real_params<M: Module>(module: &M) -> HashSet<ParamId> {
             self.last = Some(param.id);
         }
     }
-    let mut find = Find::default();
+    let mut find = FindMarked::default();
     module.clone().apply_reparameterization(Mark).visit(&mut find);
     find.found
 }

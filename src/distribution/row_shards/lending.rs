@@ -17,8 +17,8 @@ use burn::tensor::Device;
 use super::{HASH, RowShards, hashed};
 use crate::Error;
 use crate::comm::Pending;
-use crate::graph::{graph_error, read_params};
-use crate::params::one_device;
+use crate::graph::{graph_error, read_found};
+use crate::params::FoundParams;
 use crate::partition::{Exchange, Exchanges};
 use crate::tensor::PlainTensor;
 
@@ -41,11 +41,17 @@ pub(super) struct Lending {
 
 impl RowShards {
     /// Makes sure before a micro-batch that the replicas exchange the same in it, or has this one take part in what
-    /// only others exchange. `own` is what its step does. Collective over the replicas.
+    /// only others exchange. `own` is what its step does. Collective over the replicas. Of what was `found` in this
+    /// rank's part, if it was.
     ///
     /// # Errors
     /// Those of [`Communicator`](crate::comm::Communicator) and of reading parameters.
-    pub(crate) fn agree<M: Module>(&self, local: &M, own: &[Vec<Exchange>]) -> Result<(), Error> {
+    pub(crate) fn agree<M: Module>(
+        &self,
+        local: &M,
+        found: Option<&FoundParams>,
+        own: &[Vec<Exchange>],
+    ) -> Result<(), Error> {
         let Some(all) = self.in_common(Some(own))? else { return Ok(()) };
         let mut left = VecDeque::new();
         for (place, action) in all.into_iter().enumerate() {
@@ -56,7 +62,7 @@ impl RowShards {
             }));
         }
         let lent = left.iter().filter(|(_, is_own)| !is_own).map(|(exchange, _)| exchange);
-        let lending = self.lending(local, lent)?;
+        let lending = self.lending(local, found, lent)?;
         self.lock().lending = Lending { left, ..lending };
         self.lend_until_own()
     }
@@ -66,10 +72,14 @@ impl RowShards {
     ///
     /// # Errors
     /// Those of [`Communicator`](crate::comm::Communicator) and of reading parameters.
-    pub(crate) fn take_part<M: Module>(&self, local: &M) -> Result<Vec<(ParamId, PlainTensor)>, Error> {
+    pub(crate) fn take_part<M: Module>(
+        &self,
+        local: &M,
+        found: &FoundParams,
+    ) -> Result<Vec<(ParamId, PlainTensor)>, Error> {
         let all: Vec<Exchange> = self.in_common(None)?.into_iter().flatten().flatten().collect();
-        drop(self.bound(local)?);
-        let lending = self.lending(local, all.iter())?;
+        drop(self.whole(local, Some(found))?);
+        let lending = self.lending(local, Some(found), all.iter())?;
         self.lock().lending = lending;
         let mut sums = Vec::new();
         for exchange in all {
@@ -105,7 +115,7 @@ impl RowShards {
         run: impl FnOnce() -> Result<T, Error>,
     ) -> Result<T, Error> {
         self.lock().lending = Lending::default();
-        self.agree(local, own)?;
+        self.agree(local, None, own)?;
         let outputs = run()?;
         self.end_lending()?;
         Ok(outputs)
@@ -149,14 +159,19 @@ impl RowShards {
     fn lending<'a, M: Module>(
         &self,
         local: &M,
+        found: Option<&FoundParams>,
         exchanges: impl Iterator<Item = &'a Exchange>,
     ) -> Result<Lending, Error> {
         let numbers = exchanges.filter(|exchange| exchange.gathers).flat_map(|exchange| &exchange.numbers);
         let numbers: HashSet<usize> = numbers.copied().filter(|number| *number < self.params.len()).collect();
-        let mut values = read_params(local, &numbers.iter().map(|number| self.params[*number].id).collect())?;
+        let params = match found {
+            Some(found) => found,
+            None => &FoundParams::of(local),
+        };
+        let mut values = read_found(params, local, &numbers.iter().map(|number| self.params[*number].id).collect())?;
         let of = |number: usize| Some((number, values.remove(&self.params[number].id)?));
         let rows = numbers.into_iter().filter_map(of).collect();
-        let device = one_device(local, "a step")?.unwrap_or_else(Device::flex).inner();
+        let device = params.one_device(local, "a step")?.unwrap_or_else(Device::flex);
         Ok(Lending { rows, device: Some(device), ..Lending::default() })
     }
 

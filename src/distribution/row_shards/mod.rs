@@ -26,9 +26,9 @@ use super::assemble::assemble;
 use super::distribute::{Round, agree_on_layouts, distribute};
 use crate::Error;
 use crate::comm::{Communicator, GATHERED_PARAMETERS, Pending};
-use crate::graph::{StepGraph, graph_error, read_params};
+use crate::graph::{StepGraph, graph_error, read_found};
 use crate::lock::lock;
-use crate::params::{self, ParamSlice, Renamed, map_params};
+use crate::params::{FoundParams, ParamSlice, Renamed, map_params};
 use crate::partition::{Gathering, InRows, shard_parameters};
 use crate::plan::PlanTable;
 use crate::sharding::{Keep, Member, Pack, Rows, ShardComms, ShardParams, groups, owners};
@@ -299,28 +299,41 @@ impl RowShards {
         (step.under_way, step.whole) = (false, None);
     }
 
-    /// The model as captured steps bind it, if they do not bind what this rank holds: with all parameters, which are
-    /// gathered by the first call in a step, or now for a forward alone. Collective then.
+    /// What captured steps take in the place of this rank's rows, if they do: all parameters whole, which are gathered
+    /// by the first call in a step, or now for a forward alone. Collective then. Of what was `found` in this rank's
+    /// part, if it was.
     ///
     /// # Errors
     /// Those of [`Communicator`] and of reading parameters.
-    pub(crate) fn bound<M: Module>(&self, local: &M) -> Result<Option<M>, Error> {
+    pub(crate) fn whole<M: Module>(
+        &self,
+        local: &M,
+        found: Option<&FoundParams>,
+    ) -> Result<Option<HashMap<ParamId, PlainTensor>>, Error> {
         if self.keep != Keep::Step {
             return Ok(None);
         }
         let kept = self.lock().whole.clone();
-        let whole = kept.map_or_else(|| self.gather_all(local), Ok)?;
+        let whole = kept.map_or_else(|| self.gather_all(local, found), Ok)?;
         let mut step = self.lock();
         if step.under_way {
             step.whole = Some(whole.clone());
         }
         drop(step);
-        Ok(Some(params::replace_values(local.clone(), whole)))
+        Ok(Some(whole))
     }
 
     /// All parameters that this rank holds rows of, whole.
-    fn gather_all<M: Module>(&self, local: &M) -> Result<HashMap<ParamId, PlainTensor>, Error> {
-        let mut values = read_params(local, &self.numbers.keys().copied().collect())?;
+    fn gather_all<M: Module>(
+        &self,
+        local: &M,
+        found: Option<&FoundParams>,
+    ) -> Result<HashMap<ParamId, PlainTensor>, Error> {
+        let params = match found {
+            Some(found) => found,
+            None => &FoundParams::of(local),
+        };
+        let mut values = read_found(params, local, &self.numbers.keys().copied().collect())?;
         // What another stage holds has no elements here.
         values.retain(|_, value| value.elements() > 0);
         let mut groups: BTreeMap<usize, Vec<usize>> = BTreeMap::new();

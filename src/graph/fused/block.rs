@@ -28,7 +28,7 @@ pub(super) struct Target {
 }
 
 /// A kernel with its tensors.
-pub(super) struct Running<'a, T> {
+pub(super) struct BoundKernel<'a, T> {
     pub(super) kernel: &'a Kernel,
     pub(super) sources: Vec<Source>,
     pub(super) targets: Vec<Target>,
@@ -49,9 +49,9 @@ pub(super) struct Running<'a, T> {
 }
 
 // SAFETY: parts read inputs, and write places of results and sums that no other part touches.
-unsafe impl<T: Sync> Sync for Running<'_, T> {}
+unsafe impl<T: Sync> Sync for BoundKernel<'_, T> {}
 
-impl<T: Native> Running<'_, T> {
+impl<T: Native> BoundKernel<'_, T> {
     /// # Safety
     /// `scratch` has room for the places of all values.
     #[inline(always)]

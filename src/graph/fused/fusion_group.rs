@@ -11,13 +11,14 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::super::instruction::Item;
+use super::product_sums::is_product_sum;
 use super::work::{Work, is_wide};
 
 /// Beyond this many operations a kernel gains nothing, and its values leave the caches.
 pub(super) const MOST: usize = 96;
 
 /// After so many operations that do not join it a group is closed, so that what it reads does not stay for long.
-const LONGEST: usize = 32;
+pub(super) const LONGEST: usize = 32;
 
 /// What a kernel runs over.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -133,7 +134,7 @@ impl Grouping {
                 Some(space) => self.join(place, op, &space),
                 None => {
                     match *op {
-                        OperationIr::Custom(_) => self.close_all(),
+                        OperationIr::Custom(_) if !is_product_sum(&op) => self.close_all(),
                         _ => op.inputs().for_each(|input| self.close_maker(input.id)),
                     }
                     self.found.push(Grouped::Item(Item::Run(op)));

@@ -9,8 +9,9 @@
 //! have used, and that is not zeroed first. Loops go on through tensors under other dims, and through what an index
 //! picks of each row: a loss by classes is part of the loop of its log-softmax, forward and backward, without zeros to
 //! add to. What burn computes as one, in passes without backward, is taken apart first ([`single`](mod@single)). Matrix
-//! products are written into such memory too ([`multiply`](multiply())). Attention, whose tensors between its products
-//! are the largest of all, runs tile by tile, loops and products together ([`tiled`](mod@tiled)).
+//! products are written into such memory too ([`multiply`](multiply())), sums of products as one ([`product_sums`]), and
+//! tensors beside each other ([`assemble`](assemble()), [`parts`]). Attention, whose tensors between its products are
+//! the largest of all, runs tile by tile, loops and products together ([`tiled`](mod@tiled)).
 //!
 //! # Numbers
 //! Sums, products, quotients and roots have the bits that burn gives them. The transcendental functions are those of
@@ -20,6 +21,7 @@
 //!
 //! On other devices nothing is fused here: burn's own fusion does it.
 
+mod assemble;
 mod block;
 mod functions;
 mod fusion_group;
@@ -29,6 +31,8 @@ mod lower;
 mod memory;
 mod multiply;
 mod native;
+mod parts;
+mod product_sums;
 mod products;
 mod run;
 mod single;
@@ -41,11 +45,14 @@ use std::sync::Arc;
 
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
-use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId};
+use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
 
+pub(crate) use self::assemble::{assemble, assembles};
 use self::fusion_group::{FusionGroup, Grouped, grouped};
 use self::kernel::{Kernel, number};
 pub(crate) use self::multiply::{multiplies, multiply};
+use self::parts::parts_assembled;
+use self::product_sums::{is_product_sum, products_summed};
 use self::products::merged;
 use self::single::single;
 use self::sums::rows_added;
@@ -55,6 +62,7 @@ use self::work::Work;
 use super::custom::CustomOps;
 use super::graph_error;
 use super::instruction::Item;
+use super::operation::{cat, matmul};
 
 /// The custom operation that is a kernel; its scalar is the kernel's number.
 pub(crate) const FUSED: &str = "fused";
@@ -81,6 +89,7 @@ impl Kernels {
 
     /// Adds the operation that runs them.
     pub(crate) fn register(self, ops: &mut CustomOps) {
+        product_sums::register(ops);
         tiled::register(self.tiled, ops);
         if self.loops.is_empty() {
             return;
@@ -113,6 +122,13 @@ pub(crate) fn taken(op: &OperationIr) -> impl Iterator<Item = TensorId> {
     kernel.into_iter().flat_map(|op| takes(op).flatten().filter_map(|input| op.inputs.get(input))).map(|input| input.id)
 }
 
+/// The result of an operation that no kernel runs, but this crate: it has memory of its own, and lies in order.
+pub(crate) fn made_whole(op: &OperationIr) -> Option<&TensorIr> {
+    let product = matmul(op).map(|product| &product.out).filter(|out| multiplies(out.dtype));
+    let whole = || cat(op).filter(|cat| assembles(cat)).map(|cat| &cat.out);
+    product.or_else(whole).or_else(|| op.outputs().next().filter(|_| is_product_sum(op)))
+}
+
 /// The sections of a program with their groups fused, which run one after the other with others in between; and the
 /// kernels.
 pub(crate) fn fuse<const SECTIONS: usize>(sections: [Vec<Item>; SECTIONS]) -> ([Vec<Item>; SECTIONS], Kernels) {
@@ -125,11 +141,15 @@ pub(crate) fn fuse<const SECTIONS: usize>(sections: [Vec<Item>; SECTIONS]) -> ([
     let sections = single(sections, &mut next_id);
     let readers = readers(&sections);
     let sections = sections.map(|items| {
+        let items = parts_assembled(items, &readers);
         let items = merged(items, &readers, &mut next_id);
         rows_added(items, &readers, &mut next_id)
     });
     let mut kernels = Kernels::default();
     let sections = tiled(sections, &mut kernels.tiled);
+    // What is in tiles is no product any more.
+    let readers = self::readers(&sections);
+    let sections = sections.map(|items| products_summed(items, &readers, &mut next_id));
     let readers = self::readers(&sections);
     let sections = sections.map(|items| {
         let found = grouped(items).into_iter();

@@ -1,5 +1,5 @@
-//! Products of tensors in host memory, into memory that was used before and that nobody zeroes first: matrix by matrix
-//! of a batch ([`Product`]), split over threads by Flex's rules.
+//! Products of tensors in host memory, and sums of products, into memory that was used before and that nobody zeroes
+//! first: matrix by matrix of a batch ([`Product`]), split over threads by Flex's rules.
 
 use std::mem::MaybeUninit;
 
@@ -17,13 +17,14 @@ pub(crate) fn multiplies(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F64)
 }
 
-/// The product of two tensors of one dtype of those that [`multiplies`], of the dims `dims`, made in `room`.
+/// The product of two tensors of one dtype of those that [`multiplies`], or the sum of the products of such pairs, of
+/// the dims `dims`, made in `room`.
 ///
 /// # Panics
-/// If dims do not fit each other, which burn has checked when the product was recorded.
-pub(crate) fn multiply(left: &FlexTensor, right: &FlexTensor, dims: &[usize], room: Room) -> FlexTensor {
-    let multiply = if left.dtype() == DType::F64 { multiply_as::<f64> } else { multiply_as::<f32> };
-    multiply(left, right, dims, room)
+/// If dims do not fit each other, which burn has checked when the products were recorded.
+pub(crate) fn multiply(factors: &[[FlexTensor; 2]], dims: &[usize], dtype: DType, room: Room) -> FlexTensor {
+    let multiply = if dtype == DType::F64 { multiply_as::<f64> } else { multiply_as::<f32> };
+    multiply(factors, dims, room)
 }
 
 /// A factor as it lies in memory.
@@ -82,33 +83,37 @@ struct Products<'a, T> {
     inner: usize,
     left: Factor<'a, T>,
     right: Factor<'a, T>,
+    /// Whether they are added to what is there.
+    adds: bool,
 }
 
 fn multiply_as<T: Multiplied + Element + bytemuck::Pod>(
-    left: &FlexTensor,
-    right: &FlexTensor,
+    factors: &[[FlexTensor; 2]],
     dims: &[usize],
     room: Room,
 ) -> FlexTensor {
     let [batch @ .., rows, columns] = dims else { panic!("a product has rows and columns") };
     let (rows, columns) = (*rows, *columns);
-    let inner = left.layout().shape().last().copied().unwrap_or(0);
-    let (left, right) = (Factor::<T>::new(left, batch, [rows, inner]), Factor::new(right, batch, [inner, columns]));
     let shape = Shape::from(dims.to_vec());
     let elements = shape.num_elements();
     assert_eq!(room.bytes(), elements * size_of::<T>(), "a product has room for its elements");
     // SAFETY: the room has so many elements, for which it is aligned, and nothing else refers to it.
     let out = unsafe { std::slice::from_raw_parts_mut(room.pointer().cast::<MaybeUninit<T>>(), elements) };
-    if elements > 0 {
-        Products { batch, rows, columns, inner, left, right }.run(out);
+    assert!(!factors.is_empty(), "there is a product");
+    for (place, [left, right]) in factors.iter().enumerate() {
+        let inner = left.layout().shape().last().copied().unwrap_or(0);
+        let (left, right) = (Factor::<T>::new(left, batch, [rows, inner]), Factor::new(right, batch, [inner, columns]));
+        if elements > 0 {
+            Products { batch, rows, columns, inner, left, right, adds: place > 0 }.run(out);
+        }
     }
-    // SAFETY: every element has been written.
+    // SAFETY: the first product has written every element.
     let bytes = unsafe { room.filled() };
     FlexTensor::new(bytes, Layout::contiguous(shape), T::dtype())
 }
 
 impl<T: Multiplied + Element + bytemuck::Pod> Products<'_, T> {
-    /// Writes all elements.
+    /// Writes all elements, or adds to all.
     fn run(&self, out: &mut [MaybeUninit<T>]) {
         let of_one = self.rows * self.columns;
         let (number, work) = (out.len() / of_one, of_one.saturating_mul(self.inner));
@@ -124,13 +129,14 @@ impl<T: Multiplied + Element + bytemuck::Pod> Products<'_, T> {
         }
     }
 
-    /// Writes every element of one of the batch.
+    /// Writes every element of one of the batch, or adds to it.
     fn one(&self, number: usize, out: &mut [MaybeUninit<T>], parallelism: gemm::Parallelism) {
-        let Self { batch, rows, columns, inner, ref left, ref right } = *self;
+        let Self { batch, rows, columns, inner, ref left, ref right, adds } = *self;
         let (left, right) = (left.of(number, batch), right.of(number, batch));
-        let product = Product { rows, inner, columns, left, right, adds: false };
+        let product = Product { rows, inner, columns, left, right, adds };
         assert!(out.len() == rows * columns);
-        // SAFETY: the factors were found to lie in their memory. `out` has a place for each element, row by row.
+        // SAFETY: the factors were found to lie in their memory. `out` has a place for each element, row by row, with
+        // something in it if that is added to.
         unsafe { product.write(out.as_mut_ptr().cast::<T>(), columns, parallelism) };
     }
 }
@@ -150,7 +156,8 @@ mod tests {
         // The second time in the memory of the first.
         for _ in 0..2 {
             let room = pool.room(expected.shape().num_elements() * expected.dtype().size());
-            let found = multiply(&flex(&left), &flex(&right), &expected.dims(), room);
+            let factors = [[flex(&left), flex(&right)]];
+            let found = multiply(&factors, &expected.dims(), expected.dtype(), room);
             let found: Tensor<D> = PlainTensor::from_flex(found).float().unwrap();
             let (expected, found) = (expected.clone().cast(DType::F64), found.cast(DType::F64));
             let (expected, found) = (expected.into_data(), found.into_data());

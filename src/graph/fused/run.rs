@@ -10,7 +10,7 @@ use burn::tensor::Shape;
 use burn_ir::CustomOpIr;
 use rayon::prelude::*;
 
-use super::block::{Running, Source, Target};
+use super::block::{BoundKernel, Source, Target};
 use super::kernel::{Extent, Kernel};
 use super::loops::add_rows;
 use super::memory::Memory;
@@ -29,7 +29,7 @@ pub(super) const SPLIT_FROM: usize = 256 * 1024;
 
 /// The blocks of a part.
 struct BlockRange<'a, T> {
-    running: &'a Running<'a, T>,
+    running: &'a BoundKernel<'a, T>,
     part: usize,
     blocks: Range<usize>,
     scratch: *mut T,
@@ -128,7 +128,7 @@ impl Kernel {
             None => pointers.next().unwrap_or(ptr::null_mut()),
             Some(_) => ptr::null_mut(),
         });
-        let running = Running::<T> {
+        let running = BoundKernel::<T> {
             kernel: self,
             sums: sums_of.collect(),
             targets,
@@ -179,7 +179,7 @@ impl Kernel {
     }
 }
 
-impl<T: Native> Running<'_, T> {
+impl<T: Native> BoundKernel<'_, T> {
     pub(super) fn part(&self, part: usize, blocks: Range<usize>) {
         SCRATCH.with_borrow_mut(|scratch| {
             let words = (self.scratch * size_of::<T>()).div_ceil(8);

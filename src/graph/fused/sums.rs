@@ -36,7 +36,7 @@ pub(super) fn rows_added(items: Vec<Item>, readers: &HashMap<TensorId, usize>, n
 }
 
 /// The rows of a gradient, for what they are added to.
-struct Rows {
+struct GradientRows {
     to: TensorIr,
     indices: TensorIr,
     rows: TensorIr,
@@ -49,7 +49,7 @@ fn rows_of(
     readers: &HashMap<TensorId, usize>,
     gradients: &HashMap<TensorId, usize>,
     done: &[Option<Item>],
-) -> Option<(usize, Rows)> {
+) -> Option<(usize, GradientRows)> {
     let sum = sum(op)?;
     let once = |tensor: &TensorIr| readers.get(&tensor.id) == Some(&1);
     let exact = matches!(sum.out.dtype, DType::F32 | DType::F64) && sum.lhs.shape == sum.rhs.shape;
@@ -64,10 +64,10 @@ fn rows_of(
     let Some(Item::Run(made)) = &done[at] else { return None };
     let made = embedding_gradient(made)?;
     let (indices, rows) = (made.indices.clone(), made.out_grad.clone());
-    Some((at, Rows { to: to.clone(), indices, rows, out: sum.out.clone() }))
+    Some((at, GradientRows { to: to.clone(), indices, rows, out: sum.out.clone() }))
 }
 
-impl Rows {
+impl GradientRows {
     fn operations(self, next_id: &mut u64) -> impl Iterator<Item = OperationIr> {
         let Self { to, indices, rows, out } = self;
         let mut flat = |of: &TensorIr, dims: &[usize]| {

@@ -1,10 +1,25 @@
-//! Changes operations that are there: their dims, ranges, bias and output.
+//! Changes operations that are there: their tensors, dims, ranges, bias and output.
+
+use std::collections::HashMap;
 
 use burn::tensor::{Shape, Slice};
 use burn_ir::{
-    ActivationOperationIr as Activation, BaseOperationIr as Base, ModuleOperationIr as Module,
-    NumericOperationIr as Numeric, OperationIr, ReduceDimOpIr, ReduceOpIr, TensorIr,
+    ActivationOperationIr as Activation, BaseOperationIr as Base, IrVisitorMut, ModuleOperationIr as Module,
+    NumericOperationIr as Numeric, OperationIr, ReduceDimOpIr, ReduceOpIr, TensorId, TensorIr,
 };
+
+/// Puts other tensors in the place of those of these numbers that an operation reads or makes.
+pub(crate) fn replace_tensors(op: &mut OperationIr, others: &HashMap<TensorId, TensorIr>) {
+    struct Replace<'a>(&'a HashMap<TensorId, TensorIr>);
+    impl IrVisitorMut for Replace<'_> {
+        fn visit_tensor_mut(&mut self, tensor: &mut TensorIr) {
+            if let Some(other) = self.0.get(&tensor.id) {
+                *tensor = other.clone();
+            }
+        }
+    }
+    op.visit_mut(&mut Replace(others));
+}
 
 /// The ranges that an operation reads or writes, and the shape of the tensor that they are of.
 pub(crate) fn ranges_mut(op: &mut OperationIr) -> Option<(&mut Vec<Slice>, &Shape)> {

@@ -1,9 +1,10 @@
 //! The fields of the operations that passes look for, each under one name: burn has a variant for each kind of tensor.
 
 use burn_ir::{
-    BaseOperationIr as Base, BatchNormOpIr, BinaryOpIr, CastOpIr, EmbeddingBackwardOpIr, FloatOperationIr as Float,
-    MatmulOpIr, ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr, PermuteOpIr, RandomOpIr,
-    ReduceDimOpIr, ScalarOpIr, ShapeOpIr, SwapDimsOpIr, TensorId, TensorIr, UnaryOpIr,
+    BaseOperationIr as Base, BatchNormOpIr, BinaryOpIr, CastOpIr, CatOpIr, EmbeddingBackwardOpIr,
+    FloatOperationIr as Float, MatmulOpIr, ModuleOperationIr as Module, NumericOperationIr as Numeric, OperationIr,
+    PermuteOpIr, RandomOpIr, ReduceDimOpIr, ScalarOpIr, ShapeOpIr, SliceAssignOpIr, SwapDimsOpIr, TensorId, TensorIr,
+    UnaryOpIr,
 };
 
 /// `lhs + rhs` of float tensors.
@@ -98,6 +99,22 @@ pub(crate) fn swap_dims(op: &OperationIr) -> Option<&SwapDimsOpIr> {
 pub(crate) fn permute(op: &OperationIr) -> Option<&PermuteOpIr> {
     match op {
         OperationIr::BaseFloat(Base::Permute(op)) => Some(op),
+        _ => None,
+    }
+}
+
+/// Float tensors beside each other along a dim.
+pub(crate) fn cat(op: &OperationIr) -> Option<&CatOpIr> {
+    match op {
+        OperationIr::BaseFloat(Base::Cat(op)) => Some(op),
+        _ => None,
+    }
+}
+
+/// A float tensor with a range of it replaced.
+pub(crate) fn slice_assign(op: &OperationIr) -> Option<&SliceAssignOpIr> {
+    match op {
+        OperationIr::BaseFloat(Base::SliceAssign(op)) => Some(op),
         _ => None,
     }
 }

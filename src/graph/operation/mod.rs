@@ -19,12 +19,12 @@ mod name;
 pub(crate) use apart::taken_apart;
 pub(crate) use class::{Class, is_cheap, is_elementwise, is_linear, is_view, only_moves};
 pub(crate) use cost::{bytes, elements, multiplications};
-pub(crate) use edit::{mean_output_mut, ranges_mut, renumber_dims, sum_of_mean, without_bias};
+pub(crate) use edit::{mean_output_mut, ranges_mut, renumber_dims, replace_tensors, sum_of_mean, without_bias};
 pub(crate) use effect::{Effect, keeps_zero};
 pub(crate) use fields::{
-    SumOrMean, batch_norm, cast, difference, drawn, embedding_gradient, is_filled, is_zeros, linear_step, matmul,
+    SumOrMean, batch_norm, cast, cat, difference, drawn, embedding_gradient, is_filled, is_zeros, linear_step, matmul,
     mean_dim, permute, plain_product, product, reads_at, reciprocal, reduces_last, reshape, scaled, shifted,
-    slices_or_casts, square_root, sum, sum_dim, sum_or_mean, swap_dims, writes_at,
+    slice_assign, slices_or_casts, square_root, sum, sum_dim, sum_or_mean, swap_dims, writes_at,
 };
 pub(crate) use form::{
     AlongDim, AlongDimKind, Convolution, ConvolutionPass, Form, Reduction, ReductionDims, ReductionKind,

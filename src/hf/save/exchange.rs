@@ -17,7 +17,7 @@ use super::held::HeldPart;
 use super::pieces::{Piece, SentBlock};
 use super::plan::{HeldParam, PlannedTensor, SavePlan};
 use super::problem::{attempt, wrong};
-use super::rounds::{Rounds, Turn};
+use super::rounds::{ScheduledPiece, WriteRounds};
 use super::traffic::Traffic;
 use crate::Error;
 use crate::comm::Communicator;
@@ -50,7 +50,7 @@ pub(super) fn exchange(
 ) -> Result<(Exchanged, Result<(), Error>), Error> {
     let mut files = Files { plan, dir, open: BTreeMap::new(), outcome: Ok(()) };
     let (mut done, mut buffers) = (Exchanged::default(), Buffers::default());
-    let mut rounds = Rounds::new(plan, params, piece_bytes, group.size());
+    let mut rounds = WriteRounds::new(plan, params, piece_bytes, group.size());
     let (mut sent, mut next) = (VecDeque::new(), rounds.next());
     let mut on_the_way = Traffic::none(group.size());
     loop {
@@ -88,7 +88,7 @@ pub(super) fn exchange(
 /// bytes that is.
 fn send(
     plan: &SavePlan,
-    round: &[Turn],
+    round: &[ScheduledPiece],
     own: &BTreeMap<usize, HeldPart>,
     (buffers, outcome, group): (&mut Buffers, &mut Result<(), Error>, &Communicator),
 ) -> Result<u64, Error> {
@@ -154,7 +154,7 @@ fn pack(
 /// Puts a piece of this rank's together in the buffers. All messages for it are taken, also when this rank has failed.
 fn put_together(
     tensor: &PlannedTensor,
-    Turn { piece, given, .. }: &Turn,
+    ScheduledPiece { piece, given, .. }: &ScheduledPiece,
     own: &BTreeMap<usize, HeldPart>,
     (buffers, outcome, group): (&mut Buffers, &mut Result<(), Error>, &Communicator),
 ) -> Result<(), Error> {

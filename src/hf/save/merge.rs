@@ -51,7 +51,7 @@ pub(super) fn demand_places(params: &[OwnParam], config: &SaveConfig) -> Result<
 
 /// Bytes of factors.
 #[derive(Debug, Default, Clone, Copy)]
-pub(super) struct Brought {
+pub(super) struct FactorBytes {
     /// That this rank sent.
     pub(super) sent: usize,
     /// That it was sent, which it holds until the model is written.
@@ -69,12 +69,12 @@ pub(super) fn merge(
     params: &mut Vec<HeldParam>,
     alpha: f64,
     group: &Communicator,
-) -> Result<Brought, Error> {
+) -> Result<FactorBytes, Error> {
     let places: HashMap<usize, usize> = own.iter().enumerate().map(|(at, param)| (param.place, at)).collect();
-    let mut brought = Brought::default();
+    let mut brought = FactorBytes::default();
     // A rank that fails sends zeros from then on, for which others wait.
     let mut outcome = Ok(());
-    for Merge { weight, factors, needs } in plan(params, group.size())? {
+    for AdapterMerge { weight, factors, needs } in plan(params, group.size())? {
         let at = |number: usize| places.get(&params[number].place).copied();
         let parts = factors.map(|factor| at(factor).and_then(|at| own[at].part.as_ref()));
         for (rank, need) in needs.iter().enumerate().filter(|(rank, _)| *rank != group.rank()) {
@@ -115,7 +115,7 @@ pub(super) fn merge(
 }
 
 /// An adapter of which some rank needs something, by the numbers of its parameters.
-struct Merge {
+struct AdapterMerge {
     weight: usize,
     factors: [usize; 2],
     /// What each rank needs of both factors, if it holds a part of the weight.
@@ -129,7 +129,7 @@ struct Need {
     from: Vec<(usize, Vec<Range<usize>>)>,
 }
 
-fn plan(params: &[HeldParam], ranks: usize) -> Result<Vec<Merge>, Error> {
+fn plan(params: &[HeldParam], ranks: usize) -> Result<Vec<AdapterMerge>, Error> {
     let numbers: HashMap<&str, usize> =
         params.iter().enumerate().map(|(number, param)| (param.path.as_str(), number)).collect();
     let mut merges = Vec::new();
@@ -163,7 +163,7 @@ fn plan(params: &[HeldParam], ranks: usize) -> Result<Vec<Merge>, Error> {
                 ]);
             }
         }
-        merges.push(Merge { weight, factors: [a, b], needs });
+        merges.push(AdapterMerge { weight, factors: [a, b], needs });
     }
     Ok(merges)
 }

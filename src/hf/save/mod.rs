@@ -19,16 +19,15 @@ use burn::tensor::DType;
 use commit::{carry_over, config_for};
 pub use config::SaveConfig;
 use exchange::{Exchanged, exchange};
-use merge::{Brought, merge};
+use merge::{FactorBytes, merge};
 use own::{all_params, own_params};
 use plan::{PlannedTensor, SavePlan};
 use problem::{attempt, together, wrong};
 use serde::Serialize;
 
-use super::index::{Metadata, Written};
+use super::index::{Metadata, WrittenIndex};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::params::agree;
 use crate::tensor_file::{Draft, PieceWriter, fault, write_file};
 use crate::train::ParallelModule;
 
@@ -87,7 +86,7 @@ pub struct SavedDirectory {
 /// the mapping fits a parameter, if two would be one tensor, if the model has adapters and the config does not
 /// [merge](SaveConfig::with_merged_adapters) them, if the directory is there and not to be overwritten, or if the disk
 /// of a rank fails: the model stays as it is, and what was there before too. [`Error::Pipeline`]'s words in it if a
-/// pipeline is not cut yet. [`Error::ModelMismatch`] if the ranks pass different configs. The error of the world.
+/// pipeline is not cut yet. [`Error::Settings`] if the ranks pass different configs. The error of the world.
 pub fn save<P: ParallelModule>(
     model: &P,
     world: &Communicator,
@@ -115,11 +114,11 @@ pub(super) fn save_as<P: ParallelModule>(
         Ok((config, said, own, draft))
     });
     let (config, said, mut own, draft) = together(prepared, &group)?;
-    agree(&said, &group)?;
+    group.agree_on(&said.into_iter().collect::<BTreeMap<_, _>>())?;
     let mut params = all_params(&own, &group)?;
     let brought = match config.merged {
         Some(alpha) => merge(&mut own, &mut params, alpha, &group)?,
-        None => Brought::default(),
+        None => FactorBytes::default(),
     };
     let plan = SavePlan::new(&params, stem, &config)?;
     fault::point("planned");
@@ -143,7 +142,7 @@ pub(super) fn save_as<P: ParallelModule>(
     finished.map(|()| saved(&plan, done, brought))
 }
 
-fn saved(plan: &SavePlan, done: Exchanged, brought: Brought) -> SavedDirectory {
+fn saved(plan: &SavePlan, done: Exchanged, brought: FactorBytes) -> SavedDirectory {
     SavedDirectory {
         files: plan.files.iter().map(|(name, _)| name.clone()).collect(),
         tensors: plan.tensors.len(),
@@ -172,7 +171,7 @@ fn end(draft: &Draft, plan: &SavePlan, stem: &str, config: &SaveConfig) -> Resul
             plan.tensors.iter().map(|tensor| (tensor.name.as_str(), file(tensor))).collect();
         let total_parameters = plan.tensors.iter().map(|tensor| tensor.elements() as u64).sum();
         let total_size = plan.tensors.iter().map(|tensor| tensor.bytes() as u64).sum();
-        let index = Written { metadata: Metadata { total_parameters, total_size }, weight_map };
+        let index = WrittenIndex { metadata: Metadata { total_parameters, total_size }, weight_map };
         write_file(&dir.join(format!("{stem}.safetensors.index.json")), json(&index)?.as_bytes())?;
     }
     if let Some(from) = &config.files_of {

@@ -7,7 +7,7 @@ use super::plan::{HeldParam, SavePlan};
 
 /// A piece that is written in a round.
 #[derive(Debug)]
-pub(super) struct Turn {
+pub(super) struct ScheduledPiece {
     /// The number of its tensor.
     pub(super) tensor: usize,
     pub(super) piece: Piece,
@@ -17,7 +17,7 @@ pub(super) struct Turn {
 }
 
 /// The pieces of all ranks, round by round.
-pub(super) struct Rounds<'a> {
+pub(super) struct WriteRounds<'a> {
     plan: &'a SavePlan,
     params: &'a [HeldParam],
     piece_bytes: usize,
@@ -27,7 +27,7 @@ pub(super) struct Rounds<'a> {
     first: usize,
 }
 
-impl<'a> Rounds<'a> {
+impl<'a> WriteRounds<'a> {
     /// Gives each piece to the rank that holds most of it and has least to write.
     pub(super) fn new(plan: &'a SavePlan, params: &'a [HeldParam], piece_bytes: usize, ranks: usize) -> Self {
         let (mut work, mut load) = (vec![VecDeque::new(); ranks], vec![0u64; ranks]);
@@ -49,10 +49,10 @@ impl<'a> Rounds<'a> {
 }
 
 /// Of each writer one piece at most. No rank sends more than one piece, or what one needs.
-impl Iterator for Rounds<'_> {
-    type Item = Vec<Turn>;
+impl Iterator for WriteRounds<'_> {
+    type Item = Vec<ScheduledPiece>;
 
-    fn next(&mut self) -> Option<Vec<Turn>> {
+    fn next(&mut self) -> Option<Vec<ScheduledPiece>> {
         let (ranks, first) = (self.pieces.len(), self.first);
         let mut sends = vec![0; ranks];
         let mut round = Vec::new();
@@ -61,7 +61,7 @@ impl Iterator for Rounds<'_> {
             let Some((number, piece)) = self.pieces[writer].front() else { continue };
             let tensor = &plan.tensors[*number];
             let given = sent_blocks(tensor, (*number, piece, writer), params);
-            let turn = Turn { tensor: *number, piece: piece.clone(), writer, given };
+            let turn = ScheduledPiece { tensor: *number, piece: piece.clone(), writer, given };
             let mut more = vec![0; ranks];
             for given in turn.given.iter().filter(|given| given.from != writer) {
                 more[given.from] += given.block.elements() * tensor.dtype.size();

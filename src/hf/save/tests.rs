@@ -12,7 +12,7 @@ use super::merge::merge;
 use super::own::OwnParam;
 use super::plan::{HeldParam, SavePlan};
 use super::problem::together;
-use super::rounds::Rounds;
+use super::rounds::WriteRounds;
 use crate::comm::Communicator;
 use crate::hf::mapping::Mapping;
 use crate::hf::rule::Rule;
@@ -36,7 +36,7 @@ fn work_is_shared_out() {
         (0..6).map(|at| whole(at, &format!("p.{at}"), &[2, 4], &[2 * (at % 2), 2 * (at % 2) + 1])).collect();
     let config = SaveConfig::new(Mapping::identity());
     let found = plan(&params, &config).unwrap();
-    let turns = Rounds::new(&found, &params, 1 << 20, 4).flatten();
+    let turns = WriteRounds::new(&found, &params, 1 << 20, 4).flatten();
     let mut writers: Vec<(usize, usize)> = turns.map(|turn| (turn.tensor, turn.writer)).collect();
     writers.sort_unstable();
     assert_eq!(writers, [(0, 0), (1, 2), (2, 1), (3, 3), (4, 0), (5, 2)]);
@@ -66,7 +66,7 @@ fn rows_are_written_by_who_holds_them() {
     };
     let turns = |params: &[HeldParam], rule: Rule| {
         let found = plan(params, &SaveConfig::new(Mapping::new().rule(rule))).unwrap();
-        let turns: Vec<_> = Rounds::new(&found, params, 1 << 20, 2).flatten().collect();
+        let turns: Vec<_> = WriteRounds::new(&found, params, 1 << 20, 2).flatten().collect();
         let travels = turns.iter().any(|turn| turn.given.iter().any(|given| given.from != turn.writer));
         (turns.len(), travels)
     };

@@ -1,7 +1,7 @@
 //! What ranks have sent each other since they last met: a function of the rounds, which each of them computes alike.
 
 use super::plan::SavePlan;
-use super::rounds::Turn;
+use super::rounds::ScheduledPiece;
 
 /// The bytes that each rank sends, and that come to each.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,7 +16,7 @@ impl Traffic {
     }
 
     /// That of a round.
-    pub(super) fn of_round(round: &[Turn], plan: &SavePlan, ranks: usize) -> Self {
+    pub(super) fn of_round(round: &[ScheduledPiece], plan: &SavePlan, ranks: usize) -> Self {
         let mut traffic = Self::none(ranks);
         for turn in round {
             let size = plan.tensors[turn.tensor].dtype.size();

@@ -35,6 +35,32 @@ pub enum Launcher {
 impl Launcher {
     const ALL: [Self; 4] = [Self::Torchrun, Self::OpenMpi, Self::Mpich, Self::Slurm];
 
+    /// Whose variables this process has, whether or not they make sense: see [`of_variables`](Self::of_variables).
+    pub fn of_env() -> Option<Self> {
+        Self::of_variables(&variables_of_env())
+    }
+
+    /// Whose variables these are: those of rank or world size of some launcher, of several the one that
+    /// [`ProcessInfo::from_variables`] reads. `None` where no launcher has started the process. So a program that can do
+    /// without a launcher tells that from variables that are incomplete or wrong.
+    ///
+    /// ```
+    /// use burn_parallel::launch::{Launcher, ProcessInfo};
+    ///
+    /// let variables = [("RANK".to_owned(), "0".to_owned())].into();
+    /// assert_eq!(Launcher::of_variables(&variables), Some(Launcher::Torchrun));
+    /// assert!(ProcessInfo::from_variables(&variables).is_err()); // WORLD_SIZE is missing
+    /// assert_eq!(Launcher::of_variables(&Default::default()), None);
+    /// ```
+    pub fn of_variables(variables: &BTreeMap<String, String>) -> Option<Self> {
+        Self::all_of(variables).next()
+    }
+
+    fn all_of(variables: &BTreeMap<String, String>) -> impl Iterator<Item = Self> {
+        let says = |launcher: &Self| launcher.variables()[..2].iter().any(|name| variables.contains_key(*name));
+        Self::ALL.into_iter().filter(says)
+    }
+
     /// The variables of rank, world size, local rank and local size.
     fn variables(self) -> [&'static str; 4] {
         match self {
@@ -60,6 +86,11 @@ impl fmt::Display for Launcher {
             Self::Slurm => "Slurm (SLURM_PROCID, SLURM_NTASKS)",
         })
     }
+}
+
+fn variables_of_env() -> BTreeMap<String, String> {
+    let text = |value: std::ffi::OsString| value.to_string_lossy().into_owned();
+    std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect()
 }
 
 /// The place of this process among those that were started together.
@@ -112,8 +143,7 @@ impl ProcessInfo {
     /// # Errors
     /// See [`from_variables`](Self::from_variables).
     pub fn from_env() -> Result<Self, Error> {
-        let text = |value: std::ffi::OsString| value.to_string_lossy().into_owned();
-        Self::from_variables(&std::env::vars_os().map(|(name, value)| (text(name), text(value))).collect())
+        Self::from_variables(&variables_of_env())
     }
 
     /// Reads the variables of a launcher. The innermost one counts: torchrun started by `srun` once per node says more
@@ -123,9 +153,7 @@ impl ProcessInfo {
     /// [`Error::InvalidArgument`] that names the variables: when there are none; when one of a launcher's is missing,
     /// is no number or makes no sense beside the others; when torchrun's and MPI's contradict each other.
     pub fn from_variables(variables: &BTreeMap<String, String>) -> Result<Self, Error> {
-        let found: Vec<Launcher> = (Launcher::ALL.into_iter())
-            .filter(|launcher| launcher.variables()[..2].iter().any(|name| variables.contains_key(*name)))
-            .collect();
+        let found: Vec<Launcher> = Launcher::all_of(variables).collect();
         let Some(&launcher) = found.first() else {
             return invalid(
                 "this process was not started by a launcher: none of RANK, OMPI_COMM_WORLD_RANK, PMI_RANK and \

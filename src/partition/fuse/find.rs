@@ -67,14 +67,14 @@ impl FusableProducts {
     }
 }
 
-pub(super) struct Find<'a> {
+pub(super) struct FindProducts<'a> {
     graph: &'a StepGraph,
     uses: Uses,
     results: HashSet<TensorId>,
     gradients: HashSet<TensorId>,
 }
 
-impl<'a> Find<'a> {
+impl<'a> FindProducts<'a> {
     pub(super) fn new(graph: &'a StepGraph) -> Self {
         let gradients = graph.params.iter().filter_map(|param| param.gradient.as_ref()).map(|gradient| gradient.id);
         Self {

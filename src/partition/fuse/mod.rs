@@ -10,7 +10,7 @@ use burn_ir::{CustomOpIr, OperationIr, TensorId, TensorIr};
 use super::products::FusedProduct;
 use crate::graph::StepGraph;
 use crate::graph::operation::build;
-use find::{Find, FusableProducts};
+use find::{FindProducts, FusableProducts};
 
 /// Makes one operation of each product, or sum of products, that nothing but an all-reduce or a reduce-scatter reads,
 /// and of each all-gather with the products that read it. Returns what was made, in order.
@@ -21,7 +21,7 @@ use find::{Find, FusableProducts};
 /// gradients of parameters stay: those are reduced [in buckets](super::bucket_reductions). Run it after all partitions;
 /// [`overlap`](super::overlap) then has sums travel beside what does not wait for them.
 pub fn fuse_products(graph: &mut StepGraph) -> Vec<FusedProduct> {
-    let found = Find::new(graph).all();
+    let found = FindProducts::new(graph).all();
     let (mut fused, mut next) = (Vec::with_capacity(found.len()), graph.next_id);
     let mut fresh = || {
         next += 1;

@@ -22,7 +22,7 @@ use crate::graph::{StepGraph, operation};
 /// The step without merges that nothing needs; `None` if it has none.
 pub(super) fn unmerged(graph: &StepGraph) -> Option<StepGraph> {
     let results: HashSet<TensorId> = graph.results().map(|result| result.id).collect();
-    let find = Find { operations: &graph.operations, uses: Uses::of(&graph.operations), results };
+    let find = FindMerged { operations: &graph.operations, uses: Uses::of(&graph.operations), results };
     let mut apart = HashMap::new();
     for op in &graph.operations {
         let Some(reshape) = operation::reshape(op).filter(|op| !apart.contains_key(&op.out.id)) else { continue };
@@ -32,13 +32,13 @@ pub(super) fn unmerged(graph: &StepGraph) -> Option<StepGraph> {
     (!apart.is_empty()).then(|| Rewrite::new(graph, &apart).run())
 }
 
-struct Find<'a> {
+struct FindMerged<'a> {
     operations: &'a [OperationIr],
     uses: Uses,
     results: HashSet<TensorId>,
 }
 
-impl Find<'_> {
+impl FindMerged<'_> {
     /// All tensors that have a merged dim in common, each with its place, if all that reads them can do without and the
     /// dim is taken apart in the end.
     fn connected(&self, first: &TensorIr, merge: MergedDim) -> Option<HashMap<TensorId, MergedDim>> {

@@ -3,11 +3,13 @@
 use std::collections::HashMap;
 
 use burn::tensor::Slice;
-use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::merge::MergedDim;
 use super::relate::related;
-use crate::graph::operation::{Form, Reduction, ReductionDims, ReductionKind, build, ranges_mut, renumber_dims};
+use crate::graph::operation::{
+    Form, Reduction, ReductionDims, ReductionKind, build, ranges_mut, renumber_dims, replace_tensors,
+};
 use crate::graph::random::draw_apart;
 use crate::graph::{StepGraph, operation};
 
@@ -76,7 +78,7 @@ impl<'a> Rewrite<'a> {
         // The place of the merge in what is read, if it is.
         let read = inputs.iter().find_map(|input| self.merges.get(&input.id)).unwrap_or(merge).clone();
         let mut local = op;
-        local.visit_mut(&mut Replace(&now));
+        replace_tensors(&mut local, &now);
         if let Form::Reduction(Reduction { by: ReductionKind::Sum, over, .. }) = Form::of(&local) {
             let axes = match over {
                 ReductionDims::One(axis) if axis == read.at => vec![axis],
@@ -169,14 +171,4 @@ fn apart(axes: &[usize], read: &MergedDim) -> Vec<usize> {
         false => read.shift(*axis)..=read.shift(*axis),
     };
     axes.iter().flat_map(parts).collect()
-}
-
-struct Replace<'a>(&'a HashMap<TensorId, TensorIr>);
-
-impl IrVisitorMut for Replace<'_> {
-    fn visit_tensor_mut(&mut self, tensor: &mut TensorIr) {
-        if let Some(now) = self.0.get(&tensor.id) {
-            *tensor = now.clone();
-        }
-    }
 }

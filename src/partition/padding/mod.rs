@@ -13,13 +13,13 @@ mod tensors;
 
 use std::collections::{HashMap, HashSet};
 
-use burn_ir::{IrVisitorMut, OperationIr, TensorId, TensorIr};
+use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use self::content::Content::{self, Lowest, Zero};
 use self::rules::{Follow, Pad, follow};
 use super::rules::take_all;
 use crate::Error;
-use crate::graph::operation::{build, only_moves, op_name, reads_at, sum_of_mean, writes_at};
+use crate::graph::operation::{build, only_moves, op_name, reads_at, replace_tensors, sum_of_mean, writes_at};
 use crate::graph::step::Uses;
 use crate::graph::{StepGraph, graph_error};
 
@@ -174,7 +174,7 @@ impl PaddingPass<'_> {
                 }
             }
         }
-        local.visit_mut(&mut Replace(&now));
+        replace_tensors(&mut local, &now);
         if let Some(pad) = output {
             take_all(&mut local, pad.dim);
         } else if self.mean_over_padding(&local, inputs[0].shape.num_elements()) {
@@ -205,7 +205,7 @@ impl PaddingPass<'_> {
             Some(parameter) if now.is_empty() => Err(self.refusal(parameter, op)),
             _ => {
                 let mut local = op.clone();
-                local.visit_mut(&mut Replace(&now));
+                replace_tensors(&mut local, &now);
                 self.step(&local)
             }
         }
@@ -262,16 +262,6 @@ impl PaddingPass<'_> {
                 self.overwrite(result.id, Zero);
                 Ok(self.padded[&result.id].tensor.clone())
             }
-        }
-    }
-}
-
-struct Replace<'a>(&'a HashMap<TensorId, TensorIr>);
-
-impl IrVisitorMut for Replace<'_> {
-    fn visit_tensor_mut(&mut self, tensor: &mut TensorIr) {
-        if let Some(now) = self.0.get(&tensor.id) {
-            *tensor = now.clone();
         }
     }
 }

@@ -7,8 +7,8 @@ use burn_ir::{OperationIr, ScalarIr, TensorId, TensorIr};
 
 use super::content::Content::{self, Lowest, Zero};
 use super::content::{can_be_larger, of_creation, of_elementwise};
-use super::{Padded, PaddingPass, Replace};
-use crate::graph::operation::build;
+use super::{Padded, PaddingPass};
+use crate::graph::operation::{build, replace_tensors};
 use crate::partition::rules::creates;
 
 impl PaddingPass<'_> {
@@ -51,7 +51,7 @@ impl PaddingPass<'_> {
         out.shape[dim] = size;
         now.insert(tensor.id, out.clone());
         let mut local = op.clone();
-        local.visit_mut(&mut Replace(&now));
+        replace_tensors(&mut local, &now);
         self.local.operations.push(local);
         Some(Padded { tensor: out, dim, real: tensor.shape[dim], content })
     }

@@ -15,7 +15,7 @@ use crate::graph::fused::fuses_on;
 use crate::graph::graph_error;
 use crate::graph::instruction::Instruction;
 use crate::graph::interpret::Interpreter;
-use crate::graph::module::{read_for_step, write_running_states};
+use crate::graph::module::{StepParams, read_for_step, write_running_states};
 use crate::graph::origin::Origins;
 use crate::graph::step::StepGraph;
 use crate::partition::Exchange;
@@ -116,26 +116,28 @@ impl StageRun {
         &self.part
     }
 
+    /// Whether the stage gives running statistics new values.
+    pub(crate) fn moves_statistics(&self) -> bool {
+        !self.updates.is_empty()
+    }
+
     /// Takes the parameters for the micro-batches that follow, sharing their buffers. Of `model` only what the stage
     /// holds is looked at.
     ///
     /// # Errors
     /// [`Error::Graph`] if the model lacks one, or has another shape or dtype than at the capture.
     pub fn bind<M: Module>(&mut self, model: &M) -> Result<(), Error> {
-        Self::bind_all(&mut [self], model)
+        Self::bind_all(&mut [self], model, StepParams::default())
     }
 
-    /// As [`bind`](Self::bind), for several stages at once, which look at the model once.
+    /// As [`bind`](Self::bind), for several stages at once, with what is known of the parameters.
     ///
     /// # Errors
     /// As [`bind`](Self::bind).
-    pub(crate) fn bind_all<M: Module>(runs: &mut [&mut Self], model: &M) -> Result<(), Error> {
-        if runs.iter().any(|run| !run.updates.is_empty()) {
-            // An eager forward before this step may have left updates pending, which only `valid` applies.
-            let _ = model.valid();
-        }
+    pub(crate) fn bind_all<M: Module>(runs: &mut [&mut Self], model: &M, params: StepParams<'_>) -> Result<(), Error> {
         let wanted: HashSet<ParamId> = runs.iter().flat_map(|run| run.params.iter().map(|(id, ..)| *id)).collect();
-        let (values, device) = read_for_step(model, &wanted)?;
+        let moves = runs.iter().any(|run| run.moves_statistics());
+        let (values, device) = read_for_step(model, params, moves, &wanted)?;
         let device = device.unwrap_or_else(Device::flex);
         runs.iter_mut().try_for_each(|run| run.take(&values, device.clone()))
     }

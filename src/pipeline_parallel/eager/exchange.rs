@@ -122,7 +122,7 @@ impl Sent {
 }
 
 fn collect(tensors: impl TensorTree, error: &mut Option<Error>) -> Vec<DispatchTensor> {
-    let mut collect = Collect(Vec::new());
+    let mut collect = CollectTensors(Vec::new());
     if let Err(problem) = tensors.map_tensors(&mut collect) {
         error.get_or_insert(problem);
     }
@@ -130,9 +130,9 @@ fn collect(tensors: impl TensorTree, error: &mut Option<Error>) -> Vec<DispatchT
 }
 
 /// Notes every tensor, and leaves it as it is.
-struct Collect(Vec<DispatchTensor>);
+struct CollectTensors(Vec<DispatchTensor>);
 
-impl TensorMapper for Collect {
+impl TensorMapper for CollectTensors {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
         self.0.push(tensor.clone());
         Ok(tensor)

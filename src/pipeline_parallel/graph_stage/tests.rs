@@ -12,7 +12,7 @@ use burn_ir::{CustomOpIr, OperationIr};
 
 use super::GraphStage;
 use crate::Error;
-use crate::graph::{CustomOps, StepGraph, capture_step, graph_tensors};
+use crate::graph::{CustomOps, StepGraph, StepParams, capture_step, graph_tensors};
 use crate::launch;
 use crate::pipeline_parallel::cut::{Cut, CutGraph, StageRun, cut};
 use crate::pipeline_parallel::schedule::{Action, Direction, Edge, Schedule, Timetable};
@@ -94,7 +94,7 @@ fn errors(timetable: &Timetable, failing: Option<Action>, panics: bool) -> Vec<E
         let mine = timetable.stages_of(rank.rank());
         let mut held = stages((&graph, &parts), &mine, failing, panics);
         let mut pipeline = Pipeline::new(&rank, timetable.clone(), &held)?;
-        let outcome = bound(&mut held, &model, |stages| pipeline.step(stages, &inputs()));
+        let outcome = bound(&mut held, &model, StepParams::default(), |stages| pipeline.step(stages, &inputs()));
         assert!(held.iter().all(|stage| stage.live() == 0), "nothing of the step is left");
         Ok(outcome.err())
     });
@@ -195,7 +195,7 @@ fn a_send_that_fails_ends_every_rank_with_the_same_error() {
             let run = world().run(|rank| {
                 let mine = timetable.stages_of(rank.rank());
                 let mut plain = stages((&graph, &parts), &mine, None, false);
-                GraphStage::bind(&mut plain, &model)?;
+                GraphStage::bind(&mut plain, &model, StepParams::default())?;
                 let mut held: Vec<Heavy> = plain.into_iter().map(|stage| Heavy { stage, failing: *failing }).collect();
                 let mut pipeline = Pipeline::new(&rank, timetable.clone(), &held)?;
                 Ok(pipeline.step(&mut held, &inputs()).unwrap_err())
@@ -223,7 +223,7 @@ fn a_receive_from_a_rank_that_has_gone_ends_the_others() {
                 if rank.rank() == leaver {
                     return Ok(None);
                 }
-                Ok(bound(&mut held, &model, |stages| pipeline.step(stages, &inputs())).err())
+                Ok(bound(&mut held, &model, StepParams::default(), |stages| pipeline.step(stages, &inputs())).err())
             });
             let errors: Vec<Error> = run.unwrap().into_iter().flatten().collect();
             assert_eq!(errors.len(), RANKS - 1);

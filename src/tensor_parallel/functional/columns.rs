@@ -25,7 +25,7 @@ use burn::tensor::{Shape, Tensor};
 use super::failed::{check_shape, zeros_instead};
 use super::tensor_list::TensorList;
 use crate::Error;
-use crate::collective_matmul::{PendingProduct, ProductCall, Products};
+use crate::collective_matmul::{PendingProduct, ProductCall, ShardedProducts};
 use crate::lock::lock;
 
 /// Most weights on one input: an operation of burn's tape has as many parents as its type says.
@@ -71,7 +71,7 @@ trait ColumnProducts: Backend {
 }
 
 /// The products, and the input that the gradients of the weights need.
-fn make<B: Products>(
+fn make<B: ShardedProducts>(
     x: FloatTensor<B>,
     weights: Vec<FloatTensor<B>>,
     gathered: bool,
@@ -115,7 +115,7 @@ impl ColumnProducts for burn_cubecl::Cube {
     }
 }
 
-impl<B: Products + ColumnProducts, C: CheckpointStrategy> ColumnProducts for Autodiff<B, C> {
+impl<B: ShardedProducts + ColumnProducts, C: CheckpointStrategy> ColumnProducts for Autodiff<B, C> {
     fn column_products(
         x: FloatTensor<Self>,
         weights: TensorList<Self>,
@@ -152,7 +152,7 @@ type SavedGradients<B> = Arc<Mutex<Vec<Option<FloatTensor<B>>>>>;
 #[derive(Debug)]
 struct SaveGradient;
 
-impl<B: Products + ColumnProducts> Backward<B, 1> for SaveGradient {
+impl<B: ShardedProducts + ColumnProducts> Backward<B, 1> for SaveGradient {
     type State = (SavedGradients<B>, usize);
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
@@ -190,7 +190,7 @@ impl<B: Backend> Clone for SharedInput<B> {
     }
 }
 
-impl<B: Products + ColumnProducts> SharedInput<B> {
+impl<B: ShardedProducts + ColumnProducts> SharedInput<B> {
     /// Puts it there, above the input and the weights.
     fn on_tape<C: CheckpointStrategy, const N: usize>(self, below: [NodeGuard; N]) -> FloatTensor<Autodiff<B, C>> {
         let nothing = self.x.clone();
@@ -234,7 +234,7 @@ impl<B: Products + ColumnProducts> SharedInput<B> {
 #[derive(Debug)]
 struct InputAndWeightGradients;
 
-impl<B: Products + ColumnProducts, const N: usize> Backward<B, N> for InputAndWeightGradients {
+impl<B: ShardedProducts + ColumnProducts, const N: usize> Backward<B, N> for InputAndWeightGradients {
     type State = SharedInput<B>;
 
     fn backward(self, ops: Ops<Self::State, N>, grads: &mut Gradients, _: &mut Checkpointer) {

@@ -6,10 +6,10 @@ use burn::backend::tensor::FloatTensor;
 use burn::tensor::Shape;
 
 use crate::Error;
-use crate::collective_matmul::{ProductCall, Products};
+use crate::collective_matmul::{ProductCall, ShardedProducts};
 
 /// A gradient that stands in for one that could not be made.
-pub(super) fn zeros_instead<B: Products>(shape: Shape, like: &FloatTensor<B>) -> FloatTensor<B> {
+pub(super) fn zeros_instead<B: ShardedProducts>(shape: Shape, like: &FloatTensor<B>) -> FloatTensor<B> {
     B::float_zeros(shape, &like.device(), like.dtype().into())
 }
 

@@ -11,7 +11,7 @@ use burn::tensor::Tensor;
 
 use super::failed::{check_shape, zeros_instead};
 use crate::Error;
-use crate::collective_matmul::{PendingProduct, ProductCall, Products};
+use crate::collective_matmul::{PendingProduct, ProductCall, ShardedProducts};
 
 /// Puts `sum over r of x_r A_r` on the tape; `scattered` along the dim of the call.
 pub(super) fn multiply<const D: usize>(
@@ -44,7 +44,7 @@ trait RowProducts: Backend {
     ) -> ProductResult<Self>;
 }
 
-fn make<B: Products>(
+fn make<B: ShardedProducts>(
     x: FloatTensor<B>,
     weight: FloatTensor<B>,
     scattered: bool,
@@ -85,7 +85,7 @@ impl RowProducts for burn_cubecl::Cube {
     }
 }
 
-impl<B: Products + RowProducts, C: CheckpointStrategy> RowProducts for Autodiff<B, C> {
+impl<B: ShardedProducts + RowProducts, C: CheckpointStrategy> RowProducts for Autodiff<B, C> {
     fn row_product(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
@@ -111,7 +111,7 @@ impl<B: Products + RowProducts, C: CheckpointStrategy> RowProducts for Autodiff<
 #[derive(Debug)]
 struct RowGradients;
 
-impl<B: Products + RowProducts> Backward<B, 2> for RowGradients {
+impl<B: ShardedProducts + RowProducts> Backward<B, 2> for RowGradients {
     type State = (FloatTensor<B>, FloatTensor<B>, bool, ProductCall);
 
     fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _: &mut Checkpointer) {

@@ -50,7 +50,7 @@ trait Losses: Backend {
 }
 
 /// The two halves on backends without a tape.
-trait Kernels: Backend {
+trait LossKernels: Backend {
     /// Largest, `[rows]`; sum of exponentials and score of the target, `[rows, 2]`; loss, `[rows]`.
     fn forward(
         logits: FloatTensor<Self>,
@@ -79,7 +79,7 @@ fn cube_for_each(rows: usize) -> CubeCount {
     CubeCount::Static(wide as u32, rows.div_ceil(wide) as u32, 1)
 }
 
-impl Kernels for Cube {
+impl LossKernels for Cube {
     fn forward(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
@@ -143,14 +143,14 @@ impl Kernels for Cube {
 
 impl Losses for Cube {
     fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>, group: Communicator) -> LossResult<Self> {
-        match <Self as Kernels>::forward(logits.clone(), targets, &group) {
+        match <Self as LossKernels>::forward(logits.clone(), targets, &group) {
             Ok([_, _, losses]) => LossResult { losses, error: None },
             Err(error) => LossResult { losses: logits, error: Some(error) },
         }
     }
 }
 
-impl<B: Losses + Kernels, C: CheckpointStrategy> Losses for Autodiff<B, C> {
+impl<B: Losses + LossKernels, C: CheckpointStrategy> Losses for Autodiff<B, C> {
     fn losses(logits: FloatTensor<Self>, targets: IntTensor<Self>, group: Communicator) -> LossResult<Self> {
         let (z, guard) = logits.into_parts();
         // Compute-bound: checkpointing must never repeat a collective.
@@ -170,7 +170,7 @@ impl<B: Losses + Kernels, C: CheckpointStrategy> Losses for Autodiff<B, C> {
 #[derive(Debug)]
 struct LossGradient;
 
-impl<B: Losses + Kernels> Backward<B, 1> for LossGradient {
+impl<B: Losses + LossKernels> Backward<B, 1> for LossGradient {
     /// Logits, targets, largest, sums.
     type State = (FloatTensor<B>, IntTensor<B>, FloatTensor<B>, FloatTensor<B>);
 

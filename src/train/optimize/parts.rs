@@ -83,15 +83,15 @@ fn train<M: Module>(
 ) -> HashMap<ParamId, Vec<(usize, f32, f32)>> {
     // The same groups without moments.
     let mut optim = optim.clone().load_record(OptimizerRecord::default());
-    let mut model = local.clone().map(&mut Shrink { split, part });
-    let mut before = Values { split, part, values: HashMap::new() };
+    let mut model = local.clone().map(&mut ShrinkSplit { split, part });
+    let mut before = PartValues { split, part, values: HashMap::new() };
     model.visit(&mut before);
     for scales in SCALES {
-        let mut gradients = Gradients { split, part, scales, gradients: GradientsParams::new() };
+        let mut gradients = PartGradients { split, part, scales, gradients: GradientsParams::new() };
         model.visit(&mut gradients);
         model = optim.step(LEARNING_RATE, model, gradients.gradients);
     }
-    let mut after = Values { split, part, values: HashMap::new() };
+    let mut after = PartValues { split, part, values: HashMap::new() };
     model.visit(&mut after);
     let pairs = |(id, before): (ParamId, Vec<(usize, f32)>)| {
         let after = after.values.remove(&id).unwrap_or_default();
@@ -137,12 +137,12 @@ fn tensor<const D: usize>(dims: [usize; D], values: impl Iterator<Item = f64>) -
 }
 
 /// Puts small parameters in the place of those that are split.
-struct Shrink<'a> {
+struct ShrinkSplit<'a> {
     split: &'a HashMap<ParamId, &'a SplitParam>,
     part: Probed,
 }
 
-impl ModuleMapper for Shrink<'_> {
+impl ModuleMapper for ShrinkSplit<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let Some(split) = self.split.get(&param.id) else { return param };
         let (dims, elements) = elements::<D>(split, self.part);
@@ -152,14 +152,14 @@ impl ModuleMapper for Shrink<'_> {
     }
 }
 
-struct Gradients<'a> {
+struct PartGradients<'a> {
     split: &'a HashMap<ParamId, &'a SplitParam>,
     part: Probed,
     scales: [f64; 2],
     gradients: GradientsParams,
 }
 
-impl ModuleVisitor for Gradients<'_> {
+impl ModuleVisitor for PartGradients<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(split) = self.split.get(&param.id) else { return };
         let (dims, elements) = elements::<D>(split, self.part);
@@ -168,13 +168,13 @@ impl ModuleVisitor for Gradients<'_> {
     }
 }
 
-struct Values<'a> {
+struct PartValues<'a> {
     split: &'a HashMap<ParamId, &'a SplitParam>,
     part: Probed,
     values: HashMap<ParamId, Vec<(usize, f32)>>,
 }
 
-impl ModuleVisitor for Values<'_> {
+impl ModuleVisitor for PartValues<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         let Some(split) = self.split.get(&param.id) else { return };
         let (_, elements) = elements::<D>(split, self.part);

@@ -203,17 +203,19 @@ fn another_reduction() {
 }
 
 #[test]
-fn another_number_of_coalesced_pieces() {
-    let pieces = |lens: &'static [usize]| {
+fn another_number_of_coalesced_buffers() {
+    let coalesced = |lens: &'static [usize]| {
         move |comm: &Communicator| {
             let payloads: Vec<Vec<f32>> = lens.iter().map(|len| vec![1.0; *len]).collect();
             comm.all_reduce_coalesced(payloads, ReduceOp::Sum)
         }
     };
-    mismatch(&["of F32 [6] in 3 pieces", "of F32 [6] in 2 pieces"], pieces(&[1, 2, 3]), pieces(&[3, 3]));
-    mismatch(&["of F32 [6] in 3 pieces"], pieces(&[1, 2, 3]), pieces(&[3, 2, 1]));
-    mismatch(&["of F32 [6] in 3 pieces", "in 0 pieces"], pieces(&[1, 2, 3]), pieces(&[]));
-    mismatch(&["of F32 [6] in 3 pieces"], pieces(&[1, 2, 3]), |comm| comm.all_reduce(vec![1.0f32; 6], ReduceOp::Sum));
+    mismatch(&["of F32 [6] in 3 buffers", "of F32 [6] in 2 buffers"], coalesced(&[1, 2, 3]), coalesced(&[3, 3]));
+    mismatch(&["of F32 [6] in 3 buffers"], coalesced(&[1, 2, 3]), coalesced(&[3, 2, 1]));
+    mismatch(&["of F32 [6] in 3 buffers", "in 0 buffers"], coalesced(&[1, 2, 3]), coalesced(&[]));
+    mismatch(&["of F32 [6] in 3 buffers"], coalesced(&[1, 2, 3]), |comm| {
+        comm.all_reduce(vec![1.0f32; 6], ReduceOp::Sum)
+    });
 }
 
 #[test]

@@ -56,9 +56,9 @@ fn mismatches(factory: &dyn WorldFactory, device: &Device) {
         let pieces = vec![ones([rows, 2], device), ones([10 - rows, 2], device)];
         drop_of(comm.all_reduce_coalesced(pieces, ReduceOp::Sum))
     };
-    mismatch(factory, &["in 2 pieces"], &|comm| cut(&comm, device, 3), &|comm| cut(&comm, device, 4));
+    mismatch(factory, &["in 2 buffers"], &|comm| cut(&comm, device, 3), &|comm| cut(&comm, device, 4));
     let whole = |comm: Communicator| drop_of(comm.all_reduce(Tensor::<1>::ones([20], device), ReduceOp::Sum));
-    mismatch(factory, &["[20] on its device in 2 pieces"], &whole, &|comm| cut(&comm, device, 4));
+    mismatch(factory, &["[20] on its device in 2 buffers"], &whole, &|comm| cut(&comm, device, 4));
 }
 
 /// The all-to-all of a layout fills its blocks up to one length, so their dims are alike where the widths are not.

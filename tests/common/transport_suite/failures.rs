@@ -107,7 +107,7 @@ fn mismatches(factory: &dyn WorldFactory) {
         drop_of(comm.all_reduce(vec![1.0f64; 6], ReduceOp::Sum))
     });
     mismatch(factory, &["(Sum)", "(Max)"], usual, &|comm| drop_of(comm.all_reduce(vec![1.0f32; 6], ReduceOp::Max)));
-    mismatch(factory, &["in 2 pieces"], usual, &|comm| {
+    mismatch(factory, &["in 2 buffers"], usual, &|comm| {
         drop_of(comm.all_reduce_coalesced(vec![vec![1.0f32; 3]; 2], ReduceOp::Sum))
     });
     let named = |name: &'static str| move |comm: Communicator| drop_of(comm.split_named(name, 0, 0));

@@ -63,17 +63,17 @@ impl Whole {
 
 /// This rank's part of a model.
 pub fn cut<M: Module>(model: M, axes: &[Axis], place: &[usize]) -> M {
-    model.map(&mut Cut { axes, place, path: Vec::new() })
+    model.map(&mut CutParams { axes, place, path: Vec::new() })
 }
 
 /// Leaves this rank's part of every parameter.
-struct Cut<'a> {
+struct CutParams<'a> {
     axes: &'a [Axis],
     place: &'a [usize],
     path: Vec<String>,
 }
 
-impl ModuleMapper for Cut<'_> {
+impl ModuleMapper for CutParams<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let path = self.path.join(".");
         let (id, mut value, mapper) = param.consume();

@@ -41,7 +41,7 @@ impl Attention {
     }
 
     /// With batch and heads as two dims but in the rotary encoding.
-    fn apart(&self, (x, y): Rows) -> Tensor<1> {
+    fn apart(&self, (x, y): RowBatch) -> Tensor<1> {
         let [b, s, d] = x.dims();
         let heads = |x: Tensor<3>| x.reshape([b, s, HEADS, d / HEADS]).swap_dims(1, 2);
         let query = self.rotary.forward(heads(self.query.forward(x.clone())));
@@ -52,7 +52,7 @@ impl Attention {
     }
 
     /// With both in one dim all the way, a mask, dropout, a bias for all heads, and sums over them.
-    fn merged(&self, (x, y): Rows) -> Tensor<1> {
+    fn merged(&self, (x, y): RowBatch) -> Tensor<1> {
         let [b, s, d] = x.dims();
         let heads = |x: Tensor<3>| {
             let x = x.reshape([b, s, HEADS, d / HEADS]).swap_dims(1, 2);
@@ -72,9 +72,9 @@ impl Attention {
     }
 }
 
-type Rows = (Tensor<3>, Tensor<3>);
+type RowBatch = (Tensor<3>, Tensor<3>);
 
-fn rows(seed: u64) -> Rows {
+fn rows(seed: u64) -> RowBatch {
     let mut numbers = Numbers(seed + 21);
     (numbers.tensor([4, 5, WIDTH], &device()), numbers.tensor([4, 5, WIDTH], &device()))
 }
@@ -120,7 +120,7 @@ fn attention_on_batch_times_heads_is_split_by_heads() {
 /// Merges that something needs stay.
 #[test]
 fn what_reads_a_merged_dim_as_one_gets_it() {
-    let losses: [fn(&Attention, Rows) -> Tensor<1>; 3] = [
+    let losses: [fn(&Attention, RowBatch) -> Tensor<1>; 3] = [
         |m, (x, y)| {
             let [b, s, d] = x.dims();
             let h = m.query.forward(x).reshape([b, s, HEADS, 2]).swap_dims(1, 2).reshape([b * HEADS, s, 2]);

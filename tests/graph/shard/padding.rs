@@ -71,7 +71,7 @@ struct Odd {
     third: Linear,
 }
 
-type Rows = (Tensor<2>, Tensor<2>);
+type RowBatch = (Tensor<2>, Tensor<2>);
 
 fn odd(device: &Device) -> Odd {
     Odd {
@@ -81,7 +81,7 @@ fn odd(device: &Device) -> Odd {
     }
 }
 
-fn rows(seed: u64) -> Rows {
+fn rows(seed: u64) -> RowBatch {
     (Numbers(seed).tensor([6, 6], &device()), Numbers(seed + 9).tensor([6, 5], &device()))
 }
 
@@ -96,7 +96,7 @@ fn layers_of_odd_widths_are_padded() {
             .shard("third.bias", 0)
     };
     // What is 0 stays 0, or becomes something else, or not even a number.
-    let gelu: Case<Odd, Rows> = Case {
+    let gelu: Case<Odd, RowBatch> = Case {
         make: odd,
         batch: rows,
         loss: |m, (x, y)| {
@@ -104,14 +104,14 @@ fn layers_of_odd_widths_are_padded() {
             (m.third.forward(x) - y).powi_scalar(2).mean()
         },
     };
-    let sigmoid: Case<Odd, Rows> = Case {
+    let sigmoid: Case<Odd, RowBatch> = Case {
         loss: |m, (x, y)| {
             let x = activation::sigmoid(m.second.forward(activation::sigmoid(m.first.forward(x))));
             (m.third.forward(x) - y).abs().sum_dim(1).mean()
         },
         ..gelu
     };
-    let reciprocal: Case<Odd, Rows> = Case {
+    let reciprocal: Case<Odd, RowBatch> = Case {
         loss: |m, (x, y)| {
             let x = m.first.forward(x);
             let x = x.clone() / (x.abs() + 0.0).log().abs().add_scalar(0.5).log().add_scalar(3.0);
@@ -162,8 +162,8 @@ fn what_cannot_be_padded_is_an_error() {
 
 /// Trains with layers of odd widths that are padded, each along the dim that `plan` says.
 #[track_caller]
-fn padded(plan: fn() -> Plan, loss: fn(&Odd, Rows) -> Tensor<1>) {
-    let case: Case<Odd, Rows> = Case { make: odd, batch: rows, loss };
+fn padded(plan: fn() -> Plan, loss: fn(&Odd, RowBatch) -> Tensor<1>) {
+    let case: Case<Odd, RowBatch> = Case { make: odd, batch: rows, loss };
     let references = case.alone(3);
     for degree in [2, 4] {
         case.compare(&[Axis::new("tp", degree, plan())], &references).unwrap();
@@ -193,7 +193,7 @@ fn what_is_made_larger_beside_padding_is_not_taken_for_zeros() {
 /// One feature, padded, that is spread over others.
 #[test]
 fn a_padded_dim_of_one_is_spread() {
-    let case: Case<[Linear; 2], Rows> = Case {
+    let case: Case<[Linear; 2], RowBatch> = Case {
         make: |d| [LinearConfig::new(6, 1).init(d), LinearConfig::new(6, 5).init(d)],
         batch: rows,
         loss: |[gate, layer], (x, y)| {

@@ -29,15 +29,15 @@ impl Chain {
     }
 }
 
-type Rows = (Tensor<2>, Tensor<1, Int>);
+type RowBatch = (Tensor<2>, Tensor<1, Int>);
 
-fn rows(seed: u64) -> Rows {
+fn rows(seed: u64) -> RowBatch {
     let mut numbers = Numbers(seed + 8);
     (numbers.tensor([12, WIDTH], &device()), numbers.classes([12], WIDTH, &device()))
 }
 
 /// One of 5^4 models: what is done at each of four places.
-fn chain<const A: u8, const B: u8>(model: &Chain, (x, targets): Rows) -> Tensor<1> {
+fn chain<const A: u8, const B: u8>(model: &Chain, (x, targets): RowBatch) -> Tensor<1> {
     let mut x = x;
     let mut kept = x.clone();
     for (place, what) in [A, B, A.wrapping_mul(3) % 5, B.wrapping_mul(2) % 5].into_iter().enumerate() {
@@ -54,7 +54,7 @@ fn chain<const A: u8, const B: u8>(model: &Chain, (x, targets): Rows) -> Tensor<
     cross_entropy(x, targets)
 }
 
-const CHAINS: [Case<Chain, Rows>; 10] = [
+const CHAINS: [Case<Chain, RowBatch>; 10] = [
     Case { make: Chain::new, batch: rows, loss: chain::<0, 1> },
     Case { make: Chain::new, batch: rows, loss: chain::<1, 2> },
     Case { make: Chain::new, batch: rows, loss: chain::<2, 3> },

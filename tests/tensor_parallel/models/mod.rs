@@ -11,11 +11,7 @@ mod suggested;
 
 use burn::prelude::*;
 
-use crate::common::models::Numbers;
-
-fn device() -> Device {
-    Device::flex().autodiff()
-}
+use crate::common::models::{Numbers, device};
 
 /// Tokens of four rows, below a number.
 fn tokens(length: usize, words: usize, seed: u64) -> Tensor<2, Int> {

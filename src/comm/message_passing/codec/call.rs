@@ -3,7 +3,7 @@
 use burn::tensor::DType;
 
 use super::{Reader, Writer};
-use crate::comm::{Call, Extent, Operation, ReduceOp, agreed_names, element};
+use crate::comm::{Call, CallShape, Operation, ReduceOp, agreed_names, element};
 
 /// In the place of the number of a dtype.
 const NO_DTYPE: u8 = u8::MAX;
@@ -31,8 +31,8 @@ impl Writer {
             _ => (None, 0, 0),
         };
         self.byte(call.operation.index() as u8).reduction(op).dtype(call.dtype);
-        self.number(root as u64).number(tag).number(call.pieces as u64).number(call.fingerprint);
-        self.list(call.extent.dims(), |w, dim| {
+        self.number(root as u64).number(tag).number(call.buffers as u64).number(call.fingerprint);
+        self.list(call.shape.dims(), |w, dim| {
             w.number(*dim as u64);
         });
         // Others may not know for what a rank wants to split a group, or what it wants to gather.
@@ -56,7 +56,7 @@ impl Reader<'_> {
     pub fn call(&mut self) -> Option<Call> {
         let (operation, op, dtype) = (self.byte()?, self.reduction()?, self.dtype()?);
         let (root, tag) = (self.index()?, self.number()?);
-        let (pieces, fingerprint) = (self.index()?, self.number()?);
+        let (buffers, fingerprint) = (self.index()?, self.number()?);
         let dims = self.list(Self::index)?;
         // No computation with these may overflow.
         if dims.len() > 8 || dims.iter().try_fold(16usize, |bytes, dim| bytes.checked_mul((*dim).max(1))).is_none() {
@@ -78,8 +78,8 @@ impl Reader<'_> {
             _ => return None,
         };
         let name = self.text()?;
-        let mut call = Call::new(operation, dtype, Extent::new(&dims));
-        (call.pieces, call.fingerprint) = (pieces, fingerprint);
+        let mut call = Call::new(operation, dtype, CallShape::new(&dims));
+        (call.buffers, call.fingerprint) = (buffers, fingerprint);
         if call.agreed_number() == Some(agreed_names::number(&name)) {
             agreed_names::keep(&name);
         }

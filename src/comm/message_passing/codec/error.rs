@@ -108,6 +108,9 @@ impl Writer {
                 })
             }
             Error::Stopped { signal } => self.byte(31).number(signal.number() as u64),
+            Error::Settings { group, rank, name, value, value_of_0 } => {
+                self.byte(32).text(group).number(*rank as u64).text(name).text(value).text(value_of_0)
+            }
             // Dtypes that cannot travel have no number: their error goes in words.
             Error::UnsupportedDType { .. } | Error::UnsupportedReduction { .. } | Error::User(_) => {
                 self.byte(9).text(&error.to_string())
@@ -253,6 +256,13 @@ impl Reader<'_> {
                 let number = self.number().filter(|number| (1..=MOST_SIGNAL).contains(number))?;
                 Error::Stopped { signal: StopSignal::new(number as i32) }
             }
+            32 => Error::Settings {
+                group: self.name()?,
+                rank: self.index()?,
+                name: self.text()?,
+                value: self.text()?,
+                value_of_0: self.text()?,
+            },
             _ => return None,
         })
     }

@@ -8,7 +8,7 @@ use burn::tensor::DType;
 use super::error::{DEEPEST, MOST_NAMES, StaticNames};
 use super::{Reader, Writer};
 use crate::Error;
-use crate::comm::{Call, CallLog, Extent, Operation, ReduceOp, agreed_names, element};
+use crate::comm::{Call, CallLog, CallShape, Operation, ReduceOp, agreed_names, element};
 
 fn there_and_back(error: &Error) -> Option<Error> {
     let mut writer = Writer::default();
@@ -42,8 +42,8 @@ fn every_error_of_a_world_survives() {
     let mut calls = Vec::new();
     for (place, operation) in operations.into_iter().enumerate() {
         let dtype = element::numbered(place as u8).filter(|_| place != 8);
-        let mut call = Call::new(operation, dtype, Extent::new(&vec![place; place.min(8)]));
-        (call.pieces, call.fingerprint) = (place, u64::MAX - place as u64);
+        let mut call = Call::new(operation, dtype, CallShape::new(&vec![place; place.min(8)]));
+        (call.buffers, call.fingerprint) = (place, u64::MAX - place as u64);
         calls.push(call);
     }
     let lost = Error::RankLost { group: group.clone(), rank: 2, operation: "barrier".into(), log: log.clone() };
@@ -100,6 +100,13 @@ fn every_error_of_a_world_survives() {
         Error::Launch { rank: 1, size: 2, problem: "11".into() },
         Error::ProcessFailed { rank: Some(2), size: 3, status: "by signal 9".into(), said: vec!["a".into()] },
         Error::ProcessFailed { rank: None, size: 3, status: "with exit status 1".into(), said: Vec::new() },
+        Error::Settings {
+            group: "world".into(),
+            rank: 1,
+            name: "clip".into(),
+            value: "2".into(),
+            value_of_0: "not given".into(),
+        },
         Error::Stopped { signal: crate::error::StopSignal::new(15) },
     ];
     for error in &errors {
@@ -118,7 +125,7 @@ fn every_error_of_a_world_survives() {
 fn what_would_overflow_is_garbled() {
     let garbled = |dims: &[usize]| {
         let mut writer = Writer::default();
-        writer.call(&Call::new(Operation::AllGather, Some(DType::F32), Extent::flat(0)));
+        writer.call(&Call::new(Operation::AllGather, Some(DType::F32), CallShape::flat(0)));
         // Its one dim and the name are the last that is written.
         writer.0.truncate(writer.0.len() - 24);
         writer.list(dims, |w, dim| {

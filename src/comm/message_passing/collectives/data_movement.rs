@@ -8,7 +8,7 @@ use crate::Error;
 use crate::comm::message_passing::group::MessageKind;
 use crate::comm::message_passing::shared_memory::{Rounds, SharedMemory};
 use crate::comm::transport::BufferRef;
-use crate::comm::{Call, Operation, Output, part};
+use crate::comm::{Call, Operation, OutputAllocator, part};
 
 impl CollectiveRun<'_> {
     pub(super) fn broadcast(&self, root: usize, pieces: &[Segment], size: usize) -> Result<u64, Error> {
@@ -59,18 +59,18 @@ impl CollectiveRun<'_> {
     pub(super) fn collect(
         &self,
         input: BufferRef<'_>,
-        output: &mut dyn Output,
+        output: &mut dyn OutputAllocator,
         shared_memory: Option<(&SharedMemory, &Rounds)>,
         exchange: NumberExchange<'_>,
     ) -> Result<u64, Error> {
         let (n, rank, counts) = (self.group.size(), self.group.rank, ReceiveCounts(self.calls));
         // All ranks come to the same result.
         let most = counts.most().map_err(|to| self.out_of_memory(to, usize::MAX))?;
-        let Call { dtype: Some(dtype), extent, .. } = self.calls[counts.source(rank)] else { return Ok(0) };
+        let Call { dtype: Some(dtype), shape, .. } = self.calls[counts.source(rank)] else { return Ok(0) };
         let (row, total) = (counts.row(rank), counts.received(rank).unwrap_or_default());
         let takes = !matches!(self.call.operation, Operation::Gather { root } if root != rank);
         let mut scratch = Vec::new();
-        let mut allocated = takes.then(|| output.allocate(&extent.with_rows(total), dtype));
+        let mut allocated = takes.then(|| output.allocate(&shape.with_rows(total), dtype));
         let begin = allocated.as_mut().map(|allocated| destination(allocated, &mut scratch, total * row));
         let lacks = matches!(begin, Some(None)).then_some(total * row);
         match (shared_memory, lacks) {

@@ -33,7 +33,7 @@ use super::wait::Wait;
 use super::world::{Proposal, World};
 use crate::Error;
 use crate::comm::transport::{BufferMut, BufferRef};
-use crate::comm::{Call, CallLog, Operation, Output, ReduceOp, host_buffer};
+use crate::comm::{Call, CallLog, Operation, OutputAllocator, ReduceOp, host_buffer};
 
 /// How long a rank waits for data once the world has failed: the others may be about to finish.
 const DATA_GRACE: Duration = Duration::from_secs(2);
@@ -263,7 +263,7 @@ impl<'a> CollectiveRun<'a> {
     pub fn out_of_place(
         &self,
         input: BufferRef<'_>,
-        output: &mut dyn Output,
+        output: &mut dyn OutputAllocator,
         shared_memory: Option<(&SharedMemory, &Rounds)>,
         exchange: NumberExchange<'_>,
     ) -> Result<u64, Error> {

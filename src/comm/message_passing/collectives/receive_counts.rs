@@ -14,7 +14,7 @@ pub(super) struct ReceiveCounts<'a>(pub &'a [Call]);
 impl ReceiveCounts<'_> {
     /// The rows of the contribution of `from` that go to `to`.
     pub fn rows(self, from: usize, to: usize) -> Range<usize> {
-        let (rows, n) = (self.0[from].extent.rows(), self.0.len());
+        let (rows, n) = (self.0[from].shape.rows(), self.0.len());
         match self.0[to].operation {
             Operation::AllGather => 0..rows,
             Operation::Gather { root } if root == to => 0..rows,
@@ -34,8 +34,8 @@ impl ReceiveCounts<'_> {
 
     /// The bytes of a row that `to` receives. Those of a single call have been checked.
     pub fn row(self, to: usize) -> usize {
-        let Call { dtype, extent, .. } = &self.0[self.source(to)];
-        extent.width() * dtype.map_or(0, |dtype| dtype.size())
+        let Call { dtype, shape, .. } = &self.0[self.source(to)];
+        shape.width() * dtype.map_or(0, |dtype| dtype.size())
     }
 
     /// The rows that `to` receives; `None` if they are more than there are addresses for.
@@ -55,7 +55,7 @@ impl ReceiveCounts<'_> {
     pub fn largest(self) -> (usize, usize) {
         let bytes = |call: &Call| {
             let size = call.dtype.map_or(0, |dtype| dtype.size());
-            call.extent.dims().iter().fold(size, |bytes, dim| bytes.saturating_mul(*dim))
+            call.shape.dims().iter().fold(size, |bytes, dim| bytes.saturating_mul(*dim))
         };
         let contributed = self.0.iter().map(bytes).enumerate();
         contributed.rev().max_by_key(|(_, bytes)| *bytes).unwrap_or_default()
@@ -67,14 +67,14 @@ mod tests {
     use burn::tensor::DType;
 
     use super::*;
-    use crate::comm::Extent;
+    use crate::comm::CallShape;
     use crate::comm::message_passing::codec::{Reader, Writer};
 
     fn calls(operation: Operation, rows: &[usize], width: usize) -> Vec<Call> {
         // Encoded and decoded: what the codec refuses never gets here.
         let call = |rows: &usize| {
             let mut writer = Writer::default();
-            writer.call(&Call::new(operation, Some(DType::F64), Extent::new(&[*rows, width])));
+            writer.call(&Call::new(operation, Some(DType::F64), CallShape::new(&[*rows, width])));
             Reader(&writer.0).call()
         };
         rows.iter().map(|rows| call(rows).expect("each call makes sense by itself")).collect()

@@ -7,7 +7,7 @@ use crate::Error;
 use crate::comm::message_passing::group::MessageKind;
 use crate::comm::reduce::{Contribution, fold};
 use crate::comm::transport::BufferRef;
-use crate::comm::{Call, Output, ReduceOp, part};
+use crate::comm::{Call, OutputAllocator, ReduceOp, part};
 
 impl CollectiveRun<'_> {
     /// Reduces this rank's share of all contributions, window by window. `share` gives the elements of each rank,
@@ -134,18 +134,18 @@ impl CollectiveRun<'_> {
         &self,
         op: ReduceOp,
         input: BufferRef<'_>,
-        output: &mut dyn Output,
+        output: &mut dyn OutputAllocator,
         exchange: NumberExchange<'_>,
     ) -> Result<u64, Error> {
-        let Call { dtype: Some(dtype), extent, .. } = *self.call else { return Ok(0) };
-        let (n, rank, size, width) = (self.group.size(), self.group.rank, dtype.size(), extent.width());
+        let Call { dtype: Some(dtype), shape, .. } = *self.call else { return Ok(0) };
+        let (n, rank, size, width) = (self.group.size(), self.group.rank, dtype.size(), shape.width());
         let share = |rank: usize| {
-            let rows = part(extent.rows(), n, rank);
+            let rows = part(shape.rows(), n, rank);
             rows.start * width..rows.end * width
         };
         let mine = share(rank);
-        let rows = part(extent.rows(), n, rank).len();
-        let (mut allocated, mut scratch) = (output.allocate(&extent.with_rows(rows), dtype), Vec::new());
+        let rows = part(shape.rows(), n, rank).len();
+        let (mut allocated, mut scratch) = (output.allocate(&shape.with_rows(rows), dtype), Vec::new());
         let bytes = mine.len() * size;
         let target = destination(&mut allocated, &mut scratch, bytes);
         // The first ranks have the largest shares.

@@ -12,7 +12,7 @@ use crate::Error;
 use crate::comm::message_passing::shared_memory::{Rounds, SharedMemory, copy_out};
 use crate::comm::reduce::{Contribution, fold};
 use crate::comm::transport::BufferRef;
-use crate::comm::{Call, Operation, Output, ReduceOp, Transfer, part};
+use crate::comm::{Call, Operation, OutputAllocator, ReduceOp, Transfer, part};
 
 /// Most bytes of a tensor that is reduced in shared memory.
 const MAX_REDUCED: usize = 512 << 10;
@@ -24,7 +24,7 @@ const MAX_GATHERED: usize = 64 << 10;
 const MAX_ROUND: usize = 128 << 10;
 
 fn bytes(call: &Call) -> usize {
-    call.extent.elements() * call.dtype.map_or(0, |dtype| dtype.size())
+    call.shape.elements() * call.dtype.map_or(0, |dtype| dtype.size())
 }
 
 /// Whether the contribution of one rank fits its slot.
@@ -128,7 +128,7 @@ pub(in crate::comm::message_passing) fn write_slot(
             }
         }
         Transfer::OutOfPlace { input, .. } => {
-            let (rows, width) = (part(call.extent.rows(), size, rank), call.extent.width());
+            let (rows, width) = (part(call.shape.rows(), size, rank), call.shape.width());
             let own = match call.operation {
                 Operation::Scatter { root } if root != rank => return,
                 Operation::Gather { root } if root == rank => return,
@@ -244,13 +244,13 @@ impl CollectiveRun<'_> {
         rounds: &Rounds,
         op: ReduceOp,
         input: BufferRef<'_>,
-        output: &mut dyn Output,
+        output: &mut dyn OutputAllocator,
     ) -> Result<u64, Error> {
-        let Call { dtype: Some(dtype), extent, .. } = *self.call else { return Ok(0) };
+        let Call { dtype: Some(dtype), shape, .. } = *self.call else { return Ok(0) };
         let (size, rank) = (self.group.size(), self.group.rank);
-        let rows = part(extent.rows(), size, rank);
-        let (start, elements) = (rows.start * extent.width() * dtype.size(), rows.len() * extent.width());
-        let (mut allocated, mut scratch) = (output.allocate(&extent.with_rows(rows.len()), dtype), Vec::new());
+        let rows = part(shape.rows(), size, rank);
+        let (start, elements) = (rows.start * shape.width() * dtype.size(), rows.len() * shape.width());
+        let (mut allocated, mut scratch) = (output.allocate(&shape.with_rows(rows.len()), dtype), Vec::new());
         let bytes = elements * dtype.size();
         let Some(target) = destination(&mut allocated, &mut scratch, bytes) else {
             return Err(self.fail_out_of_memory(bytes));

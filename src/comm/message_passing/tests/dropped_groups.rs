@@ -3,14 +3,14 @@
 use std::thread;
 use std::time::Duration;
 
-use super::World;
+use super::TestWorld;
 use super::memory_endpoint::MemoryNetwork;
 use crate::Error;
 use crate::comm::Communicator;
 
 /// Rank 0 drops a part of the world, and does this a good while later; the others wait for it there.
 fn outcome(then: impl Fn(&Communicator) -> Result<(), Error> + Sync) -> Error {
-    let world = World::new(3, 0..3, MemoryNetwork::default());
+    let world = TestWorld::new(3, 0..3, MemoryNetwork::default());
     let mut outcomes = world.run(|comm| {
         let part = comm.split(0, 0)?;
         if comm.rank() == 0 {

@@ -1,6 +1,6 @@
 //! Tests with an endpoint that fails halfway and does not give buffers back: they are leaked.
 
-use super::World;
+use super::TestWorld;
 use super::memory_endpoint::MemoryNetwork;
 use crate::comm::message_passing::group::MessageKind;
 use crate::comm::message_passing::message_store::Borrowed;
@@ -25,7 +25,7 @@ fn bytes_of(lent: &Borrowed) -> &'static [u8] {
 
 #[test]
 fn a_header_is_kept_when_its_bytes_cannot_be_sent() {
-    let world = World::new(2, [0], network((MessageKind::Payload, 0), Some(MessageKind::Header)));
+    let world = TestWorld::new(2, [0], network((MessageKind::Payload, 0), Some(MessageKind::Header)));
     let error = world.comms[0].send(vec![5u8; LONG], 1, 0x77).unwrap_err().to_string();
     assert!(error.contains("refused on purpose"), "{error}");
     let header =
@@ -40,7 +40,7 @@ fn a_header_is_kept_when_its_bytes_cannot_be_sent() {
 #[test]
 fn a_call_is_kept_when_the_commit_cannot_be_awaited() {
     // Nobody commits: after a while the rank turns back, and the endpoint keeps both.
-    let world = World::new(2, [1], MemoryNetwork::never_returning(None, Some(MessageKind::Call as u64)));
+    let world = TestWorld::new(2, [1], MemoryNetwork::never_returning(None, Some(MessageKind::Call as u64)));
     let comm = world.comms[0].clone();
     let waits = std::thread::spawn(move || comm.barrier());
     let kept = loop {
@@ -61,8 +61,8 @@ fn a_call_is_kept_when_the_commit_cannot_be_awaited() {
 #[test]
 fn a_commit_is_kept_when_it_cannot_be_sent_to_all() {
     let network = network((MessageKind::Commit, 1), Some(MessageKind::Commit));
-    let world = World::new(3, [0], network);
-    let call = crate::comm::Call::new(crate::comm::Operation::Barrier, None, crate::comm::Extent::flat(0));
+    let world = TestWorld::new(3, [0], network);
+    let call = crate::comm::Call::new(crate::comm::Operation::Barrier, None, crate::comm::CallShape::flat(0));
     let descriptor =
         crate::comm::message_passing::call_descriptor::CallDescriptor { call, color: 0, key: 0, attached: false };
     for from in [1, 2] {

@@ -2,14 +2,14 @@
 
 use burn::tensor::DType;
 
-use super::World;
+use super::TestWorld;
 use super::memory_endpoint::MemoryNetwork;
 use crate::Error;
 use crate::comm::message_passing::call_descriptor::{CallDescriptor, DESCRIPTOR_BYTES};
 use crate::comm::message_passing::codec::Writer;
 use crate::comm::message_passing::group::MessageKind;
 use crate::comm::message_passing::shared_memory::Address;
-use crate::comm::{Call, Communicator, Extent, Operation, ReduceOp, part};
+use crate::comm::{Call, CallShape, Communicator, Operation, ReduceOp, part};
 
 fn descriptor(call: &Call) -> CallDescriptor {
     CallDescriptor { call: *call, color: 0, key: 0, attached: false }
@@ -28,11 +28,11 @@ fn table(calls: &[Call]) -> Vec<u8> {
 }
 
 fn call(operation: Operation, dtype: DType, rows: usize) -> Call {
-    Call::new(operation, Some(dtype), Extent::flat(rows))
+    Call::new(operation, Some(dtype), CallShape::flat(rows))
 }
 
 /// The group goes on: the next commit is accepted.
-fn goes_on(world: &World) {
+fn goes_on(world: &TestWorld) {
     assert_eq!(world.comms[0].failure(), None);
     let calls = [call(Operation::AllReduce(ReduceOp::Sum), DType::F64, 0); 3];
     world.network.inject((0, 1, MessageKind::Commit as u64), table(&calls));
@@ -48,7 +48,7 @@ fn sizes_that_wrap_around_are_an_error_and_no_more() {
     let into: Gather = |comm| comm.all_gather_into(&[1.0f64, 2.0], &mut [0.0; 0]);
     for run in [gather, into] {
         // Rank 1 is real, and rank 0 is the group root.
-        let world = World::new(3, [1], MemoryNetwork::default());
+        let world = TestWorld::new(3, [1], MemoryNetwork::default());
         let calls = [half, 2, half].map(|rows| call(Operation::AllGather, DType::F64, rows));
         world.network.inject((0, 1, MessageKind::Commit as u64), table(&calls));
         let error = run(&world.comms[0]).unwrap_err();
@@ -62,7 +62,7 @@ fn sizes_that_wrap_around_are_an_error_and_no_more() {
 #[test]
 fn sizes_that_nobody_has_memory_for_are_an_error_and_no_more() {
     let half = (1 << 60) - 1;
-    let world = World::new(3, [1], MemoryNetwork::default());
+    let world = TestWorld::new(3, [1], MemoryNetwork::default());
     let mut calls = [half, 2, half].map(|rows| descriptor(&call(Operation::AllToAll, DType::F64, rows)));
     world.network.inject((0, 1, MessageKind::Commit as u64), commit_message(&calls));
     // In the second agreement the rank says what it lacks.
@@ -76,7 +76,7 @@ fn sizes_that_nobody_has_memory_for_are_an_error_and_no_more() {
 
 #[test]
 fn a_message_that_claims_more_than_there_is_memory_is_an_error() {
-    let world = World::new(2, [0], MemoryNetwork::default());
+    let world = TestWorld::new(2, [0], MemoryNetwork::default());
     let mut header = Writer::default();
     header.number(0).number(7).dtype(Some(DType::F32)).list(&[1 << 50, 3], |w, dim| {
         w.number(*dim);
@@ -93,7 +93,7 @@ fn a_message_that_claims_more_than_there_is_memory_is_an_error() {
 fn bytes_that_are_no_bools_are_refused_and_none_is_left() {
     let bools = DType::Bool(burn::tensor::BoolStore::Native);
     for byte in [2u8, 255] {
-        let world = World::new(2, [1], MemoryNetwork::default());
+        let world = TestWorld::new(2, [1], MemoryNetwork::default());
         let calls = [call(Operation::Broadcast { root: 0 }, bools, 3); 2];
         world.network.inject((0, 1, MessageKind::Commit as u64), table(&calls));
         world.network.inject((0, 1, MessageKind::Contributions as u64), vec![0, byte, 1]);
@@ -104,7 +104,7 @@ fn bytes_that_are_no_bools_are_refused_and_none_is_left() {
         let bytes = unsafe { std::slice::from_raw_parts(mine.as_ptr().cast::<u8>(), 3) };
         assert_eq!(bytes, [0, 1, 1]);
 
-        let world = World::new(2, [1], MemoryNetwork::default());
+        let world = TestWorld::new(2, [1], MemoryNetwork::default());
         let calls = [call(Operation::AllGather, bools, 2); 2];
         world.network.inject((0, 1, MessageKind::Commit as u64), table(&calls));
         world.network.inject((0, 1, MessageKind::Contributions as u64), vec![byte, 1]);
@@ -115,7 +115,7 @@ fn bytes_that_are_no_bools_are_refused_and_none_is_left() {
         let bytes = unsafe { std::slice::from_raw_parts(all.as_ptr().cast::<u8>(), 4) };
         assert_eq!(bytes, [1, 1, 1, 0]);
 
-        let world = World::new(2, [1], MemoryNetwork::default());
+        let world = TestWorld::new(2, [1], MemoryNetwork::default());
         let mut header = Writer::default();
         header.number(0).number(3).dtype(Some(bools)).list(&[2], |w, dim| {
             w.number(*dim);

@@ -15,13 +15,13 @@ use crate::comm::Communicator;
 use crate::comm::WorldConfig;
 
 /// A world of ranks in this process, over endpoints in memory; only of the listed ranks, the test plays the others.
-struct World {
+struct TestWorld {
     network: Arc<MemoryNetwork>,
     comms: Vec<Communicator>,
     worlds: Vec<Worlds>,
 }
 
-impl World {
+impl TestWorld {
     fn new(size: usize, ranks: impl IntoIterator<Item = usize>, network: MemoryNetwork) -> Self {
         let (network, mut comms, mut worlds) = (Arc::new(network), Vec::new(), Vec::new());
         for rank in ranks {
@@ -42,7 +42,7 @@ impl World {
     }
 }
 
-impl Drop for World {
+impl Drop for TestWorld {
     fn drop(&mut self) {
         self.comms.clear();
         self.network.lose_all();

@@ -2,18 +2,20 @@
 
 use burn::tensor::DType;
 
-use super::World;
+use super::TestWorld;
 use super::memory_endpoint::MemoryNetwork;
 use crate::Error;
-use crate::comm::{BufferMut, BufferRef, Call, Communicator, Extent, Operation, Output, ReduceOp, Transfer};
+use crate::comm::{
+    BufferMut, BufferRef, Call, CallShape, Communicator, Operation, OutputAllocator, ReduceOp, Transfer,
+};
 
 /// An output that one rank has no memory for.
-struct Place {
+struct LackingOutput {
     elements: Vec<u8>,
     lacks: Option<(std::sync::Arc<str>, usize)>,
 }
 
-impl Output for Place {
+impl OutputAllocator for LackingOutput {
     fn allocate(&mut self, dims: &[usize], _: DType) -> Result<BufferMut<'_>, Error> {
         let bytes = dims.iter().product();
         match self.lacks.clone() {
@@ -28,9 +30,9 @@ impl Output for Place {
 
 /// A collective in which each rank receives as many bytes, where one has no memory for them.
 fn receive(comm: &Communicator, operation: Operation, mine: &[u8], short: Option<usize>) -> Result<Vec<u8>, Error> {
-    let call = Call::new(operation, Some(DType::U8), Extent::flat(mine.len()));
+    let call = Call::new(operation, Some(DType::U8), CallShape::flat(mine.len()));
     let lacks = (short == Some(comm.rank())).then(|| (comm.group().clone(), comm.rank()));
-    let mut output = Place { elements: Vec::new(), lacks };
+    let mut output = LackingOutput { elements: Vec::new(), lacks };
     let transfer = Transfer::OutOfPlace { input: BufferRef::new(mine), output: &mut output };
     comm.run(&call, |transport| transport.collective(&call, transfer))?;
     Ok(output.elements)
@@ -75,7 +77,7 @@ fn only_the_call_fails(size: usize, each: usize, run: &dyn Fn(Script<'_>)) {
 fn a_large_collective_fails_alone() {
     for size in [2, 3, 4] {
         only_the_call_fails(size, (16 << 20) / size + 1, &|script| {
-            World::new(size, 0..size, MemoryNetwork::default()).run(script);
+            TestWorld::new(size, 0..size, MemoryNetwork::default()).run(script);
         });
     }
 }
@@ -85,7 +87,7 @@ fn a_large_collective_fails_alone() {
 fn where_buffers_cannot_be_reclaimed_a_collective_fails_alone() {
     for size in [2, 3] {
         let run = |script: Script<'_>| {
-            let world = World::new(size, 0..size, MemoryNetwork::never_returning(None, None));
+            let world = TestWorld::new(size, 0..size, MemoryNetwork::never_returning(None, None));
             world.run(script);
         };
         only_the_call_fails(size, (64 << 10) / size + 1, &run);
@@ -124,7 +126,7 @@ fn among_threads_every_collective_fails_alone() {
 #[test]
 fn a_small_collective_fails_the_world() {
     for (size, short) in [(2, 1), (3, 0)] {
-        let world = World::new(size, 0..size, MemoryNetwork::default());
+        let world = TestWorld::new(size, 0..size, MemoryNetwork::default());
         let outcomes = world.run(|comm| {
             let outcome = gather(comm, 100, Some(short));
             (outcome, comm.barrier())

@@ -1,11 +1,41 @@
 //! The control messages between the ranks of a world.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::failure::{Proposal, RankReport};
 use crate::Error;
+use crate::comm::Call;
 use crate::comm::message_passing::codec::{Reader, Writer};
-use crate::comm::message_passing::group::Left;
+use crate::comm::message_passing::group::{Group, Left};
+
+/// A failure that a rank has found.
+#[derive(Debug, Clone)]
+pub(in crate::comm::message_passing) struct Proposal {
+    pub error: Error,
+    pub group: Arc<str>,
+    /// World ranks of that group.
+    pub members: Vec<usize>,
+    /// The call that timed out, and its number in the group: ranks that are not in it are the missing ones.
+    pub call: Option<(u64, Call)>,
+}
+
+impl Proposal {
+    /// A failure in this group; `call` is as above.
+    pub fn new(group: &Group, error: Error, call: Option<(u64, Call)>) -> Self {
+        Self { error, group: group.name.clone(), members: group.members.clone(), call }
+    }
+}
+
+/// One rank's answer to a query.
+#[derive(Debug, Clone, Default)]
+pub(super) struct RankReport {
+    /// How long it has been in the call, if it is.
+    pub waits: Option<Duration>,
+    pub line: Option<String>,
+    pub elsewhere: Vec<String>,
+    /// The ranks of the world that it waits for in the calls that it is in.
+    pub waits_for: Vec<usize>,
+}
 
 #[derive(Debug)]
 pub(super) enum ControlMessage {

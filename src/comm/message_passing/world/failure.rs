@@ -6,13 +6,13 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::World;
-use super::control_message::ControlMessage;
+use super::control_message::{ControlMessage, Proposal, RankReport};
 use crate::Error;
+use crate::comm::CallLog;
 use crate::comm::call_log::describe_missing;
 use crate::comm::message_passing::codec::with_log;
 use crate::comm::message_passing::group::Group;
 use crate::comm::wait_graph::{WaitGraph, waits_for};
-use crate::comm::{Call, CallLog};
 use crate::lock::lock;
 
 /// How long a coordinator waits for the reports of the others.
@@ -23,35 +23,6 @@ const NOBODY: &str = "nobody";
 const ITSELF: &str = "itself: the process of rank ";
 /// How long a rank that has proposed an error waits for the coordinator's query before it turns to the next rank.
 const COORDINATOR_SILENCE: Duration = Duration::from_secs(3);
-
-/// A failure that a rank has found.
-#[derive(Debug, Clone)]
-pub(in crate::comm::message_passing) struct Proposal {
-    pub error: Error,
-    pub group: Arc<str>,
-    /// World ranks of that group.
-    pub members: Vec<usize>,
-    /// The call that timed out, and its number in the group: ranks that are not in it are the missing ones.
-    pub call: Option<(u64, Call)>,
-}
-
-impl Proposal {
-    /// A failure in this group; `call` is as above.
-    pub fn new(group: &Group, error: Error, call: Option<(u64, Call)>) -> Self {
-        Self { error, group: group.name.clone(), members: group.members.clone(), call }
-    }
-}
-
-/// One rank's answer to a query.
-#[derive(Debug, Clone, Default)]
-pub(super) struct RankReport {
-    /// How long it has been in the call, if it is.
-    pub waits: Option<Duration>,
-    pub line: Option<String>,
-    pub elsewhere: Vec<String>,
-    /// The ranks of the world that it waits for in the calls that it is in.
-    pub waits_for: Vec<usize>,
-}
 
 /// An inquiry of the coordinator: it queries all ranks before it broadcasts the error.
 #[derive(Debug)]

@@ -13,8 +13,8 @@ use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use self::control_message::ControlMessage;
+pub(super) use self::control_message::Proposal;
 use self::failure::Inquiry;
-pub(super) use self::failure::Proposal;
 use super::endpoint::{Endpoint, Request};
 use super::group::{Group, Left, MessageKind};
 use crate::Error;

@@ -9,7 +9,6 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread;
 use std::time::Duration;
 
-use super::server::Client;
 use crate::comm::tcp::descriptors;
 
 /// Most handshakes at a time beyond the number of expected ranks: of all addresses, and of one.
@@ -17,6 +16,15 @@ pub(in crate::comm::tcp) const MAX_UNKNOWN: usize = 64;
 const MAX_UNKNOWN_PER_ADDRESS: usize = 8;
 /// Bytes of the stack of a handshake thread.
 const STACK: usize = 256 << 10;
+
+/// A rank that has proved that it knows the secret.
+pub(in crate::comm::tcp) struct Client {
+    pub rank: usize,
+    pub(super) size: usize,
+    pub(super) nonce: [u8; 32],
+    pub blob: Vec<u8>,
+    pub stream: TcpStream,
+}
 
 /// The handshakes in progress, and the results of those that are done.
 pub(super) struct Acceptor {

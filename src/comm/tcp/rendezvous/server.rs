@@ -5,7 +5,7 @@ use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use super::acceptor::{Accepted, Acceptor};
+use super::acceptor::{Accepted, Acceptor, Client};
 use super::messages::{Limited, framed, read_bytes, write_reply};
 use super::{Digest, MAGIC, MAX_BLOB, Rendezvous, nonce, rendezvous_error};
 use crate::Error;
@@ -14,15 +14,6 @@ use crate::Error;
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
 /// Most missing ranks that an error names.
 const NAMED: usize = 16;
-
-/// A rank that has proved that it knows the secret.
-pub(in crate::comm::tcp) struct Client {
-    pub rank: usize,
-    size: usize,
-    nonce: [u8; 32],
-    pub blob: Vec<u8>,
-    pub stream: TcpStream,
-}
 
 /// What a rank says of itself in the handshake.
 pub(super) struct ClientHello {

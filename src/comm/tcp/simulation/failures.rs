@@ -5,9 +5,9 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::network::Random;
-use super::schedule::Event;
+use super::schedule::ProcessEvent;
 use super::scripts::conditions;
-use super::{RankContext, Simulation};
+use super::{RankContext, SimulatedWorld};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
 
@@ -21,13 +21,13 @@ type Outcomes = Rc<RefCell<Vec<(usize, Option<Error>, u64)>>>;
 
 /// A world in which all ranks go from collective to collective until one fails. If it is `full`, connections take less
 /// than what a collective puts into them.
-fn busy(size: usize, random: &mut Random, full: bool) -> (Simulation, Outcomes) {
+fn busy(size: usize, random: &mut Random, full: bool) -> (SimulatedWorld, Outcomes) {
     let mut conditions = conditions(random);
     // Control messages are eager, as they are in truth: a rank that has gone can answer no CTS.
     (conditions.limits.eager, conditions.limits.credit) = (16 << 10, 256 << 10);
     conditions.capacity = if full { random.pick(&[300, 600, 1500]) } else { 1 << 20 };
     let bytes = if full { size * (5000 + random.below(3000)) } else { random.below(4 * conditions.limits.turn) };
-    let (simulation, outcomes) = (Simulation::new(size, conditions, random.clone()), Outcomes::default());
+    let (simulation, outcomes) = (SimulatedWorld::new(size, conditions, random.clone()), Outcomes::default());
     for rank in 0..size {
         let outcomes = outcomes.clone();
         simulation.rank(rank, TIMEOUT, move |comm, context| {
@@ -72,13 +72,13 @@ struct Disturbed {
     others: Vec<usize>,
     /// When it happened.
     at: u64,
-    simulation: Simulation,
+    simulation: SimulatedWorld,
     outcomes: Outcomes,
     about: String,
 }
 
 impl Disturbed {
-    fn run(seed: u64, full: bool, event: impl FnOnce(usize, u64) -> Event) -> Self {
+    fn run(seed: u64, full: bool, event: impl FnOnce(usize, u64) -> ProcessEvent) -> Self {
         let mut random = Random(seed);
         let size = 2 + random.below(7);
         // Rank 0 is group root and coordinator: it is the one that matters most.
@@ -105,8 +105,8 @@ const STOPPED: u64 = 15 * SECOND;
 /// When the others have given it up: after one and a half time-outs.
 const GIVEN_UP: u64 = 15 * SECOND / 2;
 
-fn stop(culprit: usize, at: u64) -> Event {
-    Event::Stop(culprit, at + STOPPED)
+fn stop(culprit: usize, at: u64) -> ProcessEvent {
+    ProcessEvent::Stop(culprit, at + STOPPED)
 }
 
 #[test]
@@ -151,7 +151,7 @@ fn a_rank_that_is_stopped_behind_full_connections_names_itself() {
 #[test]
 fn a_rank_that_is_killed_is_named_at_once() {
     for seed in 0..SEEDS {
-        let world = Disturbed::run(seed, false, |culprit, _| Event::Kill(culprit));
+        let world = Disturbed::run(seed, false, |culprit, _| ProcessEvent::Kill(culprit));
         let error = world.error(&world.others, 3 * SECOND);
         assert!(matches!(&error, Error::RankLost { rank, .. } if *rank == world.culprit), "{}: {error}", world.about);
     }
@@ -165,7 +165,7 @@ fn a_world_is_over_when_one_rank_never_ends() {
         let size = 2 + random.below(7);
         let endless = random.below(size);
         let conditions = conditions(&mut random);
-        let mut simulation = Simulation::new(size, conditions, random);
+        let mut simulation = SimulatedWorld::new(size, conditions, random);
         let outcomes = Outcomes::default();
         for rank in 0..size {
             let outcomes = outcomes.clone();
@@ -193,7 +193,7 @@ fn another_rank_coordinates_after_rank_0_has_left() {
         let mut random = Random(seed);
         let size = 3 + random.below(6);
         let conditions = conditions(&mut random);
-        let mut simulation = Simulation::new(size, conditions, random);
+        let mut simulation = SimulatedWorld::new(size, conditions, random);
         let outcomes = Outcomes::default();
         for rank in 0..size {
             let outcomes = outcomes.clone();

@@ -22,4 +22,4 @@ mod scripts;
 mod wakes;
 
 use self::network::Conditions;
-use self::schedule::{RankContext, Simulation};
+use self::schedule::{RankContext, SimulatedWorld};

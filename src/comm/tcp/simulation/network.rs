@@ -6,7 +6,7 @@ use std::net::Shutdown;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use super::schedule::{Pause, pause};
+use super::schedule::{ThreadPause, pause};
 use crate::comm::message_passing::{Clock, Thresholds};
 use crate::comm::tcp::frame::Limits;
 use crate::comm::tcp::network::{Network, Stream};
@@ -352,11 +352,11 @@ impl Clock for SimulatedNetwork {
     }
 
     fn yield_now(&self) {
-        pause(Pause::Sleep(self.at_least(Duration::ZERO, YIELD)));
+        pause(ThreadPause::Sleep(self.at_least(Duration::ZERO, YIELD)));
     }
 
     fn sleep(&self, duration: Duration) {
-        pause(Pause::Sleep(self.at_least(duration, TIMER_SLACK)));
+        pause(ThreadPause::Sleep(self.at_least(duration, TIMER_SLACK)));
     }
 }
 
@@ -376,7 +376,7 @@ impl Network for SimulatedNetwork {
     }
 
     fn park(&self, streams: &[(usize, &SimulatedStream, bool)], longest: Duration) {
-        pause(Pause::Rest(self.at_least(longest, TIMER_SLACK), Streams::of(streams)));
+        pause(ThreadPause::Rest(self.at_least(longest, TIMER_SLACK), Streams::of(streams)));
     }
 
     fn wake(&self) {

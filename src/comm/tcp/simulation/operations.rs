@@ -9,7 +9,7 @@ pub(super) const KINDS: usize = 15;
 
 /// One operation of a group, the same on all its ranks.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Step {
+pub(super) struct GroupOperation {
     pub(super) kind: usize,
     pub(super) bytes: usize,
     pub(super) root: usize,
@@ -62,9 +62,9 @@ fn same(found: &[u8], expected: &[u8], what: &str) -> Result<(), Error> {
 }
 
 /// One rank's share of an operation, and whether what comes of it is right.
-pub(super) fn perform(comm: &Communicator, context: &RankContext, step: &Step) -> Result<(), Error> {
+pub(super) fn perform(comm: &Communicator, context: &RankContext, step: &GroupOperation) -> Result<(), Error> {
     let (size, rank) = (comm.size(), comm.rank());
-    let Step { kind, bytes: len, root, seed, slow } = *step;
+    let GroupOperation { kind, bytes: len, root, seed, slow } = *step;
     if slow.0 == rank {
         context.compute(slow.1);
     }
@@ -126,7 +126,7 @@ pub(super) fn perform(comm: &Communicator, context: &RankContext, step: &Step) -
 }
 
 /// Several reductions as one collective, some of nothing.
-fn coalesced(comm: &Communicator, step: &Step) -> Result<(), Error> {
+fn coalesced(comm: &Communicator, step: &GroupOperation) -> Result<(), Error> {
     let (size, rank) = (comm.size(), comm.rank());
     let lens = [step.bytes / 3, 0, step.bytes - step.bytes / 3, step.bytes % 5];
     let pieces = lens.iter().zip(step.seed..).map(|(len, seed)| input(seed, rank, *len)).collect();
@@ -136,7 +136,7 @@ fn coalesced(comm: &Communicator, step: &Step) -> Result<(), Error> {
 }
 
 /// Reductions of numbers of eight bytes: what is split on its way ends in the middle of one.
-fn wide(comm: &Communicator, step: &Step) -> Result<(), Error> {
+fn wide(comm: &Communicator, step: &GroupOperation) -> Result<(), Error> {
     let (size, rank, len) = (comm.size(), comm.rank(), step.bytes / 8);
     let of = |rank| input(step.seed, rank, len).into_iter().map(|byte| u64::from(byte) << 50 | 1).collect::<Vec<u64>>();
     let mut expected = vec![0u64; len];

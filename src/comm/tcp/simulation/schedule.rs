@@ -23,7 +23,7 @@ const STEPS: usize = 20_000_000;
 
 /// Why a thread does not run.
 #[derive(Debug)]
-pub(super) enum Pause {
+pub(super) enum ThreadPause {
     /// Until then.
     Sleep(u64),
     /// Until then, or until one of these streams of its rank is ready.
@@ -32,26 +32,26 @@ pub(super) enum Pause {
 
 /// Stops this coroutine until the scheduler resumes it.
 #[allow(deprecated, reason = "the scope cannot be had inside the code under test")]
-pub(super) fn pause(pause: Pause) {
+pub(super) fn pause(pause: ThreadPause) {
     generator::yield_with(pause);
 }
 
 /// A thread of a rank.
-struct Task {
+struct SimulatedThread {
     rank: usize,
-    coroutine: Generator<'static, (), Pause>,
-    pause: Pause,
+    coroutine: Generator<'static, (), ThreadPause>,
+    pause: ThreadPause,
 }
 
 /// Threads that have been started and not run yet.
-type Started = Rc<RefCell<Vec<Task>>>;
+type StartedThreads = Rc<RefCell<Vec<SimulatedThread>>>;
 
 /// What the script of a rank knows of the simulation.
 #[derive(Clone)]
 pub(super) struct RankContext {
     pub rank: usize,
     state: Arc<Mutex<State>>,
-    started: Started,
+    started: StartedThreads,
 }
 
 impl RankContext {
@@ -62,7 +62,7 @@ impl RankContext {
 
     /// Computes for so many nanoseconds.
     pub fn compute(&self, nanoseconds: u64) {
-        pause(Pause::Sleep(self.now() + nanoseconds));
+        pause(ThreadPause::Sleep(self.now() + nanoseconds));
     }
 
     /// Another thread of this rank.
@@ -72,55 +72,55 @@ impl RankContext {
 }
 
 /// What a thread runs.
-struct Body<F>(F);
+struct ThreadBody<F>(F);
 
 // SAFETY: a simulation and all its coroutines stay on the thread that made them.
-unsafe impl<F> Send for Body<F> {}
+unsafe impl<F> Send for ThreadBody<F> {}
 
-impl<F: FnOnce()> Body<F> {
+impl<F: FnOnce()> ThreadBody<F> {
     fn run(self) {
         (self.0)();
     }
 }
 
-fn start(started: &Started, rank: usize, body: impl FnOnce() + 'static) {
-    let body = Body(body);
+fn start(started: &StartedThreads, rank: usize, body: impl FnOnce() + 'static) {
+    let body = ThreadBody(body);
     let coroutine = Gn::new_opt(STACK, move || {
         body.run();
         generator::done()
     });
-    started.borrow_mut().push(Task { rank, coroutine, pause: Pause::Sleep(0) });
+    started.borrow_mut().push(SimulatedThread { rank, coroutine, pause: ThreadPause::Sleep(0) });
 }
 
-pub(super) struct Simulation {
+pub(super) struct SimulatedWorld {
     pub state: Arc<Mutex<State>>,
     began: Instant,
-    tasks: Vec<Task>,
-    started: Started,
+    threads: Vec<SimulatedThread>,
+    started: StartedThreads,
     /// The processes that are stopped, each with the time when it goes on.
     stopped: Vec<Option<u64>>,
     /// When the watchdogs ended.
     ends: Rc<RefCell<Vec<(usize, u64)>>>,
     /// What happens when.
-    events: Vec<(u64, Event)>,
+    events: Vec<(u64, ProcessEvent)>,
 }
 
 /// What happens to a rank's process.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Event {
+pub(super) enum ProcessEvent {
     /// It is stopped until then.
     Stop(usize, u64),
     Kill(usize),
 }
 
-impl Simulation {
+impl SimulatedWorld {
     pub fn new(size: usize, conditions: Conditions, random: Random) -> Self {
         let state = Arc::new(Mutex::new(State::new(size, conditions, random)));
-        let (tasks, started) = (Vec::new(), Started::default());
+        let (threads, started) = (Vec::new(), StartedThreads::default());
         Self {
             state,
             began: Instant::now(),
-            tasks,
+            threads,
             started,
             stopped: vec![None; size],
             ends: Rc::default(),
@@ -170,23 +170,23 @@ impl Simulation {
         self.ends.borrow().clone()
     }
 
-    pub fn at(&mut self, time: u64, event: Event) {
+    pub fn at(&mut self, time: u64, event: ProcessEvent) {
         self.events.push((time, event));
     }
 
     /// Runs all threads to their end. Returns whether they have come to it.
     pub fn run(&mut self) -> bool {
         for _ in 0..STEPS {
-            self.tasks.append(&mut self.started.borrow_mut());
+            self.threads.append(&mut self.started.borrow_mut());
             self.happen();
-            if self.tasks.iter().all(|task| self.stopped[task.rank] == Some(u64::MAX)) {
+            if self.threads.iter().all(|thread| self.stopped[thread.rank] == Some(u64::MAX)) {
                 return true;
             }
             let Some(next) = self.pick() else { continue };
-            let task = &mut self.tasks[next];
-            match task.coroutine.resume() {
-                Some(pause) => task.pause = pause,
-                None => drop(self.tasks.swap_remove(next)),
+            let thread = &mut self.threads[next];
+            match thread.coroutine.resume() {
+                Some(pause) => thread.pause = pause,
+                None => drop(self.threads.swap_remove(next)),
             }
         }
         false
@@ -200,11 +200,11 @@ impl Simulation {
         }
         for (_, event) in self.events.extract_if(.., |(at, _)| *at <= now) {
             match event {
-                Event::Stop(rank, until) => self.stopped[rank] = Some(until),
-                Event::Kill(rank) => {
+                ProcessEvent::Stop(rank, until) => self.stopped[rank] = Some(until),
+                ProcessEvent::Kill(rank) => {
                     self.stopped[rank] = Some(u64::MAX);
                     // Nothing of it is dropped.
-                    for dead in self.tasks.extract_if(.., |task| task.rank == rank) {
+                    for dead in self.threads.extract_if(.., |thread| thread.rank == rank) {
                         std::mem::forget(dead);
                     }
                     lock(&self.state).end(rank);
@@ -223,16 +223,16 @@ impl Simulation {
         let mut state = lock(&self.state);
         state.arrive();
         // Loops and not iterators: this is most of what an unoptimised simulation does.
-        let mut ready = Vec::with_capacity(self.tasks.len());
+        let mut ready = Vec::with_capacity(self.threads.len());
         let mut wakes = u64::MAX;
-        for (index, task) in self.tasks.iter().enumerate() {
-            if self.stopped[task.rank].is_some() {
+        for (index, thread) in self.threads.iter().enumerate() {
+            if self.stopped[thread.rank].is_some() {
                 continue;
             }
-            let (until, runs) = match task.pause {
-                Pause::Sleep(until) => (until, until <= state.now),
-                Pause::Rest(until, streams) => {
-                    (until, until <= state.now || state.woken[task.rank] || state.is_ready(task.rank, streams))
+            let (until, runs) = match thread.pause {
+                ThreadPause::Sleep(until) => (until, until <= state.now),
+                ThreadPause::Rest(until, streams) => {
+                    (until, until <= state.now || state.woken[thread.rank] || state.is_ready(thread.rank, streams))
                 }
             };
             if runs {
@@ -253,13 +253,13 @@ impl Simulation {
         }
         let next = ready[state.random.below(ready.len())];
         state.now += state.random.below(3000) as u64;
-        let task = &mut self.tasks[next];
-        if let Pause::Rest(..) = task.pause {
-            state.woken[task.rank] = false;
+        let thread = &mut self.threads[next];
+        if let ThreadPause::Rest(..) = thread.pause {
+            state.woken[thread.rank] = false;
         }
         if state.random.one_in(50) {
             // It loses its core.
-            task.pause = Pause::Sleep(state.now + state.random.below(4_000_000) as u64);
+            thread.pause = ThreadPause::Sleep(state.now + state.random.below(4_000_000) as u64);
             return None;
         }
         Some(next)

@@ -8,8 +8,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::network::Random;
-use super::operations::{KINDS, Step, perform};
-use super::{Conditions, RankContext, Simulation};
+use super::operations::{GroupOperation, KINDS, perform};
+use super::{Conditions, RankContext, SimulatedWorld};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::comm::message_passing::Thresholds;
@@ -72,8 +72,8 @@ fn bytes(random: &mut Random, conditions: &Conditions, ranks: usize) -> usize {
     bytes.min(MOST / ranks)
 }
 
-fn steps(random: &mut Random, conditions: &Conditions, ranks: usize, count: usize) -> Vec<Step> {
-    let step = |_| Step {
+fn steps(random: &mut Random, conditions: &Conditions, ranks: usize, count: usize) -> Vec<GroupOperation> {
+    let step = |_| GroupOperation {
         kind: random.below(KINDS),
         bytes: bytes(random, conditions, ranks),
         root: random.below(ranks),
@@ -102,7 +102,7 @@ fn schedule(seed: u64, messages: bool) -> Result<(), String> {
         steps(&mut random, &conditions, size, 1),
     ];
     let scripts = Rc::new(scripts);
-    let mut simulation = Simulation::new(size, conditions, random);
+    let mut simulation = SimulatedWorld::new(size, conditions, random);
     let outcomes = Outcomes::default();
     let store = Arc::<Mutex<MessageStore>>::default();
     for rank in 0..size {
@@ -132,7 +132,7 @@ fn schedule(seed: u64, messages: bool) -> Result<(), String> {
 fn mesh(
     comm: &Communicator,
     context: &RankContext,
-    scripts: &Rc<[Vec<Step>; 4]>,
+    scripts: &Rc<[Vec<GroupOperation>; 4]>,
     rows: usize,
     both: bool,
     outcomes: &Outcomes,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::network::Random;
 use super::scripts::conditions;
-use super::{RankContext, Simulation};
+use super::{RankContext, SimulatedWorld};
 use crate::Error;
 use crate::comm::Communicator;
 
@@ -37,7 +37,7 @@ fn delay(seed: u64, awaited: Awaited) -> u64 {
     let mut conditions = conditions(&mut random);
     (conditions.limits.eager, conditions.limits.credit, conditions.capacity) = (16 << 10, 256 << 10, 1 << 20);
     (conditions.late, conditions.short) = (1000, 1000);
-    let mut simulation = Simulation::new(2, conditions, random);
+    let mut simulation = SimulatedWorld::new(2, conditions, random);
     let (sent, came) = <(Rc<Cell<u64>>, Rc<Cell<u64>>)>::default();
     for rank in 0..2 {
         let (sent, came) = (sent.clone(), came.clone());

@@ -34,7 +34,7 @@ pub(super) struct Narrowing {
 
 /// What is known of a value at the columns that are left out.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum State {
+enum LeftOut {
     Unknown,
     Zero,
     /// The number of the mask, as it is now.
@@ -122,7 +122,7 @@ impl Narrowing {
 fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
     let native = if kernel.wide { DType::F64 } else { DType::F32 };
     let under = under(kernel);
-    let mut states: Vec<State> = kernel.extents.iter().map(|extent| state_of(*extent)).collect();
+    let mut states: Vec<LeftOut> = kernel.extents.iter().map(|extent| state_of(*extent)).collect();
     let mut tops = Vec::new();
     let mut numbers: HashMap<Value, f64> = HashMap::new();
     // What values are rounded to already, so that rounding them again changes nothing.
@@ -138,35 +138,35 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
                 }
                 states[out] = match op {
                     Binary::MaskFill(value) if b == mask => filled(rounded(value, native)),
-                    Binary::MaskFill(_) if states[b] == State::False => states[a],
+                    Binary::MaskFill(_) if states[b] == LeftOut::False => states[a],
                     // Of another mask: with the same number, or raising what is too low.
-                    Binary::MaskFill(value) if states[a] == State::Filled(rounded(value, native)) => states[a],
+                    Binary::MaskFill(value) if states[a] == LeftOut::Filled(rounded(value, native)) => states[a],
                     Binary::MaskFill(value) if is_far_above(states[a], rounded(value, native), under) => states[a],
-                    Binary::Equal if is_below(states[a], numbers.get(&b)) => State::False,
+                    Binary::Equal if is_below(states[a], numbers.get(&b)) => LeftOut::False,
                     _ => binary(op, states[a], states[b], kernel.extents[out]),
                 };
             }
             BlockOp::Reduce { op, out, x } => {
                 states[out] = match (op, states[x]) {
-                    (RowReduction::Sum, State::Zero) => State::Same,
-                    (RowReduction::Max, State::Filled(fill)) => {
+                    (RowReduction::Sum, LeftOut::Zero) => LeftOut::Same,
+                    (RowReduction::Max, LeftOut::Filled(fill)) => {
                         tops.push((place, out, fill));
-                        State::Top(fill)
+                        LeftOut::Top(fill)
                     }
                     _ => return None,
                 };
             }
             BlockOp::PlaceOf { out, x, of } => {
                 states[out] = match (states[x], states[of]) {
-                    (State::Filled(fill), State::Top(top)) if fill == top => State::Elsewhere,
+                    (LeftOut::Filled(fill), LeftOut::Top(top)) if fill == top => LeftOut::Elsewhere,
                     _ => return None,
                 };
             }
-            BlockOp::AddAt { out, x, index, .. } if states[index] == State::Elsewhere => {
+            BlockOp::AddAt { out, x, index, .. } if states[index] == LeftOut::Elsewhere => {
                 states[out] = match numbers.get(&x) {
-                    Some(0.0) => State::Zero,
+                    Some(0.0) => LeftOut::Zero,
                     _ if kernel.extents[x] == Extent::Full => states[x],
-                    _ => State::Unknown,
+                    _ => LeftOut::Unknown,
                 };
             }
             BlockOp::AddRows { .. } | BlockOp::Pick { .. } | BlockOp::AddAt { .. } => return None,
@@ -179,8 +179,8 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
                 // A maximum that is rounded as it is made is looked at behind that.
                 let of_top = tops.last().is_some_and(|(top, out, _)| (*top + 1, *out) == (place, x));
                 states[x] = match states[x] {
-                    State::Filled(fill) => filled(rounded(fill, to)),
-                    State::Top(fill) if !(of_top && fill == rounded(fill, to)) => State::Same,
+                    LeftOut::Filled(fill) => filled(rounded(fill, to)),
+                    LeftOut::Top(fill) if !(of_top && fill == rounded(fill, to)) => LeftOut::Same,
                     state => state,
                 };
             }
@@ -191,7 +191,7 @@ fn tops(kernel: &Kernel, mask: Value) -> Option<Vec<(usize, Value, f64)>> {
     let rounds =
         |place: usize, top: Value| matches!(kernel.code.get(place + 1), Some(BlockOp::Round { x, .. }) if *x == top);
     let tops = tops.into_iter().map(|(place, x, fill)| (place + usize::from(rounds(place, x)), x, fill)).collect();
-    let is_zero = |value: Option<Value>| value.is_some_and(|value| states[value] == State::Zero);
+    let is_zero = |value: Option<Value>| value.is_some_and(|value| states[value] == LeftOut::Zero);
     kernel.outputs.iter().all(|output| is_zero(output.value)).then_some(tops)
 }
 
@@ -201,47 +201,47 @@ fn under(kernel: &Kernel) -> f64 {
 }
 
 /// Of what is as large as a kernel nothing is known; the rest is one number for each row.
-fn state_of(extent: Extent) -> State {
+fn state_of(extent: Extent) -> LeftOut {
     match extent {
-        Extent::Full => State::Unknown,
-        Extent::One | Extent::Row => State::Same,
+        Extent::Full => LeftOut::Unknown,
+        Extent::One | Extent::Row => LeftOut::Same,
     }
 }
 
 /// Whether a number is below what is known to be a maximum.
-fn is_below(top: State, number: Option<&f64>) -> bool {
-    matches!((top, number), (State::Top(fill), Some(number)) if *number <= fill)
+fn is_below(top: LeftOut, number: Option<&f64>) -> bool {
+    matches!((top, number), (LeftOut::Top(fill), Some(number)) if *number <= fill)
 }
 
 /// Whether a number is as far above what is masked as a maximum is known to be.
-fn is_far_above(top: State, number: f64, under: f64) -> bool {
-    matches!(top, State::Top(fill) if number > fill + under)
+fn is_far_above(top: LeftOut, number: f64, under: f64) -> bool {
+    matches!(top, LeftOut::Top(fill) if number > fill + under)
 }
 
-fn filled(value: f64) -> State {
-    if value == 0.0 { State::Zero } else { State::Filled(value) }
+fn filled(value: f64) -> LeftOut {
+    if value == 0.0 { LeftOut::Zero } else { LeftOut::Filled(value) }
 }
 
-fn unary(op: Unary, x: State, extent: Extent) -> State {
+fn unary(op: Unary, x: LeftOut, extent: Extent) -> LeftOut {
     match (op, x) {
         (Unary::Copy, x) => x,
-        (Unary::Neg | Unary::Abs | Unary::Square | Unary::Sqrt | Unary::Relu, State::Zero) => State::Zero,
-        (Unary::Exp, State::Under) => State::Zero,
+        (Unary::Neg | Unary::Abs | Unary::Square | Unary::Sqrt | Unary::Relu, LeftOut::Zero) => LeftOut::Zero,
+        (Unary::Exp, LeftOut::Under) => LeftOut::Zero,
         // One that is raised is further above.
-        (Unary::ClampMin(_), State::Top(fill)) => State::Top(fill),
+        (Unary::ClampMin(_), LeftOut::Top(fill)) => LeftOut::Top(fill),
         _ => state_of(extent),
     }
 }
 
-fn binary(op: Binary, a: State, b: State, extent: Extent) -> State {
+fn binary(op: Binary, a: LeftOut, b: LeftOut, extent: Extent) -> LeftOut {
     match (op, a, b) {
-        (Binary::MaskFill(0.0), State::Zero, _) => State::Zero,
-        (Binary::Sub, State::Filled(fill), State::Top(of)) if fill == of => State::Under,
-        (Binary::Add | Binary::Sub, State::Zero, State::Zero) => State::Zero,
+        (Binary::MaskFill(0.0), LeftOut::Zero, _) => LeftOut::Zero,
+        (Binary::Sub, LeftOut::Filled(fill), LeftOut::Top(of)) if fill == of => LeftOut::Under,
+        (Binary::Add | Binary::Sub, LeftOut::Zero, LeftOut::Zero) => LeftOut::Zero,
         // But for what is no number, or becomes none here.
-        (Binary::Add, State::Filled(f64::NEG_INFINITY), _) => a,
-        (Binary::Mul, State::Zero, _) | (Binary::Mul, _, State::Zero) => State::Zero,
-        (Binary::Div, State::Zero, State::Same | State::Top(_)) => State::Zero,
+        (Binary::Add, LeftOut::Filled(f64::NEG_INFINITY), _) => a,
+        (Binary::Mul, LeftOut::Zero, _) | (Binary::Mul, _, LeftOut::Zero) => LeftOut::Zero,
+        (Binary::Div, LeftOut::Zero, LeftOut::Same | LeftOut::Top(_)) => LeftOut::Zero,
         _ => state_of(extent),
     }
 }

@@ -12,7 +12,7 @@ use burn_ir::{CustomOpIr, TensorIr};
 use bytemuck::Pod;
 use rayon::prelude::*;
 
-use super::super::block::{Running, Source, Target};
+use super::super::block::{BoundKernel, Source, Target};
 use super::super::multiply::{Factor, offset};
 use super::super::native::{Native, check};
 use super::super::run::{BLOCK, SPLIT_FROM};
@@ -178,7 +178,7 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
             direct: kernel.writes_at_once(output),
         });
         let (places, scratch) = kernel.places(BLOCK.max(self.columns));
-        let mut running = Running {
+        let mut running = BoundKernel {
             kernel,
             sources: sources.collect(),
             targets: targets.collect(),
@@ -223,7 +223,7 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
     }
 
     /// How many columns some rows of a matrix need.
-    fn needed(&self, running: &Running<'_, T>, number: usize, rows: Range<usize>) -> usize {
+    fn needed(&self, running: &BoundKernel<'_, T>, number: usize, rows: Range<usize>) -> usize {
         let masks = self.tiled.narrowing.iter().flat_map(|narrowing| &narrowing.masks);
         let sources = masks.map(|mask| &running.sources[*mask]);
         let needed = sources.filter(|source| matches!(source.dtype, DType::Bool(_))).map(|source| {
@@ -241,7 +241,7 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
     /// Where it `begins`, sums begin with it.
     fn tile(
         &self,
-        running: &mut Running<'_, T>,
+        running: &mut BoundKernel<'_, T>,
         [number, part]: [usize; 2],
         rows: Range<usize>,
         columns: usize,
@@ -301,7 +301,7 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
     }
 
     /// The tile of a product that enters.
-    fn tile_of(&self, running: &Running<'_, T>, product: usize) -> *mut T {
+    fn tile_of(&self, running: &BoundKernel<'_, T>, product: usize) -> *mut T {
         let is = |input: &Input| matches!(input, Input::Product(other) if *other == product);
         let input = self.tiled.inputs.iter().position(is);
         input.map_or(ptr::null_mut(), |input| running.sources[input].base.cast_mut().cast())

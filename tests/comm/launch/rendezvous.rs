@@ -273,7 +273,7 @@ fn one_rank() {
 }
 
 fn one_rank_in(mut command: Command, rank: usize, size: usize, address: &str, port: u16) -> Command {
-    command.args(["--exact", "rendezvous::one_rank", "--ignored", "--nocapture"]);
+    command.args(["--exact", "launch::rendezvous::one_rank", "--ignored", "--nocapture"]);
     command.env("RANK", rank.to_string()).env("LOCAL_RANK", "0").env("WORLD_SIZE", size.to_string());
     command.env("MASTER_ADDR", address).env("MASTER_PORT", port.to_string()).env("BURN_PARALLEL_SECRET", "s");
     command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).env("RUST_LOG", "warn");
@@ -372,7 +372,7 @@ fn limited(soft: u64, hard: u64) -> Command {
 #[test]
 fn file_descriptors_are_counted_before_they_run_out() {
     let in_world = |mut command: Command, rank: usize, size: usize, port: u16| {
-        command.args(["--exact", "rendezvous::one_world", "--ignored", "--nocapture"]);
+        command.args(["--exact", "launch::rendezvous::one_world", "--ignored", "--nocapture"]);
         command.env("RANK", rank.to_string()).env("LOCAL_RANK", "0").env("WORLD_SIZE", size.to_string());
         command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", port.to_string()).env("BURN_PARALLEL_SECRET", "s");
         command.stdout(std::process::Stdio::piped()).spawn().unwrap()
@@ -420,7 +420,7 @@ fn a_connection_that_cannot_be_taken_is_no_rank_that_did_not_come() {
     use std::io::BufRead;
     let port = free_port();
     let mut command = limited(64, 64);
-    command.args(["--exact", "rendezvous::rank_0_without_descriptors", "--ignored", "--nocapture"]);
+    command.args(["--exact", "launch::rendezvous::rank_0_without_descriptors", "--ignored", "--nocapture"]);
     let began = Instant::now();
     let mut zero = command.env("MASTER_PORT", port.to_string()).stdout(std::process::Stdio::piped()).spawn().unwrap();
     let mut lines = std::io::BufReader::new(zero.stdout.take().unwrap()).lines().map_while(Result::ok);

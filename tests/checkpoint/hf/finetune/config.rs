@@ -2,8 +2,9 @@
 
 use serde_json::{Value, json};
 
+use crate::Dir;
 use crate::common::llama::{LlamaConfig, Scaling};
-use crate::{Dir, folder};
+use crate::hf::folder;
 
 #[derive(serde::Deserialize)]
 struct Golden {

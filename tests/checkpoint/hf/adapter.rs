@@ -10,10 +10,11 @@ use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Engine;
 
+use crate::Dir;
 use crate::common::llama::Llama;
 use crate::common::models::Numbers;
-use crate::golden::Name;
-use crate::{Dir, counting, file_of, save};
+use crate::hf::golden::Name;
+use crate::hf::{counting, file_of, save};
 
 pub const NAME: Name = Name::Llama;
 pub const SIZES: AdapterConfig = AdapterConfig { rank: 2, alpha: 4.0 };

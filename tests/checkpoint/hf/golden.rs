@@ -4,7 +4,7 @@ use burn::prelude::*;
 use burn_parallel::prelude::*;
 
 use crate::common::llama::{self, Llama, LlamaConfig};
-use crate::folder;
+use crate::hf::folder;
 
 /// What PyTorch has made of a directory in steps of AdamW.
 #[derive(serde::Deserialize)]

@@ -8,8 +8,8 @@ use burn_parallel::hf::{self, Mapping, Rule, Weights};
 use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
 
-use crate::golden::Name;
-use crate::{Tensors, counting, file_of};
+use crate::hf::golden::Name;
+use crate::hf::{Tensors, counting, file_of};
 
 const WIDTH: usize = 4;
 

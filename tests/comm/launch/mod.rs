@@ -1,11 +1,5 @@
 //! Starting ranks as threads and as processes, arranging them, and their random numbers.
 
-#[path = "../common"]
-mod common {
-    pub mod failing;
-    pub mod ports;
-}
-
 mod mesh;
 mod processes;
 mod rendezvous;

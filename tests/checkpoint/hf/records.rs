@@ -6,8 +6,8 @@ use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 
 use crate::Dir;
-use crate::golden::Name;
-use crate::save::same;
+use crate::hf::golden::Name;
+use crate::hf::save::same;
 
 #[test]
 fn a_directory_is_a_record_and_back() {

@@ -4,10 +4,10 @@ use burn_parallel::hf::{self, Mapping, SaveConfig};
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
-use crate::common::dir::Dir;
+use crate::Dir;
 use crate::common::models::{Cnn, device, images};
 use crate::common::reference::{self, optimizer, own};
-use crate::values;
+use crate::hf::values;
 
 #[test]
 fn running_statistics_are_those_after_the_last_step() {

@@ -1,8 +1,5 @@
 //! Hugging Face directories.
 
-#[path = "../common/mod.rs"]
-mod common;
-
 mod adapter;
 mod damage;
 mod encoders;
@@ -19,8 +16,6 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::DType;
 use safetensors::tensor::{Dtype, TensorView};
-
-use crate::common::dir::Dir;
 
 /// A directory that comes with the tests.
 pub fn folder(name: &str) -> PathBuf {

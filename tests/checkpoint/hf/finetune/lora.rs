@@ -12,11 +12,12 @@ use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Parallel;
 
 use super::{folder, strategy};
+use crate::Dir;
 use crate::common::finetune::directory;
 use crate::common::finetune::lora::{self, LoraConfig};
 use crate::common::llama::{Batch, Llama, LlamaConfig};
 use crate::common::models::Numbers;
-use crate::{Dir, values};
+use crate::hf::values;
 
 fn adapters() -> LoraConfig {
     let targets = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"].map(String::from).to_vec();

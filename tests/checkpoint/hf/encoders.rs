@@ -16,9 +16,9 @@ use burn_parallel::hf::{self, Mapping, SaveConfig};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 
-use crate::common::dir::Dir;
-use crate::folder;
-use crate::save::same;
+use crate::Dir;
+use crate::hf::folder;
+use crate::hf::save::same;
 
 pub const WORDS: usize = 96;
 const WIDTH: usize = 32;

@@ -55,7 +55,7 @@ fn one_case() {
 #[test]
 fn all_ranks_hear_of_a_signal_at_one_step() {
     let mut helper = Command::new(std::env::current_exe().unwrap());
-    helper.args(["--exact", "stop::one_case", "--ignored", "--nocapture"]).env(CASE, "1");
+    helper.args(["--exact", "launch::stop::one_case", "--ignored", "--nocapture"]).env(CASE, "1");
     let output = helper.output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(out.contains("<all well>") && !out.contains("<still there>"), "{out} {err}");

@@ -29,7 +29,7 @@ fn parent() {
 
 fn start(script: &str) -> Child {
     let mut parent = Command::new(std::env::current_exe().unwrap());
-    parent.args(["--exact", "processes::parent", "--ignored", "--nocapture"]).env(SCRIPT, script);
+    parent.args(["--exact", "launch::processes::parent", "--ignored", "--nocapture"]).env(SCRIPT, script);
     parent.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
@@ -331,7 +331,7 @@ fn itself_in(arguments: &[&str]) -> Output {
     let mut parent = Command::new(std::env::current_exe().unwrap());
     // What another launcher has said to the first process is not said to the ranks.
     parent.env("OMPI_COMM_WORLD_RANK", "0").env("OMPI_COMM_WORLD_SIZE", "1").env("SLURM_PROCID", "5");
-    parent.args(["--exact", "processes::itself", "--ignored", "--nocapture"]).args(arguments).output().unwrap()
+    parent.args(["--exact", "launch::processes::itself", "--ignored", "--nocapture"]).args(arguments).output().unwrap()
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Python's `transformers` and `peft` read what is written here, and what they write is read here.
 //!
 //! Ignored where `BURN_PARALLEL_PYTHON` does not name a Python with `torch`, `transformers` and `peft`:
-//! `BURN_PARALLEL_PYTHON=python3 cargo test --test hf -- --ignored python`.
+//! `BURN_PARALLEL_PYTHON=python3 cargo test --test checkpoint -- --ignored python`.
 
 use std::ffi::OsStr;
 use std::path::Path;
@@ -12,11 +12,11 @@ use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Engine;
 
-use crate::adapter;
-use crate::common::dir::Dir;
-use crate::encoders::{Bert, Encoder, Gpt2, Steps, trained};
-use crate::golden::Name;
-use crate::save::through_by;
+use crate::Dir;
+use crate::hf::adapter;
+use crate::hf::encoders::{Bert, Encoder, Gpt2, Steps, trained};
+use crate::hf::golden::Name;
+use crate::hf::save::through_by;
 
 /// Runs a script, and returns what it prints.
 fn python<A: AsRef<OsStr>>(script: &str, arguments: impl IntoIterator<Item = A>) -> String {
@@ -199,5 +199,5 @@ print(logits_and_loss(model, golden, 0)[1])
 
 fn same_tensors(one: &Path, other: &Path) {
     let file = |dir: &Path| dir.join("adapter_model.safetensors");
-    crate::save::same(&file(one), &file(other));
+    crate::hf::save::same(&file(one), &file(other));
 }

@@ -8,11 +8,12 @@ use burn_parallel::hf::{self, Mapping, Weights};
 use burn_parallel::params::SliceSource;
 use burn_parallel::prelude::*;
 
+use crate::Dir;
 use crate::common::llama::{Batch, Llama};
 use crate::common::reference;
 use crate::common::rotary::Rotary;
-use crate::golden::Name;
-use crate::{Dir, counting, file_of, values};
+use crate::hf::golden::Name;
+use crate::hf::{counting, file_of, values};
 
 #[test]
 fn every_mesh_has_the_losses_of_pytorch() {
@@ -181,7 +182,7 @@ fn what_changes_before_the_first_step_counts() {
             model.prepare(batch(Name::Qwen2, &device), Llama::loss)?;
             assert_eq!(model.counters().pipeline.of("broadcast").calls, 1);
             let embedding = "model.embed_tokens.weight";
-            let file = crate::values(&mut hf::open(Name::Qwen2.folder())?, embedding);
+            let file = crate::hf::values(&mut hf::open(Name::Qwen2.folder())?, embedding);
             let doubled: Vec<f32> = file.iter().map(|value| 2.0 * value).collect();
             assert_eq!(reference::values(model.local())[embedding].values, doubled, "on rank {}", world.rank());
             Ok(())

@@ -23,7 +23,7 @@ fn model() -> Llama {
 
 /// Where the model above has its config from.
 fn folder() -> PathBuf {
-    crate::folder("qwen3_yarn")
+    crate::hf::folder("qwen3_yarn")
 }
 
 /// The mesh `[dp, pp, tp]`, with replicas that divide what is said.

@@ -6,7 +6,8 @@ use burn_parallel::hf::{self, Weights};
 use burn_parallel::params::SliceSource;
 use proptest::prelude::*;
 
-use crate::{Dir, counting, file_of};
+use crate::Dir;
+use crate::hf::{counting, file_of};
 
 fn index(map: &str) -> String {
     format!(r#"{{"metadata":{{"total_size":1}},"weight_map":{map}}}"#)

@@ -10,8 +10,9 @@ use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Engine;
 
-use crate::golden::Name;
-use crate::{Dir, values};
+use crate::Dir;
+use crate::hf::golden::Name;
+use crate::hf::values;
 
 /// Loads a directory on a mesh, and writes it again.
 pub fn through(

@@ -1,0 +1,104 @@
+//! A directory that a run saves in, which no other run does meanwhile.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use super::agree::{attempt, together};
+use super::directory::{checkpoint_of, is_draft, names, put_back};
+use super::file_problem;
+use crate::Error;
+use crate::comm::Communicator;
+use crate::comm::tcp::nonce;
+use crate::lock::lock;
+use crate::params::share_text;
+use crate::tensor_file::Draft;
+
+/// The directory, and on rank 0 what was in it when it was opened.
+#[derive(Debug, Clone)]
+pub(super) struct Opened {
+    pub(super) root: PathBuf,
+    there: Arc<HashSet<String>>,
+    /// The steps whose checkpoints this run has given their names, or tried to.
+    committed: Arc<Mutex<HashSet<u64>>>,
+    /// A part of the names of all its drafts, which those of no other run have.
+    own: String,
+}
+
+impl Opened {
+    /// Makes the directory if it is not there. Collective.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it cannot be made or read, or is a checkpoint itself; the error of the group.
+    pub(super) fn new(dir: &Path, group: &Communicator) -> Result<Self, Error> {
+        let open = || {
+            if let Some(step) = checkpoint_of(dir) {
+                let problem = format!("is itself the checkpoint of step {step}: open the directory that it is in");
+                return Err(file_problem(dir, problem));
+            }
+            fs::create_dir_all(dir).map_err(|why| file_problem(dir, format!("cannot be made: {why}")))?;
+            put_back(dir)?;
+            Ok(names(dir)?.into_iter().collect())
+        };
+        let there = if group.rank() == 0 { attempt(open) } else { Ok(HashSet::new()) };
+        let there = Arc::new(together(there, group)?);
+        let lacks = |why| file_problem(dir, format!("is not there: {why}; all ranks need it in one file system"));
+        let root = together(dir.canonicalize().map_err(lacks), group)?;
+        let own = nonce()[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        let own = share_text(&own, group)?;
+        Ok(Self { root, there, committed: Arc::default(), own })
+    }
+
+    /// Where the checkpoint of this directory is made.
+    ///
+    /// # Errors
+    /// As [`Draft::new`].
+    pub(super) fn draft(&self, dir: &Path) -> Result<Draft, Error> {
+        Ok(Draft::new(dir, true)?.called(&self.own))
+    }
+
+    /// That no other run has saved here since, or does now. On rank 0.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if one has, which names what it has made; if the directory cannot be read.
+    pub(super) fn is_alone(&self) -> Result<(), Error> {
+        let committed = lock(&self.committed);
+        let theirs = |name: &String| match checkpoint_of(&self.root.join(name)) {
+            Some(step) => !committed.contains(&step),
+            None => is_draft(name) && !name.contains(&self.own),
+        };
+        match names(&self.root)?.into_iter().find(|name| !self.there.contains(name) && theirs(name)) {
+            None => Ok(()),
+            Some(name) => Err(file_problem(
+                &self.root,
+                format!(
+                    "another run saves here: `{name}` was made since this one opened the directory, and not by it. Give each run \
+                     a directory of its own, or end the other one and open this directory again"
+                ),
+            )),
+        }
+    }
+
+    /// Gives a draft, that of the checkpoint of this step, its name. On rank 0.
+    ///
+    /// # Errors
+    /// As [`is_alone`](Self::is_alone), and [`Draft::commit`].
+    pub(super) fn commit(&self, draft: &Draft, step: u64) -> Result<(), Error> {
+        self.is_alone()?;
+        lock(&self.committed).insert(step);
+        draft.commit()
+    }
+
+    /// Why a draft could not be written: it may be gone.
+    pub(super) fn lost(&self, draft: &Draft, why: Error) -> Error {
+        if !self.root.is_dir() || draft.made_in.is_dir() {
+            return why;
+        }
+        file_problem(
+            &draft.made_in,
+            "is gone while it was written: a run that saves in the same directory takes it for what a killed one has left. \
+             Give each run a directory of its own",
+        )
+    }
+}

@@ -1,0 +1,140 @@
+//! Gradients of the parts of a tensor, beside each other: of queries, keys and values that one product gives, of gate
+//! and up, of the halves that rotary positions turn.
+//!
+//! burn puts the gradient of each part into zeros of the size of the whole, and adds these up. Here the parts are
+//! written once, where they are wanted.
+
+use std::collections::HashMap;
+
+use burn_ir::{SliceAssignOpIr, TensorId, TensorIr};
+
+use super::super::instruction::Item;
+use super::super::operation::{build, is_zeros, slice_assign, sum};
+
+/// A tensor that is zero but for some parts of it.
+struct Parts {
+    /// The dim along which they are beside each other.
+    dim: usize,
+    /// By where they begin, none over another.
+    parts: Vec<(usize, TensorIr)>,
+    /// The operations that make it, which nothing else needs.
+    made_by: Vec<usize>,
+}
+
+/// The program with the sums of parts that are all of a tensor as these parts beside each other.
+pub(super) fn parts_assembled(items: Vec<Item>, readers: &HashMap<TensorId, usize>) -> Vec<Item> {
+    let once = |tensor: &TensorIr| readers.get(&tensor.id) == Some(&1);
+    let mut zeros: HashMap<TensorId, usize> = HashMap::new();
+    let mut known: HashMap<TensorId, Parts> = HashMap::new();
+    let mut done: Vec<Option<Item>> = Vec::with_capacity(items.len());
+    for item in items {
+        let place = done.len();
+        let Item::Run(mut op) = item else {
+            done.push(Some(item));
+            continue;
+        };
+        if is_zeros(&op) {
+            zeros.extend(op.outputs().filter(|out| once(out)).map(|out| (out.id, place)));
+        }
+        if let Some(assign) = slice_assign(&op)
+            && let (Some(zeros), Some((dim, start))) = (zeros.remove(&assign.tensor.id), place_of(assign))
+        {
+            let parts = vec![(start, assign.value.clone())];
+            known.insert(assign.out.id, Parts { dim, parts, made_by: vec![zeros, place] });
+        }
+        if let Some(sum) = sum(&op).filter(|sum| once(&sum.lhs) && once(&sum.rhs))
+            && let (Some(left), Some(right)) = (known.remove(&sum.lhs.id), known.remove(&sum.rhs.id))
+            && let Some(mut parts) = left.and(right)
+        {
+            let out = sum.out.clone();
+            if parts.are_all_of(&out) {
+                parts.made_by.iter().for_each(|place| done[*place] = None);
+                *op = build::cat(parts.parts.into_iter().map(|(_, part)| part).collect(), parts.dim, out);
+            } else {
+                parts.made_by.push(place);
+                known.insert(out.id, parts);
+            }
+        }
+        done.push(Some(Item::Run(op)));
+    }
+    done.into_iter().flatten().collect()
+}
+
+/// Along which dim a value is put where, if that is all of the others.
+fn place_of(assign: &SliceAssignOpIr) -> Option<(usize, usize)> {
+    let (whole, value): (&[usize], &[usize]) = (&assign.out.shape, &assign.value.shape);
+    let mut cut = (0..whole.len()).filter(|dim| whole[*dim] != value[*dim]);
+    let (dim, None) = (cut.next()?, cut.next()) else { return None };
+    let range = assign.ranges.get(dim).filter(|range| range.step == 1)?;
+    // Nothing is written the other way round.
+    let steps = assign.ranges.iter().all(|range| range.step == 1);
+    steps.then(|| (dim, range.to_range(whole[dim]).start))
+}
+
+impl Parts {
+    /// Both, if they are along one dim and none is over another.
+    fn and(mut self, other: Self) -> Option<Self> {
+        self.parts.extend(other.parts);
+        self.made_by.extend(other.made_by);
+        self.parts.sort_by_key(|(start, _)| *start);
+        let size = |part: &TensorIr| part.shape[self.dim];
+        let apart = self.parts.windows(2).all(|pair| pair[0].0 + size(&pair[0].1) <= pair[1].0);
+        (self.dim == other.dim && apart).then_some(self)
+    }
+
+    /// Whether nothing of a tensor is zero, given that no part is over another.
+    fn are_all_of(&self, whole: &TensorIr) -> bool {
+        self.parts.iter().map(|(_, part)| part.shape[self.dim]).sum::<usize>() == whole.shape[self.dim]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::{Linear, LinearConfig};
+    use burn::prelude::*;
+    use burn_ir::OperationIr;
+
+    use super::super::super::operation::cat;
+    use super::super::super::{CustomOps, Executor, capture_step};
+    use super::*;
+
+    /// How many tensors beside each other a step makes, of how many parts, and how many parts it puts into zeros.
+    fn found(loss: impl Fn(Tensor<3>) -> Tensor<1>) -> (Vec<usize>, usize) {
+        let device = Device::flex().autodiff();
+        let model: Linear = LinearConfig::new(6, 12).init(&device);
+        let step = |model: &Linear, x| loss(model.forward(x));
+        let graph = capture_step(&model, Tensor::<3>::ones([2, 5, 6], &device), step).unwrap();
+        let executor = Executor::new(graph, CustomOps::new()).unwrap();
+        let operations: Vec<&OperationIr> = executor.operations().collect();
+        let beside = operations.iter().filter_map(|op| cat(op)).map(|cat| cat.tensors.len()).collect();
+        (beside, operations.iter().filter(|op| slice_assign(op).is_some()).count())
+    }
+
+    fn squares(parts: impl IntoIterator<Item = Tensor<3>>) -> Tensor<1> {
+        parts.into_iter().map(|part| part.powi_scalar(2).mean()).reduce(|a, b| a + b).unwrap()
+    }
+
+    #[test]
+    fn parts_that_are_all_of_a_tensor_are_put_beside_each_other() {
+        assert_eq!(found(|x| squares(x.chunk(3, 2))), (vec![3], 0));
+        assert_eq!(found(|x| squares(x.split_with_sizes(vec![6, 1, 5], 2))), (vec![3], 0));
+        assert_eq!(found(|x| squares(x.split(3, 1))), (vec![2], 0), "rows, of which the last are fewer");
+        // Halves that turn, and are read as a whole beside.
+        let turned = |x: Tensor<3>| {
+            let halves = x.clone().chunk(2, 2);
+            squares([x * 2.0 + Tensor::cat(vec![halves[1].clone().neg(), halves[0].clone()], 2)])
+        };
+        assert_eq!(found(turned), (vec![2, 2], 0), "forward and backward");
+    }
+
+    #[test]
+    fn other_parts_stay_in_zeros() {
+        assert_eq!(found(|x| squares([x.clone().narrow(2, 0, 4), x.narrow(2, 8, 4)])), (vec![], 2), "a gap");
+        assert_eq!(found(|x| squares([x.clone().narrow(2, 0, 7), x.narrow(2, 5, 7)])), (vec![], 2), "twice the same");
+        assert_eq!(found(|x| squares([x.clone().narrow(2, 0, 6), x.narrow(1, 0, 2)])), (vec![], 2), "two dims");
+        assert_eq!(found(|x| squares([x.narrow(2, 0, 6)])), (vec![], 1), "one alone");
+        let every_other = |x: Tensor<3>, from| x.slice(s![.., .., from..;2]);
+        let loss = |x: Tensor<3>| squares([every_other(x.clone(), 0), every_other(x, 1)]);
+        assert_eq!(found(loss), (vec![], 2), "steps");
+    }
+}
