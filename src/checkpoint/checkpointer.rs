@@ -29,6 +29,8 @@ use crate::train::ParallelModule;
 ///
 /// The directory is in one file system that all ranks see. Of the ranks rank 0 makes and removes directories, and says
 /// which checkpoint is the latest; every rank reads and writes its own part.
+///
+/// One run at a time saves in a directory, with one `Checkpointer`; any number may read there meanwhile.
 pub struct Checkpointer {
     group: Communicator,
     opened: Opened,
