@@ -44,8 +44,8 @@ struct Origin<'a> {
 }
 
 impl SaveFlags {
-    /// Whether nothing can be saved, or what is to be comes among checkpoints of another run, which are in `folder` of `--save`. Where a
-    /// launcher may have started this run before, they may be its own: ranks find that out together.
+    /// Whether nothing can be saved, or what is to be comes among checkpoints of another run, which are in `folder` of
+    /// `--save`. Where a launcher may have started this run before, they may be its own: ranks find that out together.
     pub fn check(&self, folder: fn(&Path) -> PathBuf) -> Result<(), String> {
         let known = process().is_some_and(|process| process.restarts > 0 || !process.run.is_empty());
         let resumed = |dir: &Path| self.resume.as_ref().is_some_and(|from| same(from, dir));
