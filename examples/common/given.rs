@@ -1,4 +1,4 @@
-//! What each rank was given: the same on all, or they would train on with other numbers, or wait for each other in vain.
+//! What each rank was given: the same on all, or they would train on with other numbers, or wait in vain.
 
 use std::collections::BTreeMap;
 

@@ -52,8 +52,8 @@ struct Origin<'a> {
 }
 
 impl SaveFlags {
-    /// Whether nothing can be saved, or what is to be comes among checkpoints of another run, which are in `folder` of `--save`. Where a
-    /// launcher may have started this run before, they may be its own: ranks find that out together.
+    /// Whether nothing can be saved, or what is to be comes among checkpoints of another run, which are in `folder` of
+    /// `--save`. Where a launcher may have started this run before, they may be its own: ranks find that out together.
     pub fn check(&self, folder: fn(&Path) -> PathBuf) -> Result<(), String> {
         if let Some((dir, (run, step))) = self.resume.as_ref().and_then(|dir| Some((dir, run_of(dir, folder)?))) {
             let (dir, run) = (dir.display(), run.display());

@@ -224,6 +224,6 @@ fn ranks_that_want_other_things_are_an_error() {
         Checkpointer::new(&world, dir.path(), config).map(|_| ())
     });
     let said = run.unwrap_err().to_string();
-    let expected = "`CheckpointConfig.keep_last` is 2 on rank 1 of group `world/checkpoint`, and 1 on rank 0: give all ranks the same";
-    assert_eq!(said, expected);
+    assert!(said.starts_with("`CheckpointConfig.keep_last` is 2 on rank 1 of group `world/checkpoint"), "{said}");
+    assert!(said.ends_with("`, and 1 on rank 0: give all ranks the same"), "{said}");
 }

@@ -93,7 +93,7 @@ fn variables_that_make_no_sense_are_refused() {
     let (code, stderr) = run(&[("BURN_PARALLEL_TIMEOUT_S", "soon")], &[]);
     assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{stderr}");
     assert!(stderr.contains("BURN_PARALLEL_TIMEOUT_S=\"soon\" is not a positive number"), "{stderr}");
-    // Ranks that are threads ask nobody; and a job of Slurm has variables of its own where nothing was started by `srun`.
+    // Ranks that are threads ask nobody; and a job of Slurm has variables where `srun` has started nothing.
     for (variables, flags) in [(&all[..1], &["--launch", "threads"][..]), (&[("SLURM_NTASKS", "2")], &[])] {
         let (code, stderr) = run(variables, flags);
         assert!(code == Some(0) && stderr.contains("step 1/1: "), "{variables:?}: {stderr}");

@@ -41,8 +41,8 @@ impl Launcher {
     }
 
     /// Whose variables these are: those of rank or world size of some launcher, of several the one that
-    /// [`ProcessInfo::from_variables`] reads. `None` where no launcher has started the process. So a program that can do
-    /// without a launcher tells that from variables that are incomplete or wrong.
+    /// [`ProcessInfo::from_variables`] reads. `None` where no launcher has started the process. So a program that can
+    /// do without a launcher tells that from variables that are incomplete or wrong.
     ///
     /// ```
     /// use burn_parallel::launch::{Launcher, ProcessInfo};
