@@ -3,6 +3,7 @@
 
 pub mod attention;
 pub mod batch;
+pub mod command_line;
 pub mod device;
 pub mod figures;
 pub mod flags;

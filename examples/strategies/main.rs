@@ -24,7 +24,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
 
-use crate::common::flags::parse;
+use crate::common::command_line::parse;
 use crate::common::program::{self, Failure};
 use crate::text::Text;
 use crate::training::Sizes;
