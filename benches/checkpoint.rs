@@ -1,10 +1,11 @@
 //! Checkpoints against plain writes and reads of the same bytes by as many threads, and what a save in the background
 //! costs the steps.
 //!
-//! Turns are taken within one run, round by round, who is first by turns, and what counts is the median over rounds of their
-//! ratio. Files are in the page cache when they are read; writes end when they are on the disk, and in the place of what
-//! was there before. Until then that stays, here as there: who truncates a file first writes into the pages of it, and who
-//! needs new ones may have to wait for each, where the machine is a virtual one that has given free memory back to its host.
+//! Turns are taken within one run, round by round, who is first by turns, and what counts is the median over rounds of
+//! their ratio. Files are in the page cache when they are read; writes end when they are on the disk, and in the place
+//! of what was there before. Until then that stays, here as there: who truncates a file first writes into the pages of
+//! it, and who needs new ones may have to wait for each, where the machine is a virtual one that has given free memory
+//! back to its host.
 //!
 //! `cargo bench --bench checkpoint -- [DIRECTORY] [ROUNDS]`; the directory, for 2 GB of files, is that of the system
 //! for temporary files if none is named.

@@ -1,5 +1,5 @@
-//! What products take by themselves and put together, in one thread: what captured steps do, and what they leave because
-//! it gains nothing. Shapes are those of the GPT of these benches and of SmolLM2-135M.
+//! What products take by themselves and put together, in one thread: what captured steps do, and what they leave
+//! because it gains nothing. Shapes are those of the GPT of these benches and of SmolLM2-135M.
 //!
 //! Each table has ways to compute the same that take turns, and for each the median over rounds of its processor time
 //! over that of the first. All are captured forward passes, with the products of captured steps.

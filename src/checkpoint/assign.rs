@@ -55,9 +55,9 @@ impl Held {
 
     /// Gives each slice to some of the ranks that hold it, so that all have about as much to write.
     ///
-    /// burn gives out the moments of a parameter as a copy, all of them and whole. So they go to one rank, or to no more than
-    /// it takes for none to have more than its share of everything. What is uneven then is filled up with parameters, of which
-    /// rows are written where they are.
+    /// burn gives out the moments of a parameter as a copy, all of them and whole. So they go to one rank, or to no
+    /// more than it takes for none to have more than its share of everything. What is uneven then is filled up with
+    /// parameters, of which rows are written where they are.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if slices overlap, or leave something out.

@@ -46,12 +46,12 @@ pub struct Checkpointer {
 
 impl Checkpointer {
     /// Opens a directory of checkpoints for the ranks of `world`, which are all that the model is spread over. It is
-    /// made if it is not there. What a save that was ended has left in it stays until the first save, so others may open
-    /// the directory of a run, and read, while that saves. Collective.
+    /// made if it is not there. What a save that was ended has left in it stays until the first save, so others may
+    /// open the directory of a run, and read, while that saves. Collective.
     ///
     /// # Errors
-    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read, or is itself the checkpoint of a
-    /// step; [`Error::Settings`] if ranks pass different ones; the error of the world.
+    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read, or is itself the checkpoint
+    /// of a step; [`Error::Settings`] if ranks pass different ones; the error of the world.
     pub fn new(world: &Communicator, dir: impl AsRef<Path>, config: CheckpointConfig) -> Result<Self, Error> {
         let group = world.split_named("checkpoint", 0, world.rank() as i64)?;
         let dir = dir.as_ref();
@@ -78,10 +78,10 @@ impl Checkpointer {
     /// that are on a device or not contiguous, one at a time.
     ///
     /// # Errors
-    /// On all ranks alike: [`Error::Checkpoint`] if a rank cannot write, if another run saves in the same directory, if the
-    /// ranks hold different models, or if a moment or a value cannot be saved: the state stays as it is, and so do the
-    /// checkpoints that there are, so that training can go on. [`Error::Pipeline`]'s words in it if a pipeline is not cut
-    /// yet. The error of the world. Old checkpoints that cannot be removed are a warning in the log.
+    /// On all ranks alike: [`Error::Checkpoint`] if a rank cannot write, if another run saves in the same directory, if
+    /// the ranks hold different models, or if a moment or a value cannot be saved: the state stays as it is, and so do
+    /// the checkpoints that there are, so that training can go on. [`Error::Pipeline`]'s words in it if a pipeline is
+    /// not cut yet. The error of the world. Old checkpoints that cannot be removed are a warning in the log.
     pub fn save<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<Saved, Error> {
         self.wait()?;
         let snapshot = together(attempt(|| self.snapshot(step, &state)), &self.group)?;

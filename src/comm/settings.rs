@@ -61,15 +61,15 @@ impl Communicator {
 }
 
 /// Each setting by its name, as in `data.overlap`, with its value as JSON; in the order of the names.
-type Named = BTreeMap<String, String>;
+type SettingValues = BTreeMap<String, String>;
 
 fn named<S: Serialize + ?Sized>(settings: &S) -> serde_json::Result<Vec<u8>> {
-    let mut all = Named::new();
+    let mut all = SettingValues::new();
     add(String::new(), serde_json::to_value(settings)?, &mut all);
     serde_json::to_vec(&all)
 }
 
-fn add(name: String, value: Value, all: &mut Named) {
+fn add(name: String, value: Value, all: &mut SettingValues) {
     let within = |key: &str| if name.is_empty() { key.to_owned() } else { format!("{name}.{key}") };
     match value {
         Value::Object(fields) if !fields.is_empty() => {
@@ -85,11 +85,11 @@ fn add(name: String, value: Value, all: &mut Named) {
 /// The name of the first setting that differs, and its values.
 fn difference(theirs: &[u8], first: &[u8]) -> (String, [String; 2]) {
     // What is no such map came from somebody who is no rank of this program.
-    let read = |bytes: &[u8]| serde_json::from_slice::<Named>(bytes).unwrap_or_default();
+    let read = |bytes: &[u8]| serde_json::from_slice::<SettingValues>(bytes).unwrap_or_default();
     let (theirs, first) = (read(theirs), read(first));
     let differs = |name: &&String| theirs.get(*name) != first.get(*name);
     let name = theirs.keys().chain(first.keys()).filter(differs).min().cloned().unwrap_or_default();
-    let value = |all: &Named| all.get(&name).cloned().unwrap_or_else(|| "not given".into());
+    let value = |all: &SettingValues| all.get(&name).cloned().unwrap_or_else(|| "not given".into());
     let values = [value(&theirs), value(&first)];
     (name, values)
 }

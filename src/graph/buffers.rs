@@ -44,7 +44,7 @@ impl Buffer {
 
 /// A tensor that is there.
 #[derive(Debug)]
-struct Known {
+struct PlacedTensor {
     /// Where it lies if nothing worked in place.
     own: Option<usize>,
     /// Where else it may lie: for all results of an operation one list.
@@ -55,7 +55,7 @@ struct Known {
     reordered: bool,
 }
 
-impl Known {
+impl PlacedTensor {
     fn buffers(&self) -> impl Iterator<Item = usize> {
         self.own.into_iter().chain(self.others.iter().copied())
     }
@@ -66,7 +66,7 @@ impl Known {
 pub(super) struct BufferLifetimes {
     now: usize,
     pub(super) buffers: Vec<Buffer>,
-    tensors: HashMap<TensorId, Known>,
+    tensors: HashMap<TensorId, PlacedTensor>,
     /// Bytes that instructions, by their number, take only while they run.
     pub(super) passing: Vec<(usize, usize)>,
     /// How long all lists of what tensors may lie in are together.
@@ -147,17 +147,17 @@ impl BufferLifetimes {
             leaves_alone,
             tensors: 0,
         });
-        self.add(out, Known { own: Some(self.buffers.len() - 1), others, plain, reordered: false });
+        self.add(out, PlacedTensor { own: Some(self.buffers.len() - 1), others, plain, reordered: false });
     }
 
     /// A new tensor in the memory of an input.
     fn take_memory(&mut self, out: &TensorIr, input: &TensorIr, plain: bool, reordered: bool) {
         let known = self.tensors.get(&input.id);
         let (own, others) = known.map(|known| (known.own, known.others.clone())).unwrap_or_default();
-        self.add(out, Known { own, others, plain, reordered });
+        self.add(out, PlacedTensor { own, others, plain, reordered });
     }
 
-    fn add(&mut self, out: &TensorIr, known: Known) {
+    fn add(&mut self, out: &TensorIr, known: PlacedTensor) {
         known.buffers().for_each(|buffer| self.buffers[buffer].tensors += 1);
         self.tensors.insert(out.id, known);
         self.touch(out.id);

@@ -25,8 +25,8 @@ pub(super) struct Allocations {
     used: usize,
     /// The most that tensors held at once.
     pub(super) most: usize,
-    /// The most bytes of allocations that are free, if there is such a limit: of what comes back then the rest goes to the
-    /// system.
+    /// The most bytes of allocations that are free, if there is such a limit: of what comes back then the rest goes to
+    /// the system.
     limit: Option<usize>,
 }
 

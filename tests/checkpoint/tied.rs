@@ -204,8 +204,8 @@ fn moments_that_came_before_the_cut_are_refused() {
     }
 }
 
-/// Values alone may come before the cut: a stage that turns out to need some reads them then, or is sent them if they are
-/// not to be had any more.
+/// Values alone may come before the cut: a stage that turns out to need some reads them then, or is sent them if they
+/// are not to be had any more.
 #[test]
 fn values_that_came_before_the_cut_are_read_where_they_are_needed() {
     let (dir, model) = (Dir::fresh(), Tied::new());

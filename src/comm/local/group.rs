@@ -106,11 +106,11 @@ pub(super) struct WorldFailure {
 struct Holder {
     /// Whether peers are to hear of any group.
     dropped: CachePadded<AtomicBool>,
-    held: Mutex<Held>,
+    held: Mutex<HeldTransports>,
 }
 
 #[derive(Debug, Default)]
-struct Held {
+struct HeldTransports {
     transports: usize,
     /// Groups that peers are to hear of: the rank there, and whether it was in a panic.
     dropped: Vec<(Weak<Group>, usize, bool)>,

@@ -9,9 +9,9 @@
 //! have used, and that is not zeroed first. Loops go on through tensors under other dims, and through what an index
 //! picks of each row: a loss by classes is part of the loop of its log-softmax, forward and backward, without zeros to
 //! add to. What burn computes as one, in passes without backward, is taken apart first ([`single`](mod@single)). Matrix
-//! products are written into such memory too ([`multiply`](multiply())), sums of products as one ([`product_sums`]), and
-//! tensors beside each other ([`assemble`](assemble()), [`parts`]). Attention, whose tensors between its products are
-//! the largest of all, runs tile by tile, loops and products together ([`tiled`](mod@tiled)).
+//! products are written into such memory too ([`multiply`](multiply())), sums of products as one ([`product_sums`]),
+//! and tensors beside each other ([`assemble`](assemble()), [`parts`]). Attention, whose tensors between its products
+//! are the largest of all, runs tile by tile, loops and products together ([`tiled`](mod@tiled)).
 //!
 //! # Numbers
 //! Sums, products, quotients and roots have the bits that burn gives them. The transcendental functions are those of

@@ -12,7 +12,7 @@ use super::super::instruction::Item;
 use super::super::operation::{build, is_zeros, slice_assign, sum};
 
 /// A tensor that is zero but for some parts of it.
-struct Parts {
+struct PartlyZero {
     /// The dim along which they are beside each other.
     dim: usize,
     /// By where they begin, none over another.
@@ -25,7 +25,7 @@ struct Parts {
 pub(super) fn parts_assembled(items: Vec<Item>, readers: &HashMap<TensorId, usize>) -> Vec<Item> {
     let once = |tensor: &TensorIr| readers.get(&tensor.id) == Some(&1);
     let mut zeros: HashMap<TensorId, usize> = HashMap::new();
-    let mut known: HashMap<TensorId, Parts> = HashMap::new();
+    let mut known: HashMap<TensorId, PartlyZero> = HashMap::new();
     let mut done: Vec<Option<Item>> = Vec::with_capacity(items.len());
     for item in items {
         let place = done.len();
@@ -40,7 +40,7 @@ pub(super) fn parts_assembled(items: Vec<Item>, readers: &HashMap<TensorId, usiz
             && let (Some(zeros), Some((dim, start))) = (zeros.remove(&assign.tensor.id), place_of(assign))
         {
             let parts = vec![(start, assign.value.clone())];
-            known.insert(assign.out.id, Parts { dim, parts, made_by: vec![zeros, place] });
+            known.insert(assign.out.id, PartlyZero { dim, parts, made_by: vec![zeros, place] });
         }
         if let Some(sum) = sum(&op).filter(|sum| once(&sum.lhs) && once(&sum.rhs))
             && let (Some(left), Some(right)) = (known.remove(&sum.lhs.id), known.remove(&sum.rhs.id))
@@ -71,7 +71,7 @@ fn place_of(assign: &SliceAssignOpIr) -> Option<(usize, usize)> {
     steps.then(|| (dim, range.to_range(whole[dim]).start))
 }
 
-impl Parts {
+impl PartlyZero {
     /// Both, if they are along one dim and none is over another.
     fn and(mut self, other: Self) -> Option<Self> {
         self.parts.extend(other.parts);

@@ -40,7 +40,7 @@ pub(super) fn register(ops: &mut CustomOps) {
 }
 
 /// What is a product, or a sum of products.
-struct Products {
+struct ProductSum {
     factors: Vec<TensorIr>,
     /// As the products give it, which is wanted under other dims perhaps.
     out: TensorIr,
@@ -52,7 +52,7 @@ struct Products {
 
 /// The program with sums of products as one operation each. New tensors are numbered from `next_id`.
 pub(super) fn products_summed(items: Vec<Item>, readers: &HashMap<TensorId, usize>, next_id: &mut u64) -> Vec<Item> {
-    let mut known: HashMap<TensorId, Products> = HashMap::new();
+    let mut known: HashMap<TensorId, ProductSum> = HashMap::new();
     let mut done: Vec<Option<Item>> = Vec::with_capacity(items.len());
     for item in items {
         let Item::Run(op) = item else {
@@ -67,7 +67,7 @@ pub(super) fn products_summed(items: Vec<Item>, readers: &HashMap<TensorId, usiz
         };
         if let Some(MatmulOpIr { lhs, rhs, out }) = matmul(&op).filter(|product| multiplies(product.out.dtype)) {
             let factors = vec![lhs.clone(), rhs.clone()];
-            known.insert(out.id, Products { factors, out: out.clone(), made_by: vec![place], since: place });
+            known.insert(out.id, ProductSum { factors, out: out.clone(), made_by: vec![place], since: place });
         } else if let Some(view) = reshape(&op)
             && let Some(mut products) = take(&view.input)
         {
@@ -85,7 +85,7 @@ pub(super) fn products_summed(items: Vec<Item>, readers: &HashMap<TensorId, usiz
             let (inputs, outputs) = (factors.clone(), vec![out.clone()]);
             let op = CustomOpIr { id: PRODUCT_SUM.into(), inputs, outputs, scalars: Vec::new() };
             let (made_by, since) = (vec![place, place + 1], left.since.min(right.since));
-            known.insert(wanted.id, Products { factors, out: out.clone(), made_by, since });
+            known.insert(wanted.id, ProductSum { factors, out: out.clone(), made_by, since });
             done.push(Some(Item::Run(Box::new(OperationIr::Custom(op)))));
             done.push(Some(Item::Run(Box::new(build::reshape(out, wanted)))));
             continue;
