@@ -82,14 +82,7 @@ impl Reducer {
 
 /// Whether a module has what is not known, and the trained parameters that it holds in several places.
 fn find_changes(found: &FoundParams, known: &KnownParams) -> (bool, HashSet<ParamId>) {
-    let mut params: Vec<(ParamId, bool)> = Vec::new();
-    for param in found.floats() {
-        if param.is_shard() {
-            // What stands for the parameter is not known, and none itself.
-            params.pop();
-        }
-        params.push((param.id(), param.is_trained()));
-    }
+    let params: Vec<(ParamId, bool)> = found.floats().map(|param| (param.id(), param.is_trained())).collect();
     let changed = params.iter().any(|(id, trained)| known.is_new(*id, *trained));
     let mut seen = HashSet::new();
     let repeated = params.into_iter().filter(|(id, trained)| !seen.insert(*id) && *trained);

@@ -10,7 +10,7 @@ use burn::tensor::{DType, Shape};
 
 use super::graph_error;
 use crate::Error;
-use crate::params::{FoundParams, ModulePath, ParamRef, path_at, visit_params_and_flags, with_autodiff};
+use crate::params::{FoundParams, ModulePath, ParamRef, visit_params_and_flags, with_autodiff};
 use crate::tensor::PlainTensor;
 
 /// One float, int or bool parameter or running statistic.
@@ -81,11 +81,11 @@ pub(crate) fn read_found<M: Module>(
     wanted: &HashSet<ParamId>,
 ) -> Result<HashMap<ParamId, PlainTensor>, Error> {
     let mut values = HashMap::new();
-    for (place, param) in params.all().enumerate().filter(|(_, param)| wanted.contains(&param.id())) {
+    for param in params.all().filter(|param| wanted.contains(&param.id())) {
         let id = param.id();
         // Nothing but an error needs the path.
         let value = PlainTensor::of(param.value(), "")
-            .or_else(|_| PlainTensor::of(param.value(), &format!("parameter `{}`", path_at(module, place))))?;
+            .or_else(|_| PlainTensor::of(param.value(), &format!("parameter `{}`", param.path_in(module))))?;
         match values.get(&id) {
             // Tied weights are one value in several places. burn's optimizers update only the first place they meet,
             // which silently unties them.
@@ -94,7 +94,7 @@ pub(crate) fn read_found<M: Module>(
                     "parameter `{}` shares its id with another parameter but no longer its value: burn's optimizers \
                      update only the first of several parameters with one id. Keep one `Param` and use it twice in \
                      `forward`",
-                    path_at(module, place)
+                    param.path_in(module)
                 )));
             }
             Some(_) => {}

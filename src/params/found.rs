@@ -8,12 +8,12 @@ use burn::tensor::Device;
 
 use super::any_param::AnyParam;
 use super::device::one_device;
-use super::walk::{ModulePath, ParamRef, visit_params_and_flags};
+use super::walk::{ModulePath, ParamRef, path_at, visit_params_and_flags};
 use crate::Error;
 use crate::tensor::PlainTensor;
 
 /// The parameters of a module, running statistics included, and its training flags, in the order in which a visitor
-/// meets them.
+/// meets them. What stands for a parameter of which the module holds rows is none.
 ///
 /// Within a step a module does not change: values are those that it has, and what is lazy in one is made for both. But
 /// running statistics move, and have here the values that they had. An optimizer updates in place what nobody else
@@ -28,7 +28,8 @@ pub struct FoundParams {
 /// A parameter that was found.
 pub(crate) struct FoundParam {
     param: Box<dyn AnyParam>,
-    is_shard: bool,
+    /// How many a visitor meets before it.
+    place: usize,
 }
 
 impl FoundParams {
@@ -38,9 +39,13 @@ impl FoundParams {
 
     /// As [`of`](Self::of), with a look at each parameter where it is.
     pub(crate) fn looking<M: Module>(module: &M, look: &mut dyn FnMut(ParamRef<'_>)) -> Self {
-        let (mut params, mut flags) = (Vec::new(), Vec::new());
+        let (mut params, mut flags, mut place) = (Vec::new(), Vec::new(), 0);
         let mut param = |param: ParamRef<'_>| {
-            params.push(FoundParam { param: param.kept(), is_shard: param.is_shard() });
+            if param.is_shard() {
+                params.pop();
+            }
+            params.push(FoundParam { param: param.kept(), place });
+            place += 1;
             look(param);
         };
         let mut flag = |flag: &Param<Flag>, _: &ModulePath| flags.push((flag.id, flag.clone().train().is_enabled()));
@@ -104,9 +109,9 @@ impl FoundParams {
 }
 
 impl FoundParam {
-    /// Whether these are the rows of a parameter, for which the one stands that was found before.
-    pub(crate) fn is_shard(&self) -> bool {
-        self.is_shard
+    /// Its path in the module that it was found in, which is gone over once more: for errors.
+    pub(crate) fn path_in<M: Module>(&self, module: &M) -> String {
+        path_at(module, self.place)
     }
 }
 

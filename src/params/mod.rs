@@ -43,4 +43,4 @@ pub(crate) use statistics::{average_statistics, is_statistic};
 pub(crate) use sweep::sweep_leaves;
 pub(crate) use together::{attempt, together};
 pub(crate) use unknown_params::{check_params_known, unknown_params};
-pub(crate) use walk::{ModulePath, ParamRef, path_at, visit_floats, visit_params, visit_params_and_flags};
+pub(crate) use walk::{ModulePath, ParamRef, visit_floats, visit_params, visit_params_and_flags};
