@@ -18,8 +18,11 @@ pub struct Given(BTreeMap<String, Value>);
 
 /// A number, however it is written, or a text.
 fn value(word: &str) -> Value {
-    let number = word.parse::<u64>().map(Value::from);
-    number.or_else(|_| word.parse::<f64>().map(Value::from)).ok().filter(|it| !it.is_null()).unwrap_or(word.into())
+    // Those that have no fraction, and are exact, are told without one.
+    let whole = |number: f64| number.fract() == 0.0 && (0.0..9e15).contains(&number);
+    let of_float = |number: f64| if whole(number) { Value::from(number as u64) } else { Value::from(number) };
+    let number = word.parse::<u64>().map(Value::from).or_else(|_| word.parse().map(of_float));
+    number.ok().filter(|it| !it.is_null()).unwrap_or(word.into())
 }
 
 impl Given {

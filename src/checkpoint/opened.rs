@@ -1,6 +1,6 @@
 //! A directory that a run saves in, which no other run does meanwhile.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use super::agree::{attempt, together};
 use super::directory::{checkpoint_of, is_draft, names, put_back};
 use super::file_problem;
+use super::order::index_checksum;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::comm::tcp::nonce;
@@ -15,11 +16,11 @@ use crate::lock::lock;
 use crate::params::share_text;
 use crate::tensor_file::Draft;
 
-/// The directory, and on rank 0 what was in it when it was opened.
+/// The directory, and on rank 0 what was in it when it was opened: of checkpoints with the checksum of their index.
 #[derive(Debug, Clone)]
 pub(super) struct Opened {
     pub(super) root: PathBuf,
-    there: Arc<HashSet<String>>,
+    there: Arc<HashMap<String, Option<String>>>,
     /// The steps whose checkpoints this run has given their names, or tried to.
     committed: Arc<Mutex<HashSet<u64>>>,
     /// A part of the names of all its drafts, which those of no other run have.
@@ -39,9 +40,10 @@ impl Opened {
             }
             fs::create_dir_all(dir).map_err(|why| file_problem(dir, format!("cannot be made: {why}")))?;
             put_back(dir)?;
-            Ok(names(dir)?.into_iter().collect())
+            let checksum = |name: &String| checkpoint_of(&dir.join(name)).and_then(|step| index_checksum(dir, step));
+            Ok(names(dir)?.into_iter().map(|name| (name.clone(), checksum(&name))).collect())
         };
-        let there = if group.rank() == 0 { attempt(open) } else { Ok(HashSet::new()) };
+        let there = if group.rank() == 0 { attempt(open) } else { Ok(HashMap::new()) };
         let there = Arc::new(together(there, group)?);
         let lacks = |why| file_problem(dir, format!("is not there: {why}; all ranks need it in one file system"));
         let root = together(dir.canonicalize().map_err(lacks), group)?;
@@ -64,11 +66,14 @@ impl Opened {
     /// [`Error::Checkpoint`] if one has, which names what it has made; if the directory cannot be read.
     pub(super) fn is_alone(&self) -> Result<(), Error> {
         let committed = lock(&self.committed);
-        let theirs = |name: &String| match checkpoint_of(&self.root.join(name)) {
-            Some(step) => !committed.contains(&step),
-            None => is_draft(name) && !name.contains(&self.own),
+        let theirs = |name: &String| match (checkpoint_of(&self.root.join(name)), self.there.get(name)) {
+            (Some(step), _) if committed.contains(&step) => false,
+            // It may have taken the place of one that was there.
+            (Some(step), Some(before)) => *before != index_checksum(&self.root, step),
+            (Some(_), None) => true,
+            (None, before) => before.is_none() && is_draft(name) && !name.contains(&self.own),
         };
-        match names(&self.root)?.into_iter().find(|name| !self.there.contains(name) && theirs(name)) {
+        match names(&self.root)?.into_iter().find(theirs) {
             None => Ok(()),
             Some(name) => Err(file_problem(
                 &self.root,
@@ -97,8 +102,11 @@ impl Opened {
         }
         file_problem(
             &draft.made_in,
-            "is gone while it was written: a run that saves in the same directory takes it for what a killed one has left. \
-             Give each run a directory of its own",
+            format!(
+                "is not there while it is written ({why}): a run that saves in the same directory takes it for what a killed one \
+                 has left, or this rank does not see the file system that rank 0 made it in. Give each run a directory of its \
+                 own, which all its ranks see"
+            ),
         )
     }
 }

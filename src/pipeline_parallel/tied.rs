@@ -156,9 +156,15 @@ impl TiedParams {
     /// Those of [`Communicator`].
     pub(super) fn settled<M: Module>(&self, model: &M) -> Result<Option<M>, Error> {
         let mut missing = HashSet::new();
+        let lazy = if self.pending.is_empty() { HashSet::new() } else { params::lazy_params(model) };
         for (group, tied_params) in &self.groups {
             let waiting = || tied_params.iter().filter(|tie| self.pending.contains(&tie.id));
-            if waiting().next().is_some() && group.all_gather(vec![u8::from(self.loaded)])?.contains(&0) {
+            if waiting().next().is_none() {
+                continue;
+            }
+            // What a load that failed has read is not in the model.
+            let loaded = self.loaded && waiting().all(|tie| !lazy.contains(&tie.id));
+            if group.all_gather(vec![u8::from(loaded)])?.contains(&0) {
                 missing.extend(waiting().map(|tie| tie.id));
             }
         }

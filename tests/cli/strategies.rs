@@ -36,7 +36,12 @@ fn a_quick_run_writes_tables_and_figures() {
         .unwrap_or_else(|why| panic!("{}: {why}; `cargo build --example strategies` makes it", example.display()));
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let told = String::from_utf8(output.stdout).unwrap();
-    for words in ["| data parallelism, captured |", "| tensor parallelism, captured |", "critical batch size"] {
+    for words in [
+        "| data parallelism, captured |",
+        "| ZeRO 3, captured |",
+        "| tensor parallelism, captured |",
+        "critical batch size",
+    ] {
         assert!(told.contains(words), "{words}: {told}");
     }
     for figure in ["loss-by-step", "loss-by-token", "loss-by-second", "noise-scale", "generalisation-gap"] {

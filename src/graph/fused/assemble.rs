@@ -41,7 +41,9 @@ fn assemble_as<T: Element + bytemuck::Pod>(parts: &[FlexTensor], dim: usize, dim
         let fits = |(at, (own, whole)): (usize, (&usize, &usize))| own == whole || at == dim;
         let own: &[usize] = part.layout().shape();
         assert!(own.len() == dims.len() && own.iter().zip(dims).enumerate().all(fits) && from + size <= dims[dim]);
-        let to = out.chunks_exact_mut(dims[dim] * behind).map(|out| &mut out[from * behind..][..size * behind]);
+        // Of no elements there is no chunk.
+        let to =
+            out.chunks_exact_mut((dims[dim] * behind).max(1)).map(|out| &mut out[from * behind..][..size * behind]);
         copy::<T>(part, dim, to);
         from += size;
     }

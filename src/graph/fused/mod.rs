@@ -14,7 +14,8 @@
 //! are the largest of all, runs tile by tile, loops and products together ([`tiled`](mod@tiled)).
 //!
 //! # Numbers
-//! Sums, products, quotients and roots have the bits that burn gives them. The transcendental functions are those of
+//! Sums, products, quotients and roots have the bits that burn gives them, but for sums of matrix products, which are
+//! accumulated product by product. The transcendental functions are those of
 //! [`functions`], within 0.7 units in the last place in `f32`, and burn's own in `f64`. Sums along a dim are added in
 //! another order than burn's, the same for every number of threads. Elements of 16 bits are computed in `f32` and
 //! rounded after each operation, as burn does.
@@ -65,7 +66,7 @@ use super::instruction::Item;
 use super::operation::{cat, matmul};
 
 /// The custom operation that is a kernel; its scalar is the kernel's number.
-pub(crate) const FUSED: &str = "fused";
+pub(crate) const FUSED: &str = "burn_parallel::fused";
 
 /// Whether kernels run on a device: on the host.
 pub(crate) fn fuses_on(device: &Device) -> bool {

@@ -17,7 +17,7 @@ use super::multiply::{multiplies, multiply};
 use crate::tensor::PlainTensor;
 
 /// The custom operation that is a sum of products; its inputs are their factors, pair by pair.
-pub(crate) const PRODUCT_SUM: &str = "product_sum";
+pub(crate) const PRODUCT_SUM: &str = "burn_parallel::product_sum";
 
 /// Whether an operation is a sum of products.
 pub(crate) fn is_product_sum(op: &OperationIr) -> bool {

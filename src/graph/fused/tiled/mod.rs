@@ -30,7 +30,7 @@ use super::super::graph_error;
 use super::kernel::{Kernel, number};
 
 /// The custom operation that is attention in tiles; its scalar is the number of what it does.
-pub(crate) const TILED: &str = "tiled";
+pub(crate) const TILED: &str = "burn_parallel::tiled";
 
 /// Products, a loop, and products.
 #[derive(Debug)]
