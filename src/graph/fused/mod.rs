@@ -37,6 +37,7 @@ mod products;
 mod run;
 mod single;
 mod sums;
+mod terms;
 mod tiled;
 mod work;
 
@@ -141,7 +142,7 @@ pub(crate) fn fuse<const SECTIONS: usize>(sections: [Vec<Item>; SECTIONS]) -> ([
     let sections = single(sections, &mut next_id);
     let readers = readers(&sections);
     let sections = sections.map(|items| {
-        let items = parts_assembled(items, &readers);
+        let items = parts_assembled(items, &readers, &mut next_id);
         let items = merged(items, &readers, &mut next_id);
         rows_added(items, &readers, &mut next_id)
     });
