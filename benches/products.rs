@@ -44,6 +44,11 @@ fn processor() -> f64 {
     time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
 }
 
+#[cfg(not(unix))]
+fn processor() -> f64 {
+    f64::NAN
+}
+
 struct Turns {
     figures: Figures,
     rounds: usize,

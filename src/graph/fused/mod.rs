@@ -38,6 +38,7 @@ mod products;
 mod run;
 mod single;
 mod sums;
+mod terms;
 mod tiled;
 mod work;
 
@@ -142,7 +143,7 @@ pub(crate) fn fuse<const SECTIONS: usize>(sections: [Vec<Item>; SECTIONS]) -> ([
     let sections = single(sections, &mut next_id);
     let readers = readers(&sections);
     let sections = sections.map(|items| {
-        let items = parts_assembled(items, &readers);
+        let items = parts_assembled(items, &readers, &mut next_id);
         let items = merged(items, &readers, &mut next_id);
         rows_added(items, &readers, &mut next_id)
     });

@@ -10,26 +10,30 @@ use burn_ir::{SliceAssignOpIr, TensorId, TensorIr};
 
 use super::super::instruction::Item;
 use super::super::operation::{build, is_zeros, slice_assign, sum};
+use super::terms::without_terms;
 
-/// A tensor that is zero but for some parts of it.
+/// A sum of a tensor that is zero but for some parts of it, and perhaps of other terms.
 struct PartlyZero {
     /// The dim along which they are beside each other.
     dim: usize,
     /// By where they begin, none over another.
     parts: Vec<(usize, TensorIr)>,
+    /// Other terms, as large as the whole.
+    others: Vec<TensorIr>,
     /// The operations that make it, which nothing else needs.
     made_by: Vec<usize>,
 }
 
-/// The program with the sums of parts that are all of a tensor as these parts beside each other.
-pub(super) fn parts_assembled(items: Vec<Item>, readers: &HashMap<TensorId, usize>) -> Vec<Item> {
+/// The program with the sums of parts that are all of a tensor as these parts beside each other. New tensors are numbered
+/// from `next_id`.
+pub(super) fn parts_assembled(items: Vec<Item>, readers: &HashMap<TensorId, usize>, next_id: &mut u64) -> Vec<Item> {
     let once = |tensor: &TensorIr| readers.get(&tensor.id) == Some(&1);
     let mut zeros: HashMap<TensorId, usize> = HashMap::new();
     let mut known: HashMap<TensorId, PartlyZero> = HashMap::new();
     let mut done: Vec<Option<Item>> = Vec::with_capacity(items.len());
     for item in items {
         let place = done.len();
-        let Item::Run(mut op) = item else {
+        let Item::Run(op) = item else {
             done.push(Some(item));
             continue;
         };
@@ -40,19 +44,29 @@ pub(super) fn parts_assembled(items: Vec<Item>, readers: &HashMap<TensorId, usiz
             && let (Some(zeros), Some((dim, start))) = (zeros.remove(&assign.tensor.id), place_of(assign))
         {
             let parts = vec![(start, assign.value.clone())];
-            known.insert(assign.out.id, PartlyZero { dim, parts, made_by: vec![zeros, place] });
+            known.insert(assign.out.id, PartlyZero { dim, parts, others: Vec::new(), made_by: vec![zeros, place] });
         }
-        if let Some(sum) = sum(&op).filter(|sum| once(&sum.lhs) && once(&sum.rhs))
-            && let (Some(left), Some(right)) = (known.remove(&sum.lhs.id), known.remove(&sum.rhs.id))
-            && let Some(mut parts) = left.and(right)
-        {
-            let out = sum.out.clone();
-            if parts.are_all_of(&out) {
-                parts.made_by.iter().for_each(|place| done[*place] = None);
-                *op = build::cat(parts.parts.into_iter().map(|(_, part)| part).collect(), parts.dim, out);
-            } else {
+        if let Some(sum) = sum(&op).filter(|sum| sum.lhs.shape == sum.rhs.shape) {
+            let parts = match [&sum.lhs, &sum.rhs].map(|term| known.remove(&term.id).filter(|_| once(term)).ok_or(term))
+            {
+                [Ok(left), Ok(right)] => left.and(right),
+                [Ok(mut parts), Err(term)] | [Err(term), Ok(mut parts)] => {
+                    parts.others.push(term.clone());
+                    Some(parts)
+                }
+                [Err(_), Err(_)] => None,
+            };
+            if let Some(mut parts) = parts {
+                if parts.are_all_of(&sum.out) {
+                    parts.made_by.iter().for_each(|place| done[*place] = None);
+                    let (whole, added) = without_terms(&sum.out, &parts.others, next_id);
+                    let beside = parts.parts.into_iter().map(|(_, part)| part).collect();
+                    let operations = [build::cat(beside, parts.dim, whole)].into_iter().chain(added);
+                    done.extend(operations.map(|op| Some(Item::Run(Box::new(op)))));
+                    continue;
+                }
                 parts.made_by.push(place);
-                known.insert(out.id, parts);
+                known.insert(sum.out.id, parts);
             }
         }
         done.push(Some(Item::Run(op)));
@@ -75,6 +89,7 @@ impl PartlyZero {
     /// Both, if they are along one dim and none is over another.
     fn and(mut self, other: Self) -> Option<Self> {
         self.parts.extend(other.parts);
+        self.others.extend(other.others);
         self.made_by.extend(other.made_by);
         self.parts.sort_by_key(|(start, _)| *start);
         let size = |part: &TensorIr| part.shape[self.dim];
@@ -92,6 +107,7 @@ impl PartlyZero {
 mod tests {
     use burn::nn::{Linear, LinearConfig};
     use burn::prelude::*;
+    use burn::tensor::Slice;
     use burn_ir::OperationIr;
 
     use super::super::super::operation::cat;
@@ -125,16 +141,24 @@ mod tests {
             squares([x * 2.0 + Tensor::cat(vec![halves[1].clone().neg(), halves[0].clone()], 2)])
         };
         assert_eq!(found(turned), (vec![2, 2], 0), "forward and backward");
+        // With another term first, and between.
+        let beside = |x: Tensor<3>| squares(x.clone().chunk(2, 2)) + (x.clone() * 2.0).tanh().mean() + x.exp().mean();
+        assert_eq!(found(beside), (vec![2], 0));
     }
 
     #[test]
     fn other_parts_stay_in_zeros() {
         assert_eq!(found(|x| squares([x.clone().narrow(2, 0, 4), x.narrow(2, 8, 4)])), (vec![], 2), "a gap");
         assert_eq!(found(|x| squares([x.clone().narrow(2, 0, 7), x.narrow(2, 5, 7)])), (vec![], 2), "twice the same");
+        assert_eq!(found(|x| squares([x.clone().narrow(2, 0, 8), x.narrow(2, 4, 4)])), (vec![], 2), "as many as all");
         assert_eq!(found(|x| squares([x.clone().narrow(2, 0, 6), x.narrow(1, 0, 2)])), (vec![], 2), "two dims");
         assert_eq!(found(|x| squares([x.narrow(2, 0, 6)])), (vec![], 1), "one alone");
-        let every_other = |x: Tensor<3>, from| x.slice(s![.., .., from..;2]);
-        let loss = |x: Tensor<3>| squares([every_other(x.clone(), 0), every_other(x, 1)]);
-        assert_eq!(found(loss), (vec![], 2), "steps");
+        let steps = |x: Tensor<3>| {
+            let every_other = |from: isize, to| x.clone().slice(s![.., .., Slice::new(from, Some(to), 2)]);
+            squares([every_other(0, 6), every_other(3, 9), x.clone().narrow(2, 6, 6)])
+        };
+        assert_eq!(found(steps), (vec![], 3), "steps");
+        let back = |x: Tensor<3>| x.slice(s![.., Slice::new(0, None, -1), 0..6]);
+        assert_eq!(found(|x| squares([back(x.clone()), x.narrow(2, 6, 6)])), (vec![], 2), "the other way round");
     }
 }

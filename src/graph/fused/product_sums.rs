@@ -14,6 +14,7 @@ use super::super::instruction::Item;
 use super::super::operation::{build, matmul, reshape, sum};
 use super::fusion_group::LONGEST;
 use super::multiply::{multiplies, multiply};
+use super::terms::without_terms;
 use crate::tensor::PlainTensor;
 
 /// The custom operation that is a sum of products; its inputs are their factors, pair by pair.
@@ -39,11 +40,12 @@ pub(super) fn register(ops: &mut CustomOps) {
     });
 }
 
-/// What is a product, or a sum of products.
+/// What is a product, or a sum of products, and perhaps of other terms.
 struct ProductSum {
     factors: Vec<TensorIr>,
     /// As the products give it, which is wanted under other dims perhaps.
     out: TensorIr,
+    others: Vec<TensorIr>,
     /// The operations that make it, which nothing else needs.
     made_by: Vec<usize>,
     /// Where the first of its products was.
@@ -67,32 +69,50 @@ pub(super) fn products_summed(items: Vec<Item>, readers: &HashMap<TensorId, usiz
         };
         if let Some(MatmulOpIr { lhs, rhs, out }) = matmul(&op).filter(|product| multiplies(product.out.dtype)) {
             let factors = vec![lhs.clone(), rhs.clone()];
-            known.insert(out.id, ProductSum { factors, out: out.clone(), made_by: vec![place], since: place });
+            let (others, made_by) = (Vec::new(), vec![place]);
+            known.insert(out.id, ProductSum { factors, out: out.clone(), others, made_by, since: place });
         } else if let Some(view) = reshape(&op)
-            && let Some(mut products) = take(&view.input)
+            && let Some(mut products) = take(&view.input).filter(|products| products.others.is_empty())
         {
             products.made_by.push(place);
             known.insert(view.out.id, products);
-        } else if let Some(sum) = sum(&op).filter(|sum| sum.lhs.shape == sum.rhs.shape)
-            && let (Some(left), Some(right)) = (take(&sum.lhs), take(&sum.rhs))
-            && left.out.shape == right.out.shape
-        {
-            let (wanted, id) = (sum.out.clone(), TensorId::new(*next_id));
-            *next_id += 1;
-            let out = TensorIr::uninit(id, left.out.shape, wanted.dtype);
-            left.made_by.iter().chain(&right.made_by).for_each(|place| done[*place] = None);
-            let factors: Vec<TensorIr> = left.factors.into_iter().chain(right.factors).collect();
-            let (inputs, outputs) = (factors.clone(), vec![out.clone()]);
-            let op = CustomOpIr { id: PRODUCT_SUM.into(), inputs, outputs, scalars: Vec::new() };
-            let (made_by, since) = (vec![place, place + 1], left.since.min(right.since));
-            known.insert(wanted.id, ProductSum { factors, out: out.clone(), made_by, since });
-            done.push(Some(Item::Run(Box::new(OperationIr::Custom(op)))));
-            done.push(Some(Item::Run(Box::new(build::reshape(out, wanted)))));
-            continue;
+        } else if let Some(sum) = sum(&op).filter(|sum| sum.lhs.shape == sum.rhs.shape) {
+            match [&sum.lhs, &sum.rhs].map(|term| take(term).ok_or(term)) {
+                [Ok(left), Ok(right)] if left.out.shape == right.out.shape => {
+                    left.made_by.iter().chain(&right.made_by).for_each(|place| done[*place] = None);
+                    let (operations, products) = left.and(right, &sum.out, place, next_id);
+                    done.extend(operations.into_iter().map(|op| Some(Item::Run(Box::new(op)))));
+                    known.insert(sum.out.id, products);
+                    continue;
+                }
+                [Ok(mut products), Err(term)] | [Err(term), Ok(mut products)] => {
+                    products.others.push(term.clone());
+                    products.made_by.push(place);
+                    known.insert(sum.out.id, products);
+                }
+                _ => {}
+            }
         }
         done.push(Some(Item::Run(op)));
     }
     done.into_iter().flatten().collect()
+}
+
+impl ProductSum {
+    /// The sum of both, which is `wanted`, made from a place on.
+    fn and(self, other: Self, wanted: &TensorIr, place: usize, next_id: &mut u64) -> (Vec<OperationIr>, Self) {
+        let chained = |own: Vec<TensorIr>, others| own.into_iter().chain(others).collect::<Vec<TensorIr>>();
+        let (factors, others) = (chained(self.factors, other.factors), chained(self.others, other.others));
+        let out = TensorIr::uninit(TensorId::new(*next_id), self.out.shape, wanted.dtype);
+        *next_id += 1;
+        let (rest, added) = without_terms(wanted, &others, next_id);
+        let (inputs, outputs) = (factors.clone(), vec![out.clone()]);
+        let sum = CustomOpIr { id: PRODUCT_SUM.into(), inputs, outputs, scalars: Vec::new() };
+        let mut operations = vec![OperationIr::Custom(sum), build::reshape(out.clone(), rest)];
+        operations.extend(added);
+        let made_by = (place..place + operations.len()).collect();
+        (operations, Self { factors, out, others, made_by, since: self.since.min(other.since) })
+    }
 }
 
 #[cfg(test)]
@@ -167,6 +187,20 @@ mod tests {
         assert_eq!(sums, [2, 3]);
     }
 
+    /// What the layers read goes on beside them as well, and its gradient comes first.
+    #[test]
+    fn other_terms_wait() {
+        let sums = |layers: Vec<Linear>| {
+            found(&layers, input(), |layers: &Vec<Linear>, x| {
+                let x = layers[0].forward(x).tanh();
+                let squares = |x: Tensor<3>| x.powi_scalar(2).mean();
+                let layers = layers[1..].iter().map(|layer| squares(layer.forward(x.clone())));
+                layers.reduce(|a, b| a + b).unwrap() + squares(x.clone().exp()) + (x + 1.0).mean()
+            })
+        };
+        assert_eq!(sums(layers(&[6, 6, 2, 2], true)).0, [3]);
+    }
+
     /// A layer that is frozen passes its part of the gradient on; one that takes no part has none.
     #[test]
     fn frozen_layers() {
@@ -177,7 +211,7 @@ mod tests {
         assert_eq!(of_one(model), (vec![], 6), "nobody wants the gradient of an input");
     }
 
-    /// Products of a forward alone, between which there are so many other operations.
+    /// ProductSum of a forward alone, between which there are so many other operations.
     fn of_forward(dtype: FloatDType, others: usize, is_read: bool) -> (Vec<usize>, usize) {
         let device = Device::flex();
         let model: Linear = LinearConfig::new(1, 1).init(&device);
