@@ -211,7 +211,7 @@ mod tests {
         assert_eq!(of_one(model), (vec![], 6), "nobody wants the gradient of an input");
     }
 
-    /// ProductSum of a forward alone, between which there are so many other operations.
+    /// Products of a forward alone, between which there are so many other operations.
     fn of_forward(dtype: FloatDType, others: usize, is_read: bool) -> (Vec<usize>, usize) {
         let device = Device::flex();
         let model: Linear = LinearConfig::new(1, 1).init(&device);
