@@ -15,9 +15,8 @@ use crate::memory::{MOST, held};
 const WIDTH: usize = 64;
 const LAYERS: usize = 6;
 
-/// What the machinery takes on a rank, with the handles that a step has of all parameters, and what is gathered of
-/// norms and biases: half of a group.
-const FEW: isize = 96 << 10;
+/// What the machinery takes on a rank, and what is gathered of norms and biases.
+const FEW: isize = 64 << 10;
 
 #[derive(Module, Debug)]
 struct Encoder {
