@@ -175,8 +175,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// # Errors
     /// [`Error::Optimizer`], which names a parameter if the optimizer was tried on one by itself; [`Error::Schedule`]
     /// if the schedule of the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to
-    /// live on. If the optimizer panics in an update, or has moments that do not fit, the world fails as well, since the
-    /// other ranks may have updated theirs.
+    /// live on. If the optimizer panics in an update, or has moments that do not fit, the world fails as well, since
+    /// the other ranks may have updated theirs.
     fn optimize(
         self,
         optim: &mut ModuleOptimizer,

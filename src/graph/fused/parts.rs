@@ -24,8 +24,8 @@ struct PartlyZero {
     made_by: Vec<usize>,
 }
 
-/// The program with the sums of parts that are all of a tensor as these parts beside each other. New tensors are numbered
-/// from `next_id`.
+/// The program with the sums of parts that are all of a tensor as these parts beside each other. New tensors are
+/// numbered from `next_id`.
 pub(super) fn parts_assembled(items: Vec<Item>, readers: &HashMap<TensorId, usize>, next_id: &mut u64) -> Vec<Item> {
     let once = |tensor: &TensorIr| readers.get(&tensor.id) == Some(&1);
     let mut zeros: HashMap<TensorId, usize> = HashMap::new();
