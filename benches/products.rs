@@ -259,7 +259,8 @@ fn main() -> Result<(), Error> {
     let arguments = figures::arguments();
     let rounds = arguments.iter().find_map(|word| word.parse().ok()).unwrap_or(15);
     let wanted = |name: &str| arguments.iter().all(|word| word == name || word.parse::<usize>().is_ok());
-    let tables: [(&str, fn(&mut Turns) -> Result<(), Error>); 6] = [
+    type Table = fn(&mut Turns) -> Result<(), Error>;
+    let tables: [(&str, Table); 6] = [
         ("layers", layers),
         ("weights", weights),
         ("sum", sum),
