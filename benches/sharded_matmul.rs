@@ -8,6 +8,7 @@
 //! `cargo bench --bench sharded_matmul -- [ROUNDS]`
 
 #[path = "../tests/common/forwarding.rs"]
+#[allow(dead_code, reason = "what tests need of it")]
 mod forwarding;
 
 mod figures;
