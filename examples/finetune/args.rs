@@ -365,7 +365,7 @@ impl Args {
             writable(json, flags.eval.as_deref())?;
         }
         flags.saving.check(folder)?;
-        places(flags.saving.save.as_deref(), flags.saving.resume.as_deref())?;
+        places(flags.saving.save.as_deref(), flags.saving.resume.as_deref(), &flags.model)?;
         let described = described(&strategy)?;
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;
@@ -461,19 +461,26 @@ fn idle_recompute(axes: Axes, strategy: &Strategy) -> String {
     )
 }
 
-/// Whether there is what is to be resumed, and no model of another run where the outcome is to be.
-fn places(save: Option<&Path>, resume: Option<&Path>) -> Result<(), String> {
+/// Whether there is what is to be resumed, and no model where the outcome is to be but of the run that goes on: not of
+/// another, and not the one that is trained.
+fn places(save: Option<&Path>, resume: Option<&Path>, model: &Path) -> Result<(), String> {
     if let Some(dir) = resume.filter(|dir| save != Some(*dir) && !has_checkpoints(&folder(dir))) {
         return Err(format!("--resume {}: there are no checkpoints", dir.display()));
     }
     let Some(dir) = save else { return Ok(()) };
-    let taken = ["model", "adapter"].into_iter().find(|name| dir.join(name).exists());
-    match taken.filter(|_| resume != Some(dir)) {
-        Some(name) => {
-            Err(format!("--save {0}: there is a {name} already: give --resume {0} too, or another", dir.display()))
-        }
-        None => Ok(()),
+    let Some(name) = ["model", "adapter"].into_iter().find(|name| dir.join(name).exists()) else { return Ok(()) };
+    let same = |one: &Path, other: &Path| {
+        one.canonicalize().ok().is_some_and(|one| other.canonicalize().is_ok_and(|it| it == one))
+    };
+    let taken = format!("--save {}: there is a {name} already", dir.display());
+    if same(&dir.join(name), model) {
+        return Err(format!("{taken}, that of --model: give another directory"));
     }
+    // Those of another run than the one that goes on are refused by themselves.
+    if !has_checkpoints(&folder(dir)) {
+        return Err(format!("{taken}, and no checkpoint of its run: give another directory"));
+    }
+    Ok(())
 }
 
 fn none_up_to<const MOST: usize>(value: &str) -> Result<usize, String> {

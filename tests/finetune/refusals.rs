@@ -103,7 +103,11 @@ fn flags_that_make_no_sense_are_refused() {
     directory.write("strategy.toml", b"tp = 5\n[tensor]\nplan = 'hugging_face'\n");
     refused(&directory, &["--strategy", "in:strategy.toml"], "`tp = 5` of --strategy: ");
     fs::create_dir_all(directory.path().join("old/model")).unwrap();
-    refused(&directory, &["--save", "in:old"], "there is a model already: give --resume");
+    let of_nobody = "old: there is a model already, and no checkpoint of its run: give another directory";
+    refused(&directory, &["--save", "in:old"], of_nobody);
+    refused(&directory, &["--save", "in:old", "--resume", "in:old"], of_nobody);
+    fs::create_dir_all(directory.path().join("old/checkpoints/step-000000003")).unwrap();
+    refused(&directory, &["--save", "in:old"], "there are checkpoints already: give --resume");
     fs::create_dir_all(directory.path().join("begun/checkpoints")).unwrap();
     refused(&directory, &["--resume", "in:begun"], "begun: there are no checkpoints");
     let one = directory.path().join("begun/checkpoints/step-000000003");
