@@ -28,7 +28,7 @@ const SAID_WAIT: Duration = Duration::from_secs(1);
 /// address space that is reserved and never written does not count); on other Unix systems on address space
 /// (`RLIMIT_AS`). A child that reaches it is refused memory and aborts; one that the system kills, as where a control
 /// group is full, died of the same. Either is [`Trial::TooLarge`]. On Linux a child ends with this process, also where
-/// that is killed.
+/// that is killed. It prints no backtraces (`RUST_BACKTRACE` is 0 in it).
 ///
 /// # Errors
 /// [`Error::User`] if the program cannot be started, fails for another reason, with the end of what it wrote to
@@ -37,6 +37,8 @@ pub fn try_in_child(command: &mut Command, bytes: u64, timeout: Duration) -> Res
     let name = command.get_program().to_string_lossy().into_owned();
     limit(command, bytes);
     end_with_parent(command);
+    // Without memory a backtrace is never done: what prints it holds a lock, and is refused memory in turn.
+    command.env("RUST_BACKTRACE", "0").env("RUST_LIB_BACKTRACE", "0");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|why| Error::user(format!("cannot start {name} for a trial: {why}")))?;
     let (errors, said) = (child.stderr.take(), Arc::new(Mutex::new(Vec::new())));
@@ -80,7 +82,7 @@ fn read(mut errors: impl Read, kept: &Mutex<Vec<u8>>) {
 }
 
 /// What programs say that are refused memory, or whose device is.
-const REFUSED: [&str; 8] = [
+const REFUSED: [&str; 10] = [
     "memory allocation of",
     "memory allocation failed",
     "Cannot allocate memory",
@@ -88,6 +90,9 @@ const REFUSED: [&str; 8] = [
     "failed to spawn thread",
     // Of a thread without memory for its stack: EAGAIN.
     "os error 11",
+    "Resource temporarily unavailable",
+    // Of the loader.
+    "cannot map zero-fill pages",
     "out of memory",
     // Of [`Error::OutOfMemory`].
     "has no memory for the",
@@ -102,6 +107,8 @@ fn answer(name: &str, status: ExitStatus, said: &str) -> Result<Trial, Error> {
         (Some(line), _) => Ok(Trial::TooLarge(line.trim().into())),
         // Killed by the system.
         (None, Some(9)) => Ok(Trial::TooLarge("the system killed the trial".into())),
+        // A stack was not allowed to grow, or a thread had none.
+        (None, Some(11)) if said.trim().is_empty() => Ok(Trial::TooLarge(format!("the trial was ended by {status}"))),
         (None, _) => {
             // With what is indented below it.
             let lines: Vec<&str> = said.trim().lines().collect();
@@ -167,6 +174,11 @@ mod tests {
         let second = Duration::from_secs(20);
         assert_eq!(try_in_child(&mut sh("exit 0"), 1 << 30, second).unwrap(), Trial::Fits);
         assert!(matches!(try_in_child(&mut sh("kill -9 $$"), 1 << 30, second).unwrap(), Trial::TooLarge(_)));
+        assert!(matches!(try_in_child(&mut sh("kill -11 $$"), 1 << 30, second).unwrap(), Trial::TooLarge(_)));
+        let crash = try_in_child(&mut sh("echo index out of bounds >&2; kill -11 $$"), 1 << 30, second);
+        assert!(crash.unwrap_err().to_string().contains("not for want of memory: index out of bounds"));
+        let mut silent = sh("[ $RUST_BACKTRACE$RUST_LIB_BACKTRACE = 00 ]");
+        assert_eq!(try_in_child(silent.env("RUST_BACKTRACE", "1"), 1 << 30, second).unwrap(), Trial::Fits);
         let told = try_in_child(&mut sh("echo 'memory allocation of 5 bytes failed' >&2; kill -6 $$"), 1 << 30, second);
         assert_eq!(told.unwrap(), Trial::TooLarge("memory allocation of 5 bytes failed".into()));
         let problem = try_in_child(&mut sh("echo no such flag >&2; exit 2"), 1 << 30, second).unwrap_err().to_string();
