@@ -7,7 +7,7 @@ use burn_parallel::launch::{ProcessInfo, RunNames};
 use burn_parallel::prelude::*;
 
 use super::program::refused;
-use super::saving::{RUN, STEPS, SaveFlags, has_checkpoints, writable};
+use super::saving::{RUN, STEPS, SaveFlags, checkpoint, has_checkpoints, writable};
 
 /// How the ranks were started.
 fn process() -> Option<ProcessInfo> {
@@ -35,12 +35,28 @@ pub(super) fn taken(dir: &Path) -> String {
     format!("--save {0}: there are checkpoints already: give --resume {0} too, or another directory", dir.display())
 }
 
-/// The directory of the run that has a checkpoint, and its step, if it is one that `dir` names.
-fn run_of(dir: &Path, folder: fn(&Path) -> PathBuf) -> Option<(&Path, u64)> {
-    let (all, step) = (dir.parent()?, dir.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()?);
-    let is_there = all.join(format!("step-{step:09}")).join("checkpoint.json").is_file();
-    let run = dir.ancestors().skip(1).find(|run| folder(run) == all)?;
-    is_there.then_some((if run == Path::new("") { Path::new(".") } else { run }, step))
+/// Why no run goes on from a directory.
+fn nothing(dir: &Path) -> String {
+    let why = if dir.exists() && !dir.is_dir() { "it is not a directory" } else { "there is no checkpoint" };
+    format!("--resume {}: {why}", dir.display())
+}
+
+/// The directory of the run whose checkpoints are in `all`, if that is within it.
+fn run_of(all: &Path, folder: fn(&Path) -> PathBuf) -> Option<&Path> {
+    let run = all.ancestors().find(|run| folder(run) == all)?;
+    Some(if run == Path::new("") { Path::new(".") } else { run })
+}
+
+/// What is given instead of `dir`, and what that is, if it lies in the directory of a run.
+fn instead_of(dir: &Path, folder: fn(&Path) -> PathBuf) -> Option<String> {
+    let step = || dir.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
+    if let (Some(all), Some(step)) = (dir.parent(), step())
+        && let (Some(run), Some(_)) = (run_of(all, folder), checkpoint(all, step))
+    {
+        return Some(format!("it is one checkpoint: give --resume {} --resume-step {step}", run.display()));
+    }
+    let run = run_of(dir, folder).filter(|_| folder(dir) != dir && has_checkpoints(dir))?;
+    Some(format!("it is where a run has its checkpoints: give --resume {}", run.display()))
 }
 
 /// A checkpoint that a run goes on from.
@@ -52,20 +68,30 @@ struct Origin<'a> {
 }
 
 impl SaveFlags {
-    /// Whether nothing can be saved, or what is to be comes among checkpoints of another run, which are in `folder` of
-    /// `--save`. Where a launcher may have started this run before, they may be its own: ranks find that out together.
+    /// Whether there is nothing to go on from, nothing can be saved, or what is to be comes among checkpoints of another
+    /// run, which are in `folder` of `--save`. Where a launcher may have started this run before, there may be its own
+    /// there: ranks find that out together.
     pub fn check(&self, folder: fn(&Path) -> PathBuf) -> Result<(), String> {
-        if let Some((dir, (run, step))) = self.resume.as_ref().and_then(|dir| Some((dir, run_of(dir, folder)?))) {
-            let (dir, run) = (dir.display(), run.display());
-            return Err(format!("--resume {dir}: it is one checkpoint: give --resume {run} --resume-step {step}"));
-        }
         let known = process().is_some_and(|process| process.restarts > 0 || !process.run.is_empty());
+        if let Some(dir) = &self.resume {
+            if let Some(instead) = instead_of(dir, folder) {
+                return Err(format!("--resume {}: {instead}", dir.display()));
+            }
+            if !known && !self.saves_in(dir) && !has_checkpoints(&folder(dir)) {
+                return Err(nothing(dir));
+            }
+        }
         let resumed = |dir: &Path| self.resume.as_ref().is_some_and(|from| same(from, dir));
         match &self.save {
             Some(dir) if !known && !resumed(dir) && has_checkpoints(&folder(dir)) => Err(taken(dir)),
             Some(dir) => writable(dir),
             None => Ok(()),
         }
+    }
+
+    /// Whether this is the directory that the run saves in: then it begins anew if there is no checkpoint.
+    fn saves_in(&self, dir: &Path) -> bool {
+        self.save.as_ref().is_some_and(|save| same(save, dir))
     }
 
     /// What this run has saved itself before its ranks were started again, if it has. Collective.
@@ -104,6 +130,10 @@ impl SaveFlags {
     ) -> Result<Option<Origin<'_>>, Error> {
         let own = self.own(world, folder, strategy)?;
         let (None, Some(dir)) = (&own, &self.resume) else { return Ok(own) };
+        // A directory that is only read is not made.
+        if !of_rank_0(world, self.saves_in(dir) || has_checkpoints(&folder(dir)))? {
+            return Err(refused(Error::user(nothing(dir))));
+        }
         let mut checkpoints = self.open(dir, world, folder, strategy)?;
         let step = match self.resume_step {
             None => checkpoints.latest()?,
@@ -125,13 +155,13 @@ impl SaveFlags {
         let Some(Origin { dir, mut checkpoints, step }) = self.origin(world, folder, strategy)? else {
             return Ok((0, None));
         };
-        let saves = self.save.as_ref().is_some_and(|save| same(save, dir));
+        let saves = self.saves_in(dir);
         let there = checkpoints.steps()?;
         // Nothing is there yet: it begins.
         let Some(step) = step else {
             return match saves {
                 true => Ok((0, Some(checkpoints))),
-                false => Err(refused(Error::user(format!("--resume {dir:?}: there is no checkpoint")))),
+                false => Err(refused(Error::user(nothing(dir)))),
             };
         };
         if !there.contains(&step) {

@@ -38,9 +38,17 @@ pub struct SaveFlags {
     pub resume_step: Option<u64>,
 }
 
+/// The checkpoint of a step in a directory, if it is there.
+pub(super) fn checkpoint(dir: &Path, step: u64) -> Option<PathBuf> {
+    Some(dir.join(format!("step-{step:09}"))).filter(|path| path.join("checkpoint.json").is_file())
+}
+
 /// Whether there are checkpoints in a directory.
 pub fn has_checkpoints(dir: &Path) -> bool {
-    let is_one = |name: &OsStr| name.to_string_lossy().starts_with("step-");
+    let is_one = |name: &OsStr| {
+        let step = name.to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
+        step.and_then(|step| checkpoint(dir, step)).is_some_and(|path| path.file_name() == Some(name))
+    };
     fs::read_dir(dir).is_ok_and(|mut found| found.any(|it| it.is_ok_and(|it| is_one(&it.file_name()))))
 }
 

@@ -365,7 +365,7 @@ impl Args {
             writable(json, flags.eval.as_deref())?;
         }
         flags.saving.check(folder)?;
-        places(flags.saving.save.as_deref(), flags.saving.resume.as_deref(), &flags.model)?;
+        no_model_yet(flags.saving.save.as_deref(), &flags.model)?;
         let described = described(&strategy)?;
         // A trial leaves nothing behind.
         let kept = trial.is_none() || !auto;
@@ -461,12 +461,9 @@ fn idle_recompute(axes: Axes, strategy: &Strategy) -> String {
     )
 }
 
-/// Whether there is what is to be resumed, and no model where the outcome is to be but of the run that goes on: not of
-/// another, and not the one that is trained.
-fn places(save: Option<&Path>, resume: Option<&Path>, model: &Path) -> Result<(), String> {
-    if let Some(dir) = resume.filter(|dir| save != Some(*dir) && !has_checkpoints(&folder(dir))) {
-        return Err(format!("--resume {}: there are no checkpoints", dir.display()));
-    }
+/// Whether there is no model where the outcome is to be but of the run that goes on: not of another, and not the one
+/// that is trained.
+fn no_model_yet(save: Option<&Path>, model: &Path) -> Result<(), String> {
     let Some(dir) = save else { return Ok(()) };
     let Some(name) = ["model", "adapter"].into_iter().find(|name| dir.join(name).exists()) else { return Ok(()) };
     let same = |one: &Path, other: &Path| {

@@ -503,11 +503,34 @@ fn a_run_that_was_killed_goes_on_as_if_it_had_not_been() {
     same_losses(&whole, &first, 1e-5);
     assert_eq!(fs::read_dir(&again).unwrap().count(), 1);
     same_losses(&first, &run(&["--dp", "2"], &both), 0.0);
-    let none = folder.path("none");
-    let output = tiny(&["--resume", &none]);
-    assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("there is no checkpoint"));
     refused(&["--keep", "2"], "--save");
+}
+
+/// What a run is to go on from is not made where it is not, whatever starts the ranks.
+#[test]
+fn nothing_to_resume_is_refused_and_not_made() {
+    let folder = Folder::new("nothing");
+    let none = folder.path("none");
+    let of_launcher = |resume: &str| {
+        let mut command = Command::new(example());
+        command.args(TINY).args(["--launch", "env", "--dp", "1", "--resume", resume]).env("BURN_PARALLEL_RUN", "known");
+        let one = [("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")];
+        command.envs(one).env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", free_port().to_string());
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let file = folder.write("file", b"");
+    for (resume, why) in [(&none, "none: there is no checkpoint"), (&file, "file: it is not a directory")] {
+        refused(&["--resume", resume], why);
+        let (code, stderr) = of_launcher(resume);
+        assert!(code == Some(2) && stderr.contains(why), "{code:?} {stderr}");
+    }
+    assert!(!Path::new(&none).exists());
+    // What is only called like a checkpoint is none: neither in the way of a run, nor to go on from.
+    let saved = folder.path("saved");
+    fs::create_dir_all(Path::new(&saved).join("step-000000009")).unwrap();
+    refused(&["--resume", &saved], "saved: there is no checkpoint");
+    assert!(tiny(&["--save", &saved, "--steps", "1", "--dp", "1"]).status.success());
 }
 
 /// Another run's checkpoints are not pruned, nor gone on from, by a run that did not ask for them.

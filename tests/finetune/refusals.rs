@@ -68,7 +68,8 @@ fn flags_that_make_no_sense_are_refused() {
         (&["--generate", &"a ".repeat(200)], "and the model was made for 256"),
         (&["--json", "/nowhere/at/all.json"], "cannot write --json"),
         (&["--eval", "in:eval.jsonl", "--json", "in:eval.jsonl"], "eval.jsonl\" would overwrite the text"),
-        (&["--resume", "in:nowhere"], "nowhere: there are no checkpoints"),
+        (&["--resume", "in:nowhere"], "nowhere: there is no checkpoint"),
+        (&["--resume", "in:data.jsonl"], "data.jsonl: it is not a directory"),
         (&["--save", "in:data.jsonl"], "data.jsonl: it is not a directory"),
         (&["--save", "in:data.jsonl/below"], "--save"),
         (&["--warmup", "11", "--steps", "10"], "--warmup 11 is more than the 10 steps"),
@@ -106,15 +107,21 @@ fn flags_that_make_no_sense_are_refused() {
     let of_nobody = "old: there is a model already, and no checkpoint of its run: give another directory";
     refused(&directory, &["--save", "in:old"], of_nobody);
     refused(&directory, &["--save", "in:old", "--resume", "in:old"], of_nobody);
-    fs::create_dir_all(directory.path().join("old/checkpoints/step-000000003")).unwrap();
+    let one = |run: &str| directory.path().join(run).join("checkpoints/step-000000003");
+    // What is only called like a checkpoint is none.
+    fs::create_dir_all(one("old")).unwrap();
+    refused(&directory, &["--save", "in:old"], of_nobody);
+    fs::write(one("old").join("checkpoint.json"), "").unwrap();
     refused(&directory, &["--save", "in:old"], "there are checkpoints already: give --resume");
-    fs::create_dir_all(directory.path().join("begun/checkpoints")).unwrap();
-    refused(&directory, &["--resume", "in:begun"], "begun: there are no checkpoints");
-    let one = directory.path().join("begun/checkpoints/step-000000003");
-    fs::create_dir(&one).unwrap();
-    fs::write(one.join("checkpoint.json"), "").unwrap();
-    let said = format!("give --resume {} --resume-step 3", directory.path().join("begun").display());
+    fs::create_dir_all(one("begun")).unwrap();
+    refused(&directory, &["--resume", "in:begun"], "begun: there is no checkpoint");
+    refused(&directory, &["--resume", "in:begun/checkpoints"], "begun/checkpoints: there is no checkpoint");
+    fs::write(one("begun").join("checkpoint.json"), "").unwrap();
+    let begun = directory.path().join("begun");
+    let said = format!("give --resume {} --resume-step 3", begun.display());
     refused(&directory, &["--resume", "in:begun/checkpoints/step-000000003"], &said);
+    let said = format!("begun/checkpoints: it is where a run has its checkpoints: give --resume {}", begun.display());
+    refused(&directory, &["--resume", "in:begun/checkpoints"], &said);
 }
 
 /// What the model or the replicas say to a file comes when ranks have started.
