@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use super::config::CheckpointConfig;
 use super::fault;
 use super::file_problem;
-use super::index::INDEX;
+use super::index::{INDEX, INDEX_CHECKSUM};
+use super::write::is_file_of_rank;
 use crate::Error;
 
 /// Behind the hidden name of a checkpoint that is being written.
@@ -77,6 +78,37 @@ pub(super) fn is_draft(name: &str) -> bool {
     left(name).is_some_and(|(_, what)| what == DRAFT)
 }
 
+/// Whether a directory is a checkpoint that a save has made, whole or damaged: nobody else writes such a file.
+fn is_checkpoint(dir: &Path) -> bool {
+    dir.join(INDEX_CHECKSUM).is_file()
+}
+
+/// Whether it is that, or what a save that was ended has left or half removed: there is nothing in it but what saves
+/// make.
+fn is_of_a_save(dir: &Path) -> bool {
+    let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name);
+    let is_known = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|it| it.file_name().to_str().is_some_and(is_made));
+    is_checkpoint(dir) || fs::read_dir(dir).is_ok_and(|mut entries| entries.all(is_known))
+}
+
+/// That no directory of somebody else is in the place of the checkpoint of a step, or where it is set aside.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if one is.
+pub(super) fn is_free(root: &Path, step: u64) -> Result<(), Error> {
+    let (dir, aside) = (root.join(name_of(step)), root.join(format!(".{}.{REPLACED}", name_of(step))));
+    for (path, is_ours) in [(dir, is_checkpoint as fn(&Path) -> bool), (aside, is_of_a_save)] {
+        if path.symlink_metadata().is_ok() && !is_ours(&path) {
+            let problem = format!(
+                "is in the place of the checkpoint of step {step}, and is none ({INDEX_CHECKSUM} is missing in it), so it stays as \
+                 it is: move it elsewhere, or save into another directory"
+            );
+            return Err(file_problem(&path, problem));
+        }
+    }
+    Ok(())
+}
+
 /// Gives checkpoints their names again that runs which were killed between two renames have left without one.
 ///
 /// # Errors
@@ -85,14 +117,14 @@ pub(super) fn put_back(root: &Path) -> Result<(), Error> {
     for name in names(root)? {
         let Some((of, REPLACED)) = left(&name) else { continue };
         let (path, whole) = (root.join(&name), root.join(of));
-        if !whole.exists() {
+        if !whole.exists() && is_checkpoint(&path) {
             fs::rename(&path, &whole).map_err(|why| failed(&path, &why))?;
         }
     }
     Ok(())
 }
 
-/// Removes what runs that were killed have left half written or half removed.
+/// Removes what runs that were killed have left half written or half removed, and nothing else.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses.
@@ -100,8 +132,12 @@ pub(super) fn clean_up(root: &Path) -> Result<(), Error> {
     put_back(root)?;
     for name in names(root)?.iter().filter(|name| left(name).is_some()) {
         let path = root.join(name);
-        log::info!("removes {}, which a save that was ended has left", path.display());
-        remove(&path)?;
+        if is_of_a_save(&path) {
+            log::info!("removes {}, which a save that was ended has left", path.display());
+            remove(&path)?;
+        } else {
+            log::warn!("{} is called as what a save leaves, and has something else in it: it stays", path.display());
+        }
     }
     Ok(())
 }
@@ -113,8 +149,8 @@ fn remove(path: &Path) -> Result<(), Error> {
     }
 }
 
-/// Removes the checkpoints that are not to be kept, of all in the order in which they were written. One is renamed
-/// first, so that none that looks whole lacks files.
+/// Removes the checkpoints that are not to be kept, of all in the order in which they were written; what saves have not
+/// made stays. One is renamed first, so that none that looks whole lacks files.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses.
@@ -125,8 +161,14 @@ pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Re
     let keeps = |step: u64| config.keep_every.is_some_and(|every| every > 0 && step.is_multiple_of(every));
     for step in old.iter().filter(|step| !keeps(**step)) {
         let path = root.join(name_of(*step));
+        if !is_checkpoint(&path) {
+            log::warn!("{} has no {INDEX_CHECKSUM}, as every checkpoint has: it stays", path.display());
+            continue;
+        }
         let removed: PathBuf = root.join(format!(".{}.{REMOVED}", name_of(*step)));
-        remove(&removed)?;
+        if is_of_a_save(&removed) {
+            remove(&removed)?;
+        }
         fs::rename(&path, &removed).map_err(|why| failed(&path, &why))?;
         fault::point("removing");
         remove(&removed)?;

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::agree::{attempt, together};
-use super::directory::{checkpoint_of, is_draft, names, put_back};
+use super::directory::{checkpoint_of, is_draft, is_free, names, put_back};
 use super::file_problem;
 use super::order::index_checksum;
 use crate::Error;
@@ -88,9 +88,10 @@ impl Opened {
     /// Gives a draft, that of the checkpoint of this step, its name. On rank 0.
     ///
     /// # Errors
-    /// As [`is_alone`](Self::is_alone), and [`Draft::commit`].
+    /// As [`is_alone`](Self::is_alone), [`is_free`] and [`Draft::commit`].
     pub(super) fn commit(&self, draft: &Draft, step: u64) -> Result<(), Error> {
         self.is_alone()?;
+        is_free(&self.root, step)?;
         lock(&self.committed).insert(step);
         draft.commit()
     }

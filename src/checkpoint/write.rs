@@ -26,6 +26,11 @@ pub(super) fn file_name(rank: usize) -> String {
     format!("rank-{rank:05}.safetensors")
 }
 
+/// Whether that is the name of the file of some rank.
+pub(super) fn is_file_of_rank(name: &str) -> bool {
+    name.starts_with("rank-") && name.ends_with(".safetensors")
+}
+
 /// What came of a rank's file.
 pub(super) enum Outcome {
     /// It is on the disk.

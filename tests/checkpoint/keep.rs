@@ -86,26 +86,70 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
         fs::create_dir(at(left)).unwrap();
         fs::write(at(left).join("rank-00000.safetensors"), "half").unwrap();
     }
-    for other in ["step-9", "step-000000009", "notes", ".other.unfinished"] {
-        fs::create_dir(at(other)).unwrap();
+    let others = ["step-9", "step-000000009", "notes", ".other.unfinished"];
+    others.into_iter().for_each(|other| fs::create_dir(at(other)).unwrap());
+    // Called as what a save leaves.
+    let theirs = [".step-000000005.unfinished", ".step-000000006.replaced", ".step-000000007.removed"];
+    for name in theirs {
+        fs::create_dir(at(name)).unwrap();
+        fs::write(at(name).join("notes.txt"), "of somebody").unwrap();
     }
     // Killed between two renames.
     fs::rename(at("step-000000003"), at(".step-000000003.replaced")).unwrap();
     save(2);
-    let expected = [
-        ".order",
-        ".other.unfinished",
-        "notes",
-        "step-000000001",
-        "step-000000002",
-        "step-000000003",
-        "step-000000009",
-        "step-9",
-    ];
+    let mut expected =
+        [&others[..], &theirs, &[".order", "step-000000001", "step-000000002", "step-000000003"]].concat();
+    expected.sort_unstable();
     assert_eq!(names(&dir), expected);
     let run = launch::threads(1).run(|world| Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.latest());
     // The one that was written last.
     assert_eq!(run.unwrap(), [Some(2)]);
+}
+
+/// Neither a save nor what it removes takes a directory that no save has made, whatever it is called.
+#[test]
+fn what_somebody_has_under_the_name_of_a_checkpoint_stays() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let at = |step: u64| dir.path().join(format!("step-{step:09}"));
+    for step in [1, 2, 4] {
+        fs::create_dir(at(step)).unwrap();
+        fs::write(at(step).join("notes.txt"), "of somebody").unwrap();
+    }
+    // As another program calls its own.
+    fs::write(at(1).join("checkpoint.json"), "{}").unwrap();
+    fs::write(at(3), "no directory").unwrap();
+    let aside = dir.path().join(".step-000000005.replaced");
+    fs::rename(at(4), &aside).unwrap();
+    let before = names(&dir);
+    let config = CheckpointConfig::new().with_keep_last(1);
+    let refused = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), config.clone())?;
+        let mut refused = Vec::new();
+        for step in [1, 2, 3, 5] {
+            refused.push(checkpoints.save(step, TrainState::new(&mut model)).unwrap_err().to_string());
+            checkpoints.save_async(step, TrainState::new(&mut model))?;
+            refused.push(checkpoints.wait().unwrap_err().to_string());
+        }
+        world.barrier()?;
+        assert_eq!(names(&dir), before);
+        world.barrier()?;
+        for step in [7, 8] {
+            checkpoints.save(step, TrainState::new(&mut model))?;
+        }
+        Ok(refused)
+    });
+    let refused = refused.unwrap();
+    assert_eq!(refused[0], refused[1]);
+    let places = [at(1), at(2), at(3), aside.clone()];
+    for (said, place) in refused[0].chunks(2).zip(&places) {
+        assert!(said[0] == said[1] && said[0].contains(&format!("{}: is in the place", place.display())), "{said:?}");
+        assert!(said[0].contains("move it elsewhere"), "{said:?}");
+    }
+    assert_eq!(names(&dir).len(), before.len() + 1);
+    for place in [at(1), at(2), aside] {
+        assert_eq!(fs::read(place.join("notes.txt")).unwrap(), b"of somebody");
+    }
 }
 
 /// A run that has gone back is gone on with, though the one before has come further: from its first save on, whenever
