@@ -10,19 +10,22 @@ use super::agree::{attempt, together};
 use super::background::Running;
 use super::config::CheckpointConfig;
 use super::contents::{OwnSteps, Snapshot};
-use super::directory::{name_of, steps};
-use super::index::Index;
+use super::directory::steps;
 use super::job::{self, Saved};
 use super::moments::KnownStates;
 use super::opened::Opened;
 use super::order::as_written;
 use super::params::Statistics;
+use super::reading::{Reading, Unread};
 use super::restore::{self, Restored};
 use super::state::TrainState;
 use super::{checkpoint_error, file_problem, value};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::train::ParallelModule;
+
+/// How often a checkpoint that is removed while it is read is followed by another try, with the latest then.
+const MOST_GONE: usize = 4;
 
 /// Writes checkpoints into a directory, and reads them. One for each rank of a world; all its calls are collective, in
 /// the same order on all ranks.
@@ -168,11 +171,11 @@ impl Checkpointer {
     /// value is not what `T` takes for it; that of a save in the background; that of the world.
     pub fn read_value<T: DeserializeOwned>(&mut self, step: u64, name: &str) -> Result<Option<T>, Error> {
         self.wait()?;
-        let dir = self.opened.root.join(name_of(step));
+        let reading = Reading::begin(&self.opened.root, step, &self.group).map_err(Unread::why)?;
         let read = || {
-            let value = Index::read(&dir)?.values.remove(name);
+            let value = reading.index()?.values.remove(name);
             value.map(|json| serde_json::from_value(value::plain(json))).transpose().map_err(|why| {
-                file_problem(&dir, format!("value `{name}` is not what this program takes for it: {why}"))
+                file_problem(&reading.dir, format!("value `{name}` is not what this program takes for it: {why}"))
             })
         };
         together(attempt(read), &self.group)
@@ -192,39 +195,51 @@ impl Checkpointer {
     /// model must be those of the checkpoint, unless the [config](CheckpointConfig::with_allow_missing) allows for
     /// more or for fewer.
     ///
+    /// A run that saves here meanwhile may remove the checkpoint that is read, as one that keeps its last alone does:
+    /// then the next one is read instead, some times at most.
+    ///
     /// # Errors
     /// On all ranks alike, with the state as it was: [`Error::Checkpoint`] if a file is damaged or missing, or if the
     /// checkpoint does not fit, also if the optimizer loads moments with fewer digits than their parameter: it names
     /// file, path and what to do. The error of the world.
-    pub fn restore<P: ParallelModule>(&mut self, state: TrainState<'_, P>) -> Result<Option<Restored>, Error> {
-        match self.latest()? {
-            Some(step) => self.restore_step(step, state).map(Some),
-            None => Ok(None),
+    pub fn restore<P: ParallelModule>(&mut self, mut state: TrainState<'_, P>) -> Result<Option<Restored>, Error> {
+        let mut gone = Vec::new();
+        loop {
+            let Some(step) = self.latest()? else { return gone.pop().map_or(Ok(None), Err) };
+            match self.read(step, &mut state) {
+                Err(Unread::Gone(why)) if gone.len() < MOST_GONE => gone.push(why),
+                read => return read.map(Some).map_err(Unread::why),
+            }
         }
     }
 
     /// As [`restore`](Self::restore), from the checkpoint of a step.
     ///
     /// # Errors
-    /// As [`restore`](Self::restore); also if there is none of this step.
+    /// As [`restore`](Self::restore); also if there is none of this step, or if another run removes it meanwhile.
     pub fn restore_step<P: ParallelModule>(
         &mut self,
         step: u64,
         mut state: TrainState<'_, P>,
     ) -> Result<Restored, Error> {
         self.wait()?;
-        let dir = self.opened.root.join(name_of(step));
+        self.read(step, &mut state).map_err(Unread::why)
+    }
+
+    /// Gives a state the values of the checkpoint of a step, or leaves it as it is.
+    fn read<P: ParallelModule>(&self, step: u64, state: &mut TrainState<'_, P>) -> Result<Restored, Unread> {
+        let reading = Reading::begin(&self.opened.root, step, &self.group)?;
         let before = Statistics::of(state.model);
         let (config, first) = (&self.config, self.group.rank() == 0);
-        let loaded = attempt(|| restore::load(&dir, &mut state, config, first)).map_err(|why| of_checkpoint(&dir, why));
-        match together(loaded, &self.group) {
+        let loaded = attempt(|| restore::load(&reading, state, config, first));
+        match together(loaded.map_err(|why| of_checkpoint(&reading.dir, why)), &self.group) {
             Ok(loaded) => {
                 self.steps.add(step);
-                Ok(loaded.put(&mut state))
+                Ok(loaded.put(state))
             }
             Err(error) => {
                 before.put_back(state.model);
-                Err(error)
+                Err(reading.unread(error))
             }
         }
     }

@@ -165,48 +165,33 @@ impl Index {
         }
     }
 
-    /// Reads the index of a checkpoint, and makes sure that it makes sense.
+    /// Takes the text of the index in a directory, and makes sure that it makes sense.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] with the file and what is wrong.
-    pub(super) fn read(dir: &Path) -> Result<Self, Error> {
-        let path = dir.join(INDEX);
-        let read = |path: &Path| {
-            let failed = |why: std::io::Error| {
-                file_problem(path, format!("cannot be read: {why}; every rank needs the directory in one file system"))
-            };
-            let size = fs::metadata(path).map_err(failed)?.len();
-            if size > LONGEST {
-                return Err(file_problem(path, format!("has {size} bytes, too many for an index")));
-            }
-            fs::read(path).map_err(failed)
-        };
-        let (text, sum) = (read(&path)?, read(&dir.join(INDEX_CHECKSUM))?);
-        Self::parse(&text, &sum).map_err(|why| {
-            let instead = "restore an earlier one with `restore_step`, or remove the directory";
-            file_problem(&path, format!("{why}; {instead}"))
-        })
+    pub(super) fn of(dir: &Path, text: &[u8]) -> Result<Self, Error> {
+        Self::parse(text).map_err(|why| wrong(dir, why))
     }
 
-    /// # Errors
-    /// What is wrong.
-    pub(super) fn parse(text: &[u8], sum: &[u8]) -> Result<Self, String> {
-        if sum.trim_ascii() != checksum(text).as_bytes() {
-            return Err(format!("is damaged: its checksum is not the one in {INDEX_CHECKSUM}"));
+    fn parse(text: &[u8]) -> Result<Self, String> {
+        let index = serde_json::from_slice::<Self>(text);
+        let (format, version) = match &index {
+            Ok(index) => (index.format.clone(), index.version),
+            // Another version may have anything else in it.
+            Err(_) => {
+                serde_json::from_slice::<FormatVersion>(text).map(|it| (it.format, it.version)).map_err(no_index)?
+            }
+        };
+        if format != FORMAT {
+            return Err(format!("is a `{format}`, not a `{FORMAT}`"));
         }
-        let version: FormatVersion =
-            serde_json::from_slice(text).map_err(|why| format!("is no index of a checkpoint: {why}"))?;
-        if version.format != FORMAT {
-            return Err(format!("is a `{}`, not a `{FORMAT}`", version.format));
-        }
-        if version.version != VERSION {
+        if version != VERSION {
             return Err(format!(
-                "is of version {} of the format, and this program reads version {VERSION}: take the version of burn-parallel \
-                 that wrote it, or a newer one",
-                version.version
+                "is of version {version} of the format, and this program reads version {VERSION}: take the version of \
+                 burn-parallel that wrote it, or a newer one"
             ));
         }
-        let index: Self = serde_json::from_slice(text).map_err(|why| format!("is no index of a checkpoint: {why}"))?;
+        let index = index.map_err(no_index)?;
         index.check()?;
         Ok(index)
     }
@@ -274,6 +259,37 @@ impl Index {
         }
         Ok(())
     }
+}
+
+/// Reads the text of the index in a directory, and compares its checksum.
+///
+/// # Errors
+/// [`Error::Checkpoint`] with the file and what is wrong.
+pub(super) fn index_text(dir: &Path) -> Result<Vec<u8>, Error> {
+    let read = |name| {
+        let path = dir.join(name);
+        let failed = |why: std::io::Error| file_problem(&path, format!("cannot be read: {why}"));
+        let size = fs::metadata(&path).map_err(failed)?.len();
+        if size > LONGEST {
+            return Err(file_problem(&path, format!("has {size} bytes, too many for an index")));
+        }
+        fs::read(&path).map_err(failed)
+    };
+    let (text, sum) = (read(INDEX)?, read(INDEX_CHECKSUM)?);
+    if sum.trim_ascii() != checksum(&text).as_bytes() {
+        return Err(wrong(dir, format!("is damaged: its checksum is not the one in {INDEX_CHECKSUM}")));
+    }
+    Ok(text)
+}
+
+fn no_index(why: serde_json::Error) -> String {
+    format!("is no index of a checkpoint: {why}")
+}
+
+/// What is wrong with the index in a directory, and what to do.
+fn wrong(dir: &Path, why: String) -> Error {
+    let instead = "restore an earlier one with `restore_step`, or remove the directory";
+    file_problem(&dir.join(INDEX), format!("{why}; {instead}"))
 }
 
 /// Whether a name is that of a file in the same directory, on any system.

@@ -59,6 +59,7 @@ mod params;
 mod plan;
 mod position;
 mod read;
+mod reading;
 mod refill;
 mod restore;
 mod scalar;

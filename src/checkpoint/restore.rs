@@ -12,10 +12,11 @@ use super::config::{CheckpointConfig, matches};
 use super::index::Index;
 use super::params::{self, ParamInfo};
 use super::read::{CheckpointReader, ParamSource};
+use super::reading::Reading;
 use super::refill::{Wanted, restored as restored_optimizer};
 use super::scheduler::restored_scheduler;
 use super::state::TrainState;
-use super::{checkpoint_error, file_problem};
+use super::{checkpoint_error, fault, file_problem};
 use crate::Error;
 use crate::graph::RandomUse;
 use crate::train::ParallelModule;
@@ -47,12 +48,13 @@ pub(super) struct Loaded<P> {
 /// # Errors
 /// As [`Checkpointer::restore`](super::Checkpointer::restore).
 pub(super) fn load<P: ParallelModule>(
-    dir: &Path,
+    reading: &Reading<'_>,
     state: &mut TrainState<'_, P>,
     config: &CheckpointConfig,
     first: bool,
 ) -> Result<Loaded<P>, Error> {
-    let index = Arc::new(Index::read(dir)?);
+    let (dir, index) = (&reading.dir, Arc::new(reading.index()?));
+    fault::point("index read");
     let infos = params::infos(state.model.local())?;
     let kept = compare(dir, &index, &infos, state, config)?;
     let mut params = ParamSource { reader: CheckpointReader::new(dir, index.clone()), kept: Arc::new(kept) };
@@ -84,11 +86,8 @@ pub(super) fn load<P: ParallelModule>(
         schedulers.push(numbers.map(|numbers| restored_scheduler(name, scheduler, numbers)).transpose()?);
     }
     for (name, slot) in &mut state.values {
-        if let Some(value) = index.values.get(name) {
-            slot.read(value.clone()).map_err(|why| {
-                file_problem(dir, format!("value `{name}` is not what this program takes for it: {why}"))
-            })?;
-        }
+        slot.read(index.values.get(name).cloned())
+            .map_err(|why| file_problem(dir, format!("value `{name}` is not what this program takes for it: {why}")))?;
     }
     let replicas = state.model.report().replicas;
     if first && index.random_by == RandomUse::Replicas && index.replicas != replicas {

@@ -58,8 +58,8 @@ impl<'a, P: ParallelModule> TrainState<'a, P> {
 pub(super) trait Slot {
     fn to_json(&self) -> Result<Value, String>;
 
-    /// Reads a value and keeps it aside.
-    fn read(&mut self, json: Value) -> Result<(), String>;
+    /// Reads a value and keeps it aside, in the place of one that is there still; or has none.
+    fn read(&mut self, json: Option<Value>) -> Result<(), String>;
 
     /// Takes the value that was read.
     fn take(&mut self);
@@ -75,8 +75,9 @@ impl<T: Serialize + DeserializeOwned> Slot for ValueSlot<'_, T> {
         serde_json::to_value(&*self.value).map(value::exact).map_err(|problem| problem.to_string())
     }
 
-    fn read(&mut self, json: Value) -> Result<(), String> {
-        self.read = Some(serde_json::from_value(value::plain(json)).map_err(|problem| problem.to_string())?);
+    fn read(&mut self, json: Option<Value>) -> Result<(), String> {
+        let read = json.map(|json| serde_json::from_value(value::plain(json))).transpose();
+        self.read = read.map_err(|problem| problem.to_string())?;
         Ok(())
     }
 

@@ -1,12 +1,32 @@
-//! Points at which the tests end a process in the middle of a save.
+//! Points at which the tests end a process in the middle of a save, or do something in the midst of a read.
 
-/// The program comes here in a save.
+/// The program comes here.
 #[cfg(not(test))]
 pub(crate) fn point(_: &str) {}
+
+/// What a test does when its thread comes to a point.
+#[cfg(test)]
+type Deed = Box<dyn FnMut()>;
+
+#[cfg(test)]
+thread_local! {
+    static AT: std::cell::RefCell<Option<(&'static str, Deed)>> = const { std::cell::RefCell::new(None) };
+}
+
+/// Has this thread do something each time that it comes to a point.
+#[cfg(test)]
+pub(crate) fn at(name: &'static str, deed: impl FnMut() + 'static) {
+    AT.set(Some((name, Box::new(deed))));
+}
 
 /// Ends the process, as `kill -9` does, at the point that `BURN_PARALLEL_TEST_KILL` names.
 #[cfg(test)]
 pub(crate) fn point(name: &str) {
+    AT.with_borrow_mut(|at| {
+        if let Some((_, deed)) = at.as_mut().filter(|(wanted, _)| *wanted == name) {
+            deed();
+        }
+    });
     if std::env::var(VARIABLE).is_ok_and(|wanted| wanted == name) {
         // SAFETY: no memory is involved.
         unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
