@@ -73,16 +73,20 @@ impl Opened {
             (Some(_), None) => true,
             (None, before) => before.is_none() && is_draft(name) && !name.contains(&self.own),
         };
-        match names(&self.root)?.into_iter().find(theirs) {
-            None => Ok(()),
-            Some(name) => Err(file_problem(
-                &self.root,
-                format!(
-                    "another run saves here: `{name}` was made since this one opened the directory, and not by it. Give each run \
-                     a directory of its own, or end the other one and open this directory again"
-                ),
-            )),
-        }
+        let Some(name) = names(&self.root)?.into_iter().find(theirs) else { return Ok(()) };
+        let instead = match is_draft(&name) {
+            true => {
+                "end the other one. If it was killed in the middle of a save, remove that, or open this directory again"
+            }
+            false => "end the other one and open this directory again",
+        };
+        Err(file_problem(
+            &self.root,
+            format!(
+                "another run saves here: `{name}` was made since this one opened the directory, and not by it. Give each run a \
+                 directory of its own, or {instead}"
+            ),
+        ))
     }
 
     /// Gives a draft, that of the checkpoint of this step, its name. On rank 0.

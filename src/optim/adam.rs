@@ -5,12 +5,14 @@ use burn::optim::{
     RecordState, StateSink, StateSource, join_path,
 };
 use burn::tensor::{DType, Device, Tensor};
+use burn_pack::Scalar;
 use serde::Deserialize;
 
 use super::number::Number;
 use super::numbers_of;
+use super::recorded::{of_record, on_device, to_record};
 use super::sgd::WeightDecay;
-use super::update::{UpdateRule, as_recorded, is_here, update};
+use super::update::{UpdateRule, is_here, update};
 
 /// burn's [`Adam`] in one pass: see the [module page](super).
 #[derive(Clone)]
@@ -233,7 +235,10 @@ macro_rules! fused {
             }
 
             fn to_device<const D: usize>(state: FusedAdamState<D>, device: &Device) -> FusedAdamState<D> {
-                FusedAdamState { momentum: state.momentum.to_device(device) }
+                let AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2 } = state.momentum;
+                let (moment_1, moment_2) = (on_device(moment_1, device), on_device(moment_2, device));
+                let max_moment_2 = max_moment_2.map(|moment| on_device(moment, device));
+                FusedAdamState { momentum: AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2 } }
             }
         }
     };
@@ -252,13 +257,19 @@ fn of_dtype<const D: usize>(mut state: AdaptiveMomentumState<D>, dtype: DType) -
 
 impl<const D: usize> RecordState for FusedAdamState<D> {
     fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
-        AdamState::new(self.momentum.clone()).state_flatten(prefix, out);
+        let prefix = join_path(prefix, "momentum");
+        let AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2 } = &self.momentum;
+        out.push_scalar(&prefix, "time", Scalar::from(*time));
+        let max = max_moment_2.as_ref().map(|moment| ("max_moment_2", moment));
+        for (name, moment) in [("moment_1", moment_1), ("moment_2", moment_2)].into_iter().chain(max) {
+            out.push_tensor(&prefix, name, to_record(moment));
+        }
     }
 
-    fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
+    fn state_unflatten(prefix: &str, src: &mut StateSource, _: &Device) -> Option<Self> {
         let prefix = join_path(prefix, "momentum");
         let time = src.take_scalar(&prefix, "time")?.try_into().ok()?;
-        let mut moment = |name| Some(as_recorded(src.take_tensor(&prefix, name)?, device));
+        let mut moment = |name| Some(of_record(src.take_tensor(&prefix, name)?));
         let (moment_1, moment_2, max_moment_2) = (moment("moment_1")?, moment("moment_2")?, moment("max_moment_2"));
         Some(Self { momentum: AdaptiveMomentumState { time, moment_1, moment_2, max_moment_2 } })
     }

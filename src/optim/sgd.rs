@@ -6,7 +6,8 @@ use serde::Deserialize;
 
 use super::number::Number;
 use super::numbers_of;
-use super::update::{UpdateRule, as_recorded, is_here, update};
+use super::recorded::{of_record, on_device, to_record};
+use super::update::{UpdateRule, is_here, update};
 
 /// burn's [`Sgd`](burn::optim::Sgd) in one pass: see the [module page](super).
 #[derive(Debug, Clone)]
@@ -123,7 +124,7 @@ impl Optimizer for FusedSgd {
     }
 
     fn to_device<const D: usize>(state: FusedSgdState<D>, device: &Device) -> FusedSgdState<D> {
-        FusedSgdState { velocity: state.velocity.map(|velocity| velocity.to_device(device)) }
+        FusedSgdState { velocity: state.velocity.map(|velocity| on_device(velocity, device)) }
     }
 }
 
@@ -163,12 +164,12 @@ const VELOCITY: &str = "velocity";
 impl<const D: usize> RecordState for FusedSgdState<D> {
     fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
         if let Some(velocity) = &self.velocity {
-            out.push_tensor(&burn::optim::join_path(prefix, MOMENTUM), VELOCITY, velocity.clone().into_data());
+            out.push_tensor(&burn::optim::join_path(prefix, MOMENTUM), VELOCITY, to_record(velocity));
         }
     }
 
-    fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
+    fn state_unflatten(prefix: &str, src: &mut StateSource, _: &Device) -> Option<Self> {
         let velocity = src.take_tensor(&burn::optim::join_path(prefix, MOMENTUM), VELOCITY);
-        Some(Self { velocity: velocity.map(|data| as_recorded(data, device)) })
+        Some(Self { velocity: velocity.map(of_record) })
     }
 }

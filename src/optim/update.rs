@@ -1,7 +1,7 @@
 //! One pass over a parameter, its gradient and its moments.
 
 use burn::backend::flex::FlexTensor;
-use burn::tensor::{DType, Device, Tensor, TensorData, bf16, f16};
+use burn::tensor::{DType, Tensor, bf16, f16};
 
 use super::number::Number;
 use crate::tensor::{Loops, PlainTensor, vectorized};
@@ -59,16 +59,6 @@ pub(super) fn update<const D: usize, const N: usize>(
         _ => update_as::<f32, N>(&mut value, &gradient, &mut moments, rule),
     }
     (tensor(value), moments.map(tensor))
-}
-
-/// A moment of a record in the dtype that it has there, if the device has that. burn's own optimizers load all moments
-/// in the default dtype of the device.
-pub(super) fn as_recorded<const D: usize>(data: TensorData, device: &Device) -> Tensor<D> {
-    let dtype = data.dtype();
-    match dtype.is_float() && device.supports_dtype(dtype) {
-        true => Tensor::from_data(data, (device, dtype)),
-        false => Tensor::from_data(data, device),
-    }
 }
 
 /// The elements one behind the other, from the begin of their memory to its end.
