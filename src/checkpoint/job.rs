@@ -1,5 +1,6 @@
 //! A save, from what a rank has to the commit.
 
+use std::fs::File;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -78,8 +79,8 @@ impl Save<'_> {
         fault::point("planned");
         let (first, dir) = (group.rank() == 0, root.join(name_of(snapshot.step)));
         let draft = together(attempt(|| opened.draft(&dir)), group)?;
-        let begun = if first { attempt(|| self.begin(&draft)) } else { Ok(()) };
-        together(begun, group)?;
+        let begun = if first { attempt(|| self.begin(&draft)) } else { Ok(None) };
+        let _held = together(begun, group)?;
         fault::point("draft made");
         let written = self.finish(&contents, &plan, &draft, again);
         if !matches!(written, Ok(Some(_))) && first {
@@ -100,8 +101,8 @@ impl Save<'_> {
         Ok(Some(Saved { step: snapshot.step, dir, bytes_written }))
     }
 
-    /// Makes the draft, on rank 0.
-    fn begin(&self, draft: &Draft) -> Result<(), Error> {
+    /// Makes the draft, on rank 0, and returns what [holds](Opened::begin) it.
+    fn begin(&self, draft: &Draft) -> Result<Option<File>, Error> {
         let Self { snapshot, opened, .. } = *self;
         let root = &opened.root;
         snapshot.progress.check()?;
@@ -114,7 +115,7 @@ impl Save<'_> {
         clean_up(root)?;
         // That the run has gone back to an earlier step: what it writes is the latest as soon as it is there.
         put_down_order(root, &snapshot.own_steps.all(), Some(snapshot.step))?;
-        draft.begin()
+        opened.begin(draft)
     }
 
     /// Writes into the draft and gives it its name. Returns the bytes that this rank wrote; `None` if an optimizer of

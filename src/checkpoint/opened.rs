@@ -1,7 +1,8 @@
 //! A directory that a run saves in, which no other run does meanwhile.
 
 use std::collections::{HashMap, HashSet};
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -23,7 +24,7 @@ pub(super) struct Opened {
     there: Arc<HashMap<String, Option<String>>>,
     /// The steps whose checkpoints this run has given their names, or tried to.
     committed: Arc<Mutex<HashSet<u64>>>,
-    /// A part of the names of all its drafts, which those of no other run have.
+    /// A part of the names of all its drafts, which those of no other run have: the [`machine`] of rank 0, and a number.
     own: String,
 }
 
@@ -48,7 +49,7 @@ impl Opened {
         let lacks = |why| file_problem(dir, format!("is not there: {why}; all ranks need it in one file system"));
         let root = together(dir.canonicalize().map_err(lacks), group)?;
         let own = nonce()[..8].iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        let own = share_text(&own, group)?;
+        let own = share_text(&format!("{}-{own}", machine()), group)?;
         Ok(Self { root, there, committed: Arc::default(), own })
     }
 
@@ -58,6 +59,15 @@ impl Opened {
     /// As [`Draft::new`].
     pub(super) fn draft(&self, dir: &Path) -> Result<Draft, Error> {
         Ok(Draft::new(dir, true)?.called(&self.own))
+    }
+
+    /// Makes a draft, which is [held](is_held) until what is returned is dropped. On rank 0.
+    ///
+    /// # Errors
+    /// As [`Draft::begin`].
+    pub(super) fn begin(&self, draft: &Draft) -> Result<Option<File>, Error> {
+        draft.begin()?;
+        Ok(File::open(&draft.made_in).ok().filter(|dir| dir.try_lock().is_ok()))
     }
 
     /// That no other run has saved here since, or does now. On rank 0.
@@ -71,7 +81,8 @@ impl Opened {
             // It may have taken the place of one that was there.
             (Some(step), Some(before)) => *before != index_checksum(&self.root, step),
             (Some(_), None) => true,
-            (None, before) => before.is_none() && is_draft(name) && !name.contains(&self.own),
+            (None, None) => is_draft(name) && !name.contains(&self.own) && is_held(&self.root.join(name)),
+            (None, Some(_)) => false,
         };
         let Some(name) = names(&self.root)?.into_iter().find(theirs) else { return Ok(()) };
         let instead = match is_draft(&name) {
@@ -114,4 +125,24 @@ impl Opened {
             ),
         )
     }
+}
+
+/// Names a machine, from one start to the next; empty if it has no such name.
+fn machine() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.split('-').take(2).collect()
+}
+
+/// Whether a run may be writing this draft still. It holds a lock on it, which the system lets go when the process ends;
+/// that is known on the same machine alone.
+fn is_held(draft: &Path) -> bool {
+    let is_here = || {
+        let (name, machine) = (draft.file_name()?.to_str()?, machine());
+        (!machine.is_empty() && name.contains(&format!(".{machine}-"))).then_some(())
+    };
+    is_here().is_none()
+        || match File::open(draft) {
+            Ok(dir) => dir.try_lock().is_err(),
+            Err(why) => why.kind() != io::ErrorKind::NotFound,
+        }
 }

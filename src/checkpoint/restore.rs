@@ -53,8 +53,8 @@ pub(super) fn load<P: ParallelModule>(
     config: &CheckpointConfig,
     first: bool,
 ) -> Result<Loaded<P>, Error> {
-    let (dir, index) = (&reading.dir, Arc::new(reading.index()?));
     fault::point("index read");
+    let (dir, index) = (&reading.dir, Arc::new(reading.index()?));
     let infos = params::infos(state.model.local())?;
     let kept = compare(dir, &index, &infos, state, config)?;
     let mut params = ParamSource { reader: CheckpointReader::new(dir, index.clone()), kept: Arc::new(kept) };
