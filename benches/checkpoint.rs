@@ -89,6 +89,46 @@ impl Most {
     }
 }
 
+/// How often this thread has had to wait for a page: of memory that is new, or of a file that is mapped.
+fn page_faults() -> u64 {
+    #[cfg(target_os = "linux")]
+    {
+        let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+        // SAFETY: it is made of numbers, for which zero will do, and the call writes them.
+        let usage = unsafe {
+            libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+            usage.assume_init()
+        };
+        usage.ru_minflt as u64
+    }
+    #[cfg(not(target_os = "linux"))]
+    0
+}
+
+/// What is saved and loaded.
+#[derive(Clone, Copy, PartialEq)]
+enum Saved {
+    Parameters,
+    /// With the moments of burn's AdamW, which it gives out as copies.
+    Moments,
+    /// With those of the fused one.
+    FusedMoments,
+}
+
+impl Saved {
+    fn optimizer(self) -> ModuleOptimizer {
+        if self == Self::FusedMoments { AdamWConfig::new().init_fused() } else { AdamWConfig::new().init() }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Parameters => "parameters",
+            Self::Moments => "with moments",
+            Self::FusedMoments => "with moments of `init_fused`",
+        }
+    }
+}
+
 fn plain_write(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let new = path.with_added_extension("new");
     let mut file = File::create(&new)?;
@@ -114,10 +154,11 @@ fn main() -> Result<(), Error> {
     let dir = base.join(format!("burn-parallel-bench-checkpoint-{}", std::process::id()));
     fs::create_dir_all(&dir).map_err(Error::user)?;
     let mut run = || {
-        sizes(&mut figures, &dir, 2, 30, false, rounds)?;
-        sizes(&mut figures, &dir, 2, 10, true, rounds)?;
+        sizes(&mut figures, &dir, (2, 30), Saved::Parameters, rounds)?;
+        sizes(&mut figures, &dir, (2, 10), Saved::Moments, rounds)?;
+        sizes(&mut figures, &dir, (2, 10), Saved::FusedMoments, rounds)?;
         for ranks in [1, 2, 4, 8] {
-            sizes(&mut figures, &dir, ranks, 8, false, rounds)?;
+            sizes(&mut figures, &dir, (ranks, 8), Saved::Parameters, rounds)?;
         }
         background(&mut figures, &dir, rounds)
     };
@@ -129,21 +170,21 @@ fn main() -> Result<(), Error> {
     outcome
 }
 
-/// Saves replicas and loads them split, with the moments of AdamW or without.
+/// Saves replicas and loads them split.
 fn sizes(
     figures: &mut Figures,
     dir: &Path,
-    ranks: usize,
-    layers: usize,
-    moments: bool,
+    (ranks, layers): (usize, usize),
+    saved: Saved,
     rounds: usize,
 ) -> Result<(), Error> {
+    let moments = saved != Saved::Parameters;
     let bytes = layers * SIDE * SIDE * 4 * if moments { 3 } else { 1 };
     let root = dir.join("checkpoints");
     let times = launch::threads(ranks).run(|world| {
         let device = world.device().autodiff();
         let mut model = Net::new(layers, &device).parallelize(&world, &Strategy::new())?;
-        let mut optim: ModuleOptimizer = AdamWConfig::new().init();
+        let mut optim = saved.optimizer();
         if moments {
             let x = Tensor::<2>::ones([2, SIDE], &device);
             let step = model.step(x, Net::loss)?;
@@ -155,19 +196,20 @@ fn sizes(
         let path = dir.join(format!("plain.{}", world.rank()));
         let timed = |run: &mut dyn FnMut() -> Result<(), Error>| {
             world.barrier()?;
-            let began = Instant::now();
+            let (began, before) = (Instant::now(), page_faults());
             run()?;
+            let faults = page_faults() - before;
             world.barrier()?;
-            Ok::<_, Error>(began.elapsed().as_secs_f64())
+            Ok::<_, Error>((began.elapsed().as_secs_f64(), faults))
         };
-        let mut times = Vec::new();
+        let (mut times, mut read) = (Vec::new(), 0);
         world.barrier()?;
         let most = Most::start();
         let state = TrainState::new(&mut model);
         checkpoints.save(1, if moments { state.with_optimizer("adamw", &mut optim) } else { state })?;
         let most = most.megabytes();
         for round in 0..=rounds {
-            let mut time = [0.0; 4];
+            let mut time = [(0.0, 0); 4];
             for turn in [round, round + 1] {
                 if turn % 2 == 0 {
                     time[0] = timed(&mut || plain_write(&path, &own).map_err(Error::user))?;
@@ -186,10 +228,11 @@ fn sizes(
                     continue;
                 }
                 time[3] = timed(&mut || {
-                    let mut fresh: ModuleOptimizer = AdamWConfig::new().init();
+                    let mut fresh = saved.optimizer();
                     let state = TrainState::new(&mut loaded);
                     let state = if moments { state.with_optimizer("adamw", &mut fresh) } else { state };
-                    checkpoints.restore(state).map(drop)
+                    read = checkpoints.restore(state)?.map_or(0, |restored| restored.bytes_read);
+                    Ok(())
                 })?;
             }
             // The first round warms up.
@@ -197,12 +240,16 @@ fn sizes(
                 times.push(time);
             }
         }
-        Ok((times, most))
+        // Rank 0 takes the time; faults and bytes are those of all ranks.
+        let faults = times.iter().map(|time: &[(f64, u64); 4]| time.map(|(_, faults)| faults)).collect::<Vec<_>>();
+        let faults = world.all_reduce(faults.concat(), ReduceOp::Sum)?;
+        Ok((times, faults, most, world.all_reduce(vec![read], ReduceOp::Sum)?[0]))
     })?;
-    let (times, most) = &times[0];
-    let column = |which: usize| median(times.iter().map(|time| time[which]).collect());
-    let ratio = |which: usize| median(times.iter().map(|time| time[which] / time[which + 1]).collect());
-    let what = if moments { "with moments" } else { "parameters" };
+    let (times, faults, most, read) = &times[0];
+    let column = |which: usize| median(times.iter().map(|time| time[which].0).collect());
+    let ratio = |which: usize| median(times.iter().map(|time| time[which].0 / time[which + 1].0).collect());
+    let faults = |which: usize| median(faults.chunks(4).map(|faults| faults[which] as f64).collect());
+    let what = saved.name();
     println!("{} MB, {what}, {ranks} ranks, median of {rounds} rounds", bytes / 1_000_000);
     for (name, which) in [("saving ", 0), ("loading", 2)] {
         let (plain, ours) = (column(which), column(which + 1));
@@ -213,12 +260,13 @@ fn sizes(
             rate(plain),
             100.0 * ratio(which)
         );
+        println!("           {:.0} page faults, plain {:.0}", faults(which + 1), faults(which));
         let name = format!("{} MB, {what}, {ranks} ranks, {}", bytes / 1_000_000, name.trim());
         figures.note(format!("{name}: time"), 1e3 * ours, "ms");
         figures.note(format!("{name}: plain over ours"), ratio(which), "ratio");
     }
     figures.note(format!("{} MB, {what}, {ranks} ranks, memory of a save", bytes / 1_000_000), *most as f64, "MB");
-    println!("  a save takes {most} MB of memory on all ranks together");
+    println!("  a save takes {most} MB of memory on all ranks together, a load reads {} MB", read / 1_000_000);
     fs::remove_dir_all(root).map_err(Error::user)
 }
 
