@@ -82,15 +82,33 @@ impl FitFlags {
     }
 }
 
+/// The steps from one that measures the noise of its gradient to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Every {
+    /// As many as suit the run.
+    Auto,
+    Number(u64),
+}
+
+/// Reads `--noise-scale`.
+fn every(value: &str) -> Result<Every, String> {
+    match value {
+        "auto" => Ok(Every::Auto),
+        _ => up_to::<1_000_000>(value).map(|steps| Every::Number(steps as u64)),
+    }
+}
+
 /// What is measured of the batch, and whether it grows.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct GrowthFlags {
-    /// Measures the gradient noise scale, the batch beyond which a larger one saves few steps
-    #[arg(long)]
-    pub noise_scale: bool,
+    /// Measures the gradient noise scale, the batch beyond which a larger one saves few steps, in every N-th step
+    /// [default: every 4th, or all of a run of fewer than 64 steps]
+    #[arg(long, value_name = "N", value_parser = every, num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "auto")]
+    noise_scale: Option<Every>,
 
-    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one; the learning rate
-    /// grows by the root, the betas and epsilon of AdamW stay
+    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one, which is measured as
+    /// --noise-scale says; the learning rate grows by the root, the betas and epsilon of AdamW stay
     #[arg(long, value_name = "MOST", value_parser = up_to::<1_000_000>)]
     pub grow_batch: Option<usize>,
 }
@@ -140,14 +158,22 @@ impl GrowthFlags {
 
     /// Whether steps measure the noise of their gradient.
     pub fn measures(&self) -> bool {
-        self.noise_scale || self.grow_batch.is_some()
+        self.noise_scale.is_some() || self.grow_batch.is_some()
     }
 
-    /// The strategy that measures what these flags need.
-    pub fn strategy(&self, strategy: Strategy) -> Strategy {
-        let data = strategy.data.clone();
-        let measures = self.measures() || data.noise_scale;
-        strategy.with_data(data.with_noise_scale(measures))
+    /// The strategy that measures what these flags need in a run of so many steps.
+    pub fn strategy(&self, strategy: Strategy, steps: usize) -> Strategy {
+        let every = match (self.noise_scale, strategy.data.noise_scale_every) {
+            (Some(Every::Number(steps)), _) => steps,
+            // The file of --strategy says it.
+            (_, steps @ 1..) => steps,
+            _ if !self.measures() => 0,
+            // An average is over some measurements at least.
+            _ if steps < 64 => 1,
+            _ => 4,
+        };
+        let data = strategy.data.clone().with_noise_scale_every(every);
+        strategy.with_data(data)
     }
 }
 

@@ -331,7 +331,7 @@ impl Args {
         let plan = if tp == 1 { Plan::new() } else { directory::plan() };
         // On devices burn fuses the operations of eager steps as well.
         let engine = if start.device == Compute::Flex { Engine::Captured } else { Engine::Auto };
-        let strategy = flags.growth.strategy(flags.mesh.strategy(&mesh, plan, share.div_ceil(micro), engine)?);
+        let strategy = flags.mesh.strategy(&mesh, plan, share.div_ceil(micro), engine)?;
         flags.growth.check_gradients(axes, &strategy, share.div_ceil(micro))?;
         mesh.every_stage(&strategy, config.layers)?;
         let captured = strategy.captures(axes.ranks).map_err(|problem| problem.to_string())?;
@@ -439,6 +439,11 @@ impl Args {
         let axes = Axes { ranks, dp: ranks / (self.axes.pp * self.axes.tp), ..self.axes };
         let fewer = Self { axes, strategy, ..self.clone() };
         Ok(Self { rows: at_once * fewer.in_pipeline(), ..fewer })
+    }
+
+    /// The same with what is measured in a run of so many steps.
+    pub fn measuring(self, steps: usize) -> Self {
+        Self { strategy: self.growth.strategy(self.strategy, steps), ..self }
     }
 
     /// The same with as many rows as go through a layer at once on each replica.

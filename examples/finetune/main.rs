@@ -40,7 +40,9 @@ fn main() -> ExitCode {
 /// Trains. Returns the signal that has ended the run, if one has.
 fn run(args: &Args) -> Result<Option<StopSignal>, Failure> {
     let input = &Input::open(args).map_err(Failure::Refused)?;
-    let args = &if args.auto { fit::choose(args, input)? } else { args.clone() };
+    let args = if args.auto { fit::choose(args, input)? } else { args.clone() };
+    let steps = input.steps(&args);
+    let args = &args.measuring(steps);
     let goes_on = |ranks| args.on(ranks).is_ok();
     let given = (args.seed, &input.with_read(args.given.clone()));
     if args.dry_run.is_some() {

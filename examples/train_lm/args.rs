@@ -211,8 +211,8 @@ impl Args {
         flags.saving.check(folder)?;
 
         let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
-        let strategy =
-            flags.growth.strategy(flags.mesh.strategy(&mesh, Plan::megatron(), micro_batches, Engine::Auto)?);
+        let strategy = flags.mesh.strategy(&mesh, Plan::megatron(), micro_batches, Engine::Auto)?;
+        let strategy = flags.growth.strategy(strategy, flags.steps);
         let micro_batch = flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp));
         flags.growth.check_gradients(axes, &strategy, batch.div_ceil(dp).div_ceil(micro_batch))?;
         mesh.every_stage(&strategy, flags.layers)?;
