@@ -2,7 +2,8 @@
 
 use std::env;
 use std::process::Command;
-use std::time::Duration;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use burn::module::Module;
 use burn::tensor::Device;
@@ -18,9 +19,9 @@ use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
 use super::device::Compute;
-use super::flags::{bytes, up_to};
+use super::flags::{bytes, seconds, up_to};
 use super::mesh::Axes;
-use super::program::unsuited;
+use super::program::{Failure, unsuited};
 use super::start::{Launch, Start};
 
 /// Tells a child of `--batch auto` how many rows to try.
@@ -59,14 +60,19 @@ pub struct FitFlags {
     /// system says is left, which is never gone beyond]
     #[arg(long, value_name = "BYTES", value_parser = bytes)]
     memory_budget: Option<u64>,
+
+    /// The longest that a trial of --batch auto takes: one that takes longer ends the run [default: 600]
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    trial_timeout: Option<Duration>,
 }
 
 impl FitFlags {
     /// What is wrong with these flags for such a batch.
     pub fn check(&self, batch: Rows) -> Result<(), String> {
-        match self.memory_budget {
-            Some(_) if batch != Rows::Auto => Err("--memory-budget is for --batch auto: give that as well".into()),
-            _ => Ok(()),
+        let given = [("--memory-budget", self.memory_budget.is_some()), ("--trial-timeout", self.trial_timeout.is_some())];
+        match given.iter().find(|(_, given)| *given && batch != Rows::Auto) {
+            Some((flag, _)) => Err(format!("{flag} is for --batch auto: give that as well")),
+            None => Ok(()),
         }
     }
 
@@ -236,6 +242,15 @@ pub fn can_be_held<M: Module>(
     Ok((copies * model_memory(&make(&Device::flex().autodiff())?, 0)) as u64 <= bytes)
 }
 
+/// That not even one row fits, and what to do: by `smaller` the model is made smaller.
+fn nothing_fits((bytes, limit): (u64, &str), said: &str, smaller: &str) -> Failure {
+    let more = if limit == "--memory-budget" { "a larger --memory-budget" } else { "more memory" };
+    Failure::Refused(format!(
+        "--batch auto: not even one row fits into the {bytes} bytes of {limit}{said}: give shorter rows (--seq), a smaller model \
+         ({smaller}), fewer replicas (--dp; --tp, --pp and --zero 3 divide what these hold), or {more}"
+    ))
+}
+
 /// Rows that a replica does not go beyond at once, whatever fits; and why.
 pub struct Most {
     rows: usize,
@@ -257,15 +272,16 @@ impl Most {
 
 /// The most rows, at most `most`, that go through every layer at once on each replica. `known` says how many of so many
 /// are known to need no more than so many bytes on all ranks together. This process takes no step for it: children do,
-/// with a limit on their memory, which are this program with the same arguments and [`trial`].
+/// with a limit on their memory, which are this program with the same arguments and [`trial`]. `smaller` names the flags
+/// by which the model is made smaller.
 ///
 /// # Errors
-/// What `known` and trials return; if not even one row fits.
+/// What `known` and trials return; if not even one row fits, [`Failure::Refused`].
 pub fn largest(
     Most { rows: most, why }: Most,
-    fit: FitFlags,
+    (fit, smaller): (FitFlags, &str),
     known: impl FnOnce(u64, usize) -> Result<usize, Error>,
-) -> Result<usize, Error> {
+) -> Result<usize, Failure> {
     let (bytes, limit) = fit.budget()?;
     eprintln!("--batch auto: at most {most} rows at once are looked for ({why}), within {bytes} bytes ({limit})");
     // What is to be warned of is when the run begins.
@@ -275,25 +291,37 @@ pub fn largest(
     log::set_max_level(level);
     let most = known?;
     if most == 0 {
-        return Err(Error::user(format!(
-            "--batch auto: not even one row fits into the {bytes} bytes of {limit}: take a smaller model, or split it with --tp or --pp"
-        )));
+        return Err(nothing_fits((bytes, &limit), "", smaller));
     }
     eprintln!("--batch auto: {most} rows at once may fit, by what is known of a step; more are not tried");
     let program = env::current_exe().map_err(Error::user)?;
+    let timeout = fit.trial_timeout.unwrap_or(Duration::from_secs(600));
+    // Why one row does not fit, if it does not.
+    let one_row = Mutex::new(None);
     let one = |rank: Rank| {
         largest_that_fits(most, &rank, |rows| {
             eprintln!("--batch auto: tries {rows} rows at once");
             let mut child = Command::new(&program);
             child.args(env::args_os().skip(1)).env(TRIAL, rows.to_string());
-            let trial = try_in_child(&mut child, bytes, Duration::from_secs(600))?;
+            let began = Instant::now();
+            let trial = try_in_child(&mut child, bytes, timeout).map_err(|why| match began.elapsed() < timeout {
+                true => why,
+                false => Error::user(format!("{why}; --trial-timeout gives it more")),
+            })?;
             if let Trial::TooLarge(why) = &trial {
                 eprintln!("--batch auto: {rows} rows do not fit: {why}");
+                if let (1, Ok(mut one_row)) = (rows, one_row.lock()) {
+                    *one_row = Some(format!(" ({why})"));
+                }
             }
             Ok(trial)
         })
     };
-    let fit = launch::threads(1).run(one)?.swap_remove(0);
+    let fit = launch::threads(1).run(one).map(|mut all| all.swap_remove(0));
+    let fit = match one_row.into_inner() {
+        Ok(Some(why)) => return Err(nothing_fits((bytes, &limit), &why, smaller)),
+        _ => fit?,
+    };
     eprintln!("{} rows at once fit on a rank, of {most} that were tried first, in {bytes} bytes", fit.rows);
     Ok(fit.rows)
 }

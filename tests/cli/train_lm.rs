@@ -110,6 +110,11 @@ fn flags_that_make_no_sense_are_refused() {
     for bytes in ["0", "-1", "1.5G", "6GB", "99999999T", "much"] {
         refused(&["--memory-budget", bytes], "it must be bytes, as 500M or 6G");
     }
+    for seconds in ["0", "-1", "nan", "soon"] {
+        refused(&["--trial-timeout", seconds], "it must be a positive number of seconds");
+    }
+    refused(&["--noise-scale=0"], "at least 1");
+    refused(&["--noise-scale=often"], "whole number");
     for norm in ["0", "-1", "nan", "inf"] {
         refused(&["--clip", norm], "greater than 0 and finite");
     }
@@ -1049,6 +1054,31 @@ fn the_batch_that_fits_is_found() {
     let little = rows("200000", &["--memory-budget", "120M"], "--memory-budget");
     let more = rows("200000", &[], "RLIMIT_DATA");
     assert!(1 <= little && little < more, "{little}, {more}");
+}
+
+/// Where nothing fits the flags are wrong: what is known of a step says so, or a trial.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_budget_that_holds_nothing_is_refused() {
+    let auto = |more: &[&str]| {
+        let output = train_lm(&[&TINY[..], &["--steps", "1", "--batch", "auto", "--ranks", "2"], more].concat());
+        let told = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), told.matches("auto: tries ").count(), told.lines().last().unwrap().to_owned(), told)
+    };
+    let advice = "give shorter rows (--seq), a smaller model (--layers, --d-model), fewer replicas";
+    let nothing = "train_lm: --batch auto: not even one row fits into the ";
+    let (code, tried, last, told) = auto(&["--memory-budget", "100K"]);
+    assert_eq!((code, tried), (Some(2), 0), "{told}");
+    assert!(last.starts_with(nothing) && last.contains(&format!("102400 bytes of --memory-budget: {advice}")), "{told}");
+    assert!(last.ends_with("or a larger --memory-budget"), "{told}");
+    // Less than the program takes before its first step.
+    let (code, tried, last, told) = auto(&["--memory-budget", "3M"]);
+    assert!(code == Some(2) && tried > 1 && told.contains("auto: 1 rows do not fit: "), "{told}");
+    assert!(last.starts_with(nothing) && last.contains(" bytes of --memory-budget (") && last.contains(advice), "{told}");
+    // A trial that takes too long says nothing of memory.
+    let (code, tried, last, told) = auto(&["--trial-timeout", "0.001"]);
+    assert_eq!((code, tried), (Some(1), 1), "{told}");
+    assert!(last.ends_with("it did not end within 1ms; --trial-timeout gives it more"), "{told}");
 }
 
 /// A step takes no more rows than the text has, whatever would fit.
