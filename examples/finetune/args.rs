@@ -9,9 +9,10 @@ use clap::{Parser, ValueEnum};
 
 use crate::checkpoints::folder;
 use crate::common::attention::Attention;
-use crate::common::batch::{self, FitFlags, GrowthFlags, Rows};
+use crate::common::batch::{self, GrowthFlags, Rows};
 use crate::common::command_line::parse;
 use crate::common::device::Compute;
+use crate::common::fit::{self, FitFlags};
 use crate::common::flags::{learning_rate, norm, up_to, writable, wrong};
 use crate::common::given::Given;
 use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS, described};
@@ -289,10 +290,10 @@ impl Args {
             let most = config.positions;
             return Err(format!("--seq {seq} is more than the {most} tokens that the model was made for"));
         }
-        let (trial, auto) = (batch::trial(), flags.batch == Rows::Auto);
+        let (trial, auto) = (fit::trial(), flags.batch == Rows::Auto);
         flags.fit.check(flags.batch)?;
         if auto {
-            batch::check_auto(&start, flags.micro_batch)?;
+            fit::check_auto(&start, flags.micro_batch)?;
         }
         if flags.growth.grow_batch.is_some() && flags.steps.is_none() {
             return Err("--grow-batch: how many steps an epoch has is not known before: give --steps".into());
@@ -389,7 +390,7 @@ impl Args {
             recompute,
             notes,
             length: match flags.steps {
-                _ if !kept => Length::Steps(batch::TRIAL_STEPS),
+                _ if !kept => Length::Steps(fit::TRIAL_STEPS),
                 Some(steps) => Length::Steps(steps),
                 None => Length::Epochs(flags.epochs),
             },

@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Int, Tensor};
 
 use crate::args::Args;
-use crate::common::batch::{Most, can_be_held, known_to_fit, largest};
+use crate::common::fit::{Most, can_be_held, known_to_fit, largest};
 use crate::common::program::Failure;
 use crate::input::Input;
 use crate::model::{Batch, Llama};

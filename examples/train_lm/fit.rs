@@ -3,7 +3,7 @@
 use burn::tensor::Device;
 
 use crate::args::Args;
-use crate::common::batch::{Most, known_to_fit, largest};
+use crate::common::fit::{Most, known_to_fit, largest};
 use crate::common::program::Failure;
 use crate::text::{Text, tensors};
 use crate::train::loss;

@@ -85,7 +85,8 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         }
         let factor = run.batch.lr_factor(args.batch);
         if args.growth.measures() {
-            run.batch.after_step(&step, rows);
+            let grows = run.batch.after_step(&step, rows);
+            grows.iter().for_each(|said| progress.note(&format!("after step {}: {said}", number + 1)));
         }
         if last {
             memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };
