@@ -1,8 +1,9 @@
 //! What it costs to measure the noise of the gradient, in processor time of all ranks.
 //!
-//! Steps of the GPT that measure nothing, the norm of the gradient, and norm and noise take turns, one at a time and in
-//! changing order: whatever else runs slows all of them down alike. What counts is the median over the rounds of the
-//! ratio within a round, and the spread of its middle half. Unix only.
+//! Steps of the GPT that measure nothing, the norm of the gradient, norm and noise, and these two in every fourth step
+//! alone take turns, one at a time and in changing order: whatever else runs slows all of them down alike. A round is
+//! four steps of each, so that one of the fourth kind measures. What counts is the median over the rounds of the ratio
+//! within a round, and the spread of its middle half. Unix only.
 //!
 //! `cargo bench --bench noise_scale -- [ROUNDS]`
 
@@ -13,6 +14,7 @@ mod models;
 use burn::module::Module;
 use burn::optim::{AdamConfig, ModuleOptimizer};
 use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn_parallel::batch::NoNoise;
 use burn_parallel::prelude::*;
 use burn_parallel::train::{Clip, Engine};
 use figures::Figures;
@@ -21,15 +23,31 @@ use models::{Gpt, SEQUENCE, VOCABULARY};
 /// Rows of a step over all ranks.
 const ROWS: usize = 8;
 
-/// What is measured in a step.
+/// The steps of a round, of which one measures norm and noise in the last of [`MEASURES`].
+const CYCLE: usize = 4;
+
+/// What is measured: the norm in every step, or where the noise is; and the noise after how many steps, if it is.
 #[derive(Clone, Copy)]
-enum Measure {
-    Nothing,
-    Norm,
-    NormAndNoise,
+struct Measure {
+    norm: bool,
+    noise_every: usize,
 }
 
-const MEASURES: [Measure; 3] = [Measure::Nothing, Measure::Norm, Measure::NormAndNoise];
+const NOTHING: Measure = Measure { norm: false, noise_every: 0 };
+const MEASURES: [Measure; 4] = [
+    NOTHING,
+    Measure { norm: true, ..NOTHING },
+    Measure { noise_every: 1, ..NOTHING },
+    Measure { noise_every: CYCLE, ..NOTHING },
+];
+
+/// What is compared: its name, and the places of both in [`MEASURES`].
+const COMPARED: [(&str, usize, usize); 4] = [
+    ("norm over nothing", 1, 0),
+    ("norm and noise over norm", 2, 1),
+    ("norm and noise over nothing", 2, 0),
+    ("norm and noise in every 4th step over nothing", 3, 0),
+];
 
 /// A way to train: its name, the ranks, the strategy, and the micro-batches of each replica.
 type Way = (&'static str, usize, Strategy, usize);
@@ -50,20 +68,21 @@ fn rows(number: usize, salt: usize) -> Tensor<2, Int> {
 }
 
 /// Seconds of the processors for a step with each of [`MEASURES`], by round.
-fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way) -> Result<Vec<[f64; 3]>, Error> {
+fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way) -> Result<Vec<[f64; 4]>, Error> {
     let mut seen = launch::threads(*ranks).run(|rank| {
         let mut models: Vec<(_, ModuleOptimizer)> = Vec::new();
         for measure in MEASURES {
-            let noise = matches!(measure, Measure::NormAndNoise);
-            let strategy = strategy.clone().with_data(strategy.data.clone().with_noise_scale(noise));
+            let data = strategy.data.clone().with_noise_scale_every(measure.noise_every as u64);
+            let strategy = strategy.clone().with_data(data);
             let model = model.clone().fork(&rank.device().autodiff()).parallelize(&rank, &strategy)?;
             models.push((Some(model), AdamConfig::new().init()));
         }
         let mut times = Vec::new();
         for round in 0..number + 1 {
-            let mut time = [0.0; 3];
-            for turn in 0..MEASURES.len() {
-                let mode = (turn + round) % MEASURES.len();
+            let mut time = [0.0; MEASURES.len()];
+            for turn in 0..CYCLE * MEASURES.len() {
+                let (done, mode) = (turn / MEASURES.len(), (turn + round) % MEASURES.len());
+                let Measure { norm, noise_every } = MEASURES[mode];
                 let (place, optim) = &mut models[mode];
                 let Some(mut taken) = place.take() else { continue };
                 let replicas = taken.mesh().axis("dp")?.size();
@@ -72,15 +91,18 @@ fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way)
                 rank.barrier()?;
                 let before = worked();
                 let mut step = taken.step_micro_batches(batches, |model: &Gpt, (x, y)| model.loss_sum(x, y))?;
-                if !matches!(MEASURES[mode], Measure::Nothing) {
+                let due = step.noise() == Err(NoNoise::NoNorm);
+                if norm || due {
                     step = step.clip_grad_norm(&taken, Clip::never())?;
                 }
-                if matches!(MEASURES[mode], Measure::NormAndNoise) {
+                if noise_every > 0 && (done + 1).is_multiple_of(noise_every) {
                     step.noise().map_err(|why| Error::user(why.to_string()))?;
+                } else if due {
+                    return Err(Error::user("a step has measured that was not to"));
                 }
                 *place = Some(taken.optimize(optim, 1e-4, step)?);
                 rank.barrier()?;
-                time[mode] = worked() - before;
+                time[mode] += (worked() - before) / CYCLE as f64;
             }
             // The first round is for caches, captures and the order of buckets.
             if round > 0 {
@@ -109,16 +131,14 @@ fn quartiles(values: impl Iterator<Item = f64>) -> [f64; 3] {
 
 fn main() -> Result<(), Error> {
     let (arguments, mut figures) = (figures::arguments(), Figures::of("noise_scale"));
-    let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(15).max(1);
+    let number = arguments.iter().find_map(|argument| argument.parse().ok()).unwrap_or(8).max(1);
     let model = Gpt::new(&Device::flex().autodiff()).materialize();
     for way in ways() {
         let times = rounds(number, &model, &way)?;
         let [_, step, _] = quartiles(times.iter().map(|time| time[0]));
         println!("{}: {:.0} ms of the processors a step", way.0, 1e3 * step);
         figures.note(format!("{}: processors", way.0), 1e3 * step, "ms");
-        for (what, over, of) in
-            [("norm over nothing", 0, 1), ("norm and noise over norm", 1, 2), ("norm and noise over nothing", 0, 2)]
-        {
+        for (what, of, over) in COMPARED {
             let [low, median, high] = quartiles(times.iter().map(|time| 100.0 * (time[of] / time[over] - 1.0)));
             let extra = 1e3 * quartiles(times.iter().map(|time| time[of] - time[over]))[1];
             println!("  {what}: {median:+.2} % ({low:+.2} to {high:+.2}), {extra:+.2} ms");

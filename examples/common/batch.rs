@@ -1,33 +1,14 @@
-//! How large the batch is: as many rows as the flags say, as fit, or more as training goes on.
+//! How large the batch is: as many rows as the flags say, as fit (`fit.rs`), or more as training goes on.
 
-use std::env;
-use std::process::Command;
-use std::time::Duration;
-
-use burn::module::Module;
-use burn::tensor::Device;
-use burn_parallel::batch::{
-    GrowBatch, MemoryBudget, NoiseScale, RankMemory, Trial, largest_that_fits, model_memory, rows_within_on_all,
-    try_in_child, warm_up,
-};
-use burn_parallel::graph::TensorTree;
+use burn_parallel::batch::{GrowBatch, NoiseScale, warm_up};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use clap::Args;
-use log::LevelFilter;
 use serde::{Deserialize, Serialize};
 
-use super::device::Compute;
-use super::flags::{bytes, up_to};
+use super::fit::trial;
+use super::flags::up_to;
 use super::mesh::Axes;
-use super::program::unsuited;
-use super::start::{Launch, Start};
-
-/// Tells a child of `--batch auto` how many rows to try.
-const TRIAL: &str = "BURN_PARALLEL_TRIAL_ROWS";
-
-/// The steps of a trial: in the second one the optimizer has its state.
-pub const TRIAL_STEPS: usize = 2;
 
 /// The steps over which the learning rate follows a batch that has grown.
 const WARM_UP: usize = 20;
@@ -52,45 +33,33 @@ pub fn rows(value: &str) -> Result<Rows, String> {
     }
 }
 
-/// What `--batch auto` goes by.
-#[derive(Args, Clone, Copy, Debug)]
-pub struct FitFlags {
-    /// The most memory that --batch auto gives to all ranks together, as 500M or 6G [default: nine tenths of what the
-    /// system says is left, which is never gone beyond]
-    #[arg(long, value_name = "BYTES", value_parser = bytes)]
-    memory_budget: Option<u64>,
+/// The steps from one that measures the noise of its gradient to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Every {
+    /// As many as suit the run.
+    Auto,
+    Number(u64),
 }
 
-impl FitFlags {
-    /// What is wrong with these flags for such a batch.
-    pub fn check(&self, batch: Rows) -> Result<(), String> {
-        match self.memory_budget {
-            Some(_) if batch != Rows::Auto => Err("--memory-budget is for --batch auto: give that as well".into()),
-            _ => Ok(()),
-        }
-    }
-
-    /// The bytes that all ranks together may take, and what sets the limit.
-    fn budget(&self) -> Result<(u64, String), Error> {
-        let MemoryBudget { bytes, limit } = MemoryBudget::of_system()?;
-        // What others take meanwhile.
-        let left = bytes / 10 * 9;
-        Ok(match self.memory_budget.filter(|given| *given < left) {
-            Some(given) => (given, "--memory-budget".into()),
-            None => (left, limit),
-        })
+/// Reads `--noise-scale`.
+fn every(value: &str) -> Result<Every, String> {
+    match value {
+        "auto" => Ok(Every::Auto),
+        _ => up_to::<1_000_000>(value).map(|steps| Every::Number(steps as u64)),
     }
 }
 
 /// What is measured of the batch, and whether it grows.
 #[derive(Args, Clone, Copy, Debug)]
 pub struct GrowthFlags {
-    /// Measures the gradient noise scale, the batch beyond which a larger one saves few steps
-    #[arg(long)]
-    pub noise_scale: bool,
+    /// Measures the gradient noise scale, the batch beyond which a larger one saves few steps, in every N-th step
+    /// [default: every 4th, or all of a run of fewer than 64 steps]
+    #[arg(long, value_name = "N", value_parser = every, num_args = 0..=1, require_equals = true)]
+    #[arg(default_missing_value = "auto")]
+    noise_scale: Option<Every>,
 
-    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one; the learning rate
-    /// grows by the root, the betas and epsilon of AdamW stay
+    /// Doubles the batch, up to so many rows, whenever the noise scale is beyond the doubled one, which is measured as
+    /// --noise-scale says; the learning rate grows by the root, the betas and epsilon of AdamW stay
     #[arg(long, value_name = "MOST", value_parser = up_to::<1_000_000>)]
     pub grow_batch: Option<usize>,
 }
@@ -98,7 +67,7 @@ pub struct GrowthFlags {
 impl GrowthFlags {
     /// The most rows that the batch grows to. In a trial it does not grow: that is of rows that are to be found yet.
     fn most(&self) -> Option<usize> {
-        self.grow_batch.filter(|_| env::var_os(TRIAL).is_none())
+        self.grow_batch.filter(|_| trial().is_none())
     }
 
     /// What is wrong with these flags for a batch that begins with so many rows.
@@ -140,136 +109,23 @@ impl GrowthFlags {
 
     /// Whether steps measure the noise of their gradient.
     pub fn measures(&self) -> bool {
-        self.noise_scale || self.grow_batch.is_some()
+        self.noise_scale.is_some() || self.grow_batch.is_some()
     }
 
-    /// The strategy that measures what these flags need.
-    pub fn strategy(&self, strategy: Strategy) -> Strategy {
-        let data = strategy.data.clone();
-        let measures = self.measures() || data.noise_scale;
-        strategy.with_data(data.with_noise_scale(measures))
+    /// The strategy that measures what these flags need in a run of so many steps.
+    pub fn strategy(&self, strategy: Strategy, steps: usize) -> Strategy {
+        let every = match (self.noise_scale, strategy.data.noise_scale_every) {
+            (Some(Every::Number(steps)), _) => steps,
+            // The file of --strategy says it.
+            (_, steps @ 1..) => steps,
+            _ if !self.measures() => 0,
+            // An average is over some measurements at least.
+            _ if steps < 64 => 1,
+            _ => 4,
+        };
+        let data = strategy.data.clone().with_noise_scale_every(every);
+        strategy.with_data(data)
     }
-}
-
-/// What is wrong with `--batch auto` beside these flags.
-pub fn check_auto(start: &Start, micro_batch: Option<usize>) -> Result<(), String> {
-    if start.launch != Launch::Threads || start.device != Compute::Flex {
-        return Err(
-            "--batch auto tries batches on ranks that are threads of a CPU: give --launch threads, or a number".into(),
-        );
-    }
-    match micro_batch {
-        Some(_) => Err("--batch auto finds out how many rows go through at once: leave --micro-batch out".into()),
-        None => Ok(()),
-    }
-}
-
-/// The rows that this process is to try for `--batch auto`, if it is such a child.
-pub fn trial() -> Option<usize> {
-    env::var(TRIAL).ok()?.parse().ok()
-}
-
-/// How many rows, of at most so many, are known to go through every layer at once with no more than so many bytes on
-/// all ranks together, which are threads. `make` makes the whole model, and `batch` inputs of so many rows.
-///
-/// # Errors
-/// If the model cannot be spread, or its step not captured.
-pub fn known_to_fit<M: Module, I: TensorTree + Clone>(
-    (strategy, ranks): (&Strategy, usize),
-    (bytes, most): (u64, usize),
-    make: impl Fn(&Device) -> Result<M, Error> + Sync,
-    batch: impl Fn(usize) -> I + Sync,
-    loss: impl Fn(&M, I) -> Loss + Sync,
-) -> Result<usize, Error> {
-    let [_, pp, _] = strategy.axes(ranks)?;
-    if !can_be_held((strategy, ranks), bytes, &make)? {
-        return Ok(0);
-    }
-    let pieces = strategy.pipeline.as_ref().filter(|_| pp > 1).map_or(1, |pipeline| pipeline.micro_batches);
-    let known = launch::threads(ranks).run(|rank| {
-        let mut model = make(&rank.device().autodiff())?.parallelize(&rank, strategy).map_err(unsuited)?;
-        rows_within_on_all(bytes, most, &rank, |rows| {
-            let own = RankMemory::of(&mut model, 2, batch(rows * pieces), &loss).map_err(unsuited)?.total();
-            Ok(rank.all_reduce(vec![own as u64], ReduceOp::Sum)?[0] as usize)
-        })
-    })?;
-    Ok(known[0])
-}
-
-/// Whether all ranks together can hold the models that `make` makes in so many bytes: what cannot be held is not made.
-///
-/// # Errors
-/// If the strategy is not one for so many ranks, or no model can be made.
-pub fn can_be_held<M: Module>(
-    (strategy, ranks): (&Strategy, usize),
-    bytes: u64,
-    make: &impl Fn(&Device) -> Result<M, Error>,
-) -> Result<bool, Error> {
-    let [dp, ..] = strategy.axes(ranks)?;
-    let copies = if strategy.data.sharding == Sharding::Parameters { 1 } else { dp };
-    Ok((copies * model_memory(&make(&Device::flex().autodiff())?, 0)) as u64 <= bytes)
-}
-
-/// Rows that a replica does not go beyond at once, whatever fits; and why.
-pub struct Most {
-    rows: usize,
-    why: String,
-}
-
-impl Most {
-    /// What `sense` says, and no more than the data gives, which is called so and has `all` rows, for a step of so many
-    /// micro-batches on all replicas together.
-    pub fn of((rows, why): (usize, String), (all, called): (u64, &str), micro_batches: usize) -> Self {
-        let given = usize::try_from(all / micro_batches as u64).unwrap_or(usize::MAX).max(1);
-        if given >= rows {
-            return Self { rows, why };
-        }
-        let among = if micro_batches == 1 { String::new() } else { format!(", for {micro_batches} micro-batches") };
-        Self { rows: given, why: format!("{called} has {all} rows{among}") }
-    }
-}
-
-/// The most rows, at most `most`, that go through every layer at once on each replica. `known` says how many of so many
-/// are known to need no more than so many bytes on all ranks together. This process takes no step for it: children do,
-/// with a limit on their memory, which are this program with the same arguments and [`trial`].
-///
-/// # Errors
-/// What `known` and trials return; if not even one row fits.
-pub fn largest(
-    Most { rows: most, why }: Most,
-    fit: FitFlags,
-    known: impl FnOnce(u64, usize) -> Result<usize, Error>,
-) -> Result<usize, Error> {
-    let (bytes, limit) = fit.budget()?;
-    eprintln!("--batch auto: at most {most} rows at once are looked for ({why}), within {bytes} bytes ({limit})");
-    // What is to be warned of is when the run begins.
-    let level = log::max_level();
-    log::set_max_level(LevelFilter::Error);
-    let known = known(bytes, most);
-    log::set_max_level(level);
-    let most = known?;
-    if most == 0 {
-        return Err(Error::user(format!(
-            "--batch auto: not even one row fits into the {bytes} bytes of {limit}: take a smaller model, or split it with --tp or --pp"
-        )));
-    }
-    eprintln!("--batch auto: {most} rows at once may fit, by what is known of a step; more are not tried");
-    let program = env::current_exe().map_err(Error::user)?;
-    let one = |rank: Rank| {
-        largest_that_fits(most, &rank, |rows| {
-            eprintln!("--batch auto: tries {rows} rows at once");
-            let mut child = Command::new(&program);
-            child.args(env::args_os().skip(1)).env(TRIAL, rows.to_string());
-            let trial = try_in_child(&mut child, bytes, Duration::from_secs(600))?;
-            if let Trial::TooLarge(why) = &trial {
-                eprintln!("--batch auto: {rows} rows do not fit: {why}");
-            }
-            Ok(trial)
-        })
-    };
-    let fit = launch::threads(1).run(one)?.swap_remove(0);
-    eprintln!("{} rows at once fit on a rank, of {most} that were tried first, in {bytes} bytes", fit.rows);
-    Ok(fit.rows)
 }
 
 /// The batch while it trains; part of a checkpoint.
@@ -313,14 +169,24 @@ impl Batch {
         factor * warm_up(grow.steps_since() as usize, WARM_UP, 0.5f64.sqrt())
     }
 
-    /// Takes in what a step of so many rows has measured.
-    pub fn after_step(&mut self, step: &Step, rows: usize) {
+    /// Takes in what a step of so many rows has measured. Says so if the batch grows by it.
+    pub fn after_step(&mut self, step: &Step, rows: usize) -> Option<String> {
         self.noise.add(step);
         self.measured = (self.measured.0 + step.weight, self.measured.1 + rows);
-        self.rows = match &mut self.grow {
-            Some(grow) => grow.after_step(&self.noise, self.measured.0 / self.measured.1 as f64),
-            None => rows,
+        let Some(grow) = &mut self.grow else {
+            self.rows = rows;
+            return None;
         };
+        let before =
+            std::mem::replace(&mut self.rows, grow.after_step(&self.noise, self.measured.0 / self.measured.1 as f64));
+        let noise = self.noise_rows().unwrap_or(f64::NAN);
+        (self.rows > before)
+            .then(|| format!("the batch grows from {before} to {} rows: the noise scale is {noise:.0}", self.rows))
+    }
+
+    /// The rows of a step, of a run that began with so many.
+    pub fn sizes(&self, began: usize) -> String {
+        if self.rows == began { began.to_string() } else { format!("{began} to {}", self.rows) }
     }
 
     /// The noise scale in rows; or why there is none.

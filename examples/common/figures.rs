@@ -59,7 +59,7 @@ pub struct Json<'a> {
 
 impl Figures {
     fn tokens_per_second(&self) -> f64 {
-        self.tokens as f64 / self.elapsed.as_secs_f64()
+        if self.tokens == 0 { 0.0 } else { self.tokens as f64 / self.elapsed.as_secs_f64() }
     }
 
     /// Of a model of so many parameters.
@@ -103,6 +103,10 @@ impl Figures {
                 (norms.iter().copied().fold(0.0, f64::max), norms.iter().filter(|norm| **norm > clip).count());
             let said = format!("at most {largest:.3}; larger than {clip} in {clipped} of {} steps", norms.len());
             rows.push(row("gradient norm", said));
+        }
+        // A run that had all its steps behind it has cost nothing.
+        if self.steps == 0 {
+            return rows;
         }
         let Memory { parameters, gradients, optimizer, step } = self.memory;
         let held = format!("parameters {parameters}, gradients {gradients}, optimizer {optimizer} bytes");

@@ -3,6 +3,7 @@
 use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::Path;
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 
@@ -38,6 +39,11 @@ pub fn bytes(value: &str) -> Result<u64, String> {
         Some(bytes) if bytes > 0 => Ok(bytes),
         _ => Err("it must be bytes, as 500M or 6G (powers of 1024)".into()),
     }
+}
+
+pub fn seconds(value: &str) -> Result<Duration, String> {
+    let seconds = value.parse().ok().and_then(|seconds| Duration::try_from_secs_f64(seconds).ok());
+    seconds.filter(|time| !time.is_zero()).ok_or_else(|| "it must be a positive number of seconds".into())
 }
 
 pub fn learning_rate(value: &str) -> Result<f64, String> {

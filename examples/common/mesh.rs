@@ -25,7 +25,7 @@ pub const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what
   sharding             "none"; or "optimizer", "gradients", "parameters"
   sharding_ranks       all replicas
   keep                 "pass"; or "micro_batch", "step"
-  noise_scale          false
+  noise_scale_every    0
   allow_unused_parameters  false
   [tensor]
   plan                 needed if tp > 1: "megatron", "hugging_face", or a table of rules

@@ -6,6 +6,7 @@ pub mod batch;
 pub mod command_line;
 pub mod device;
 pub mod figures;
+pub mod fit;
 pub mod flags;
 pub mod given;
 pub mod memory;

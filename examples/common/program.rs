@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use burn_parallel::launch::StopSignal;
 
 use super::flags::one_line;
+use super::start::tell_others;
 
 /// The name of the program.
 pub const NAME: &str = env!("CARGO_CRATE_NAME");
@@ -27,6 +28,16 @@ pub enum Ended<T> {
     Complete(T),
     /// A signal asked for the end, and the run was saved.
     Stopped(StopSignal),
+}
+
+impl<T> Ended<T> {
+    /// The same with something made of the outcome.
+    pub fn map<U>(self, make: impl FnOnce(T) -> U) -> Ended<U> {
+        match self {
+            Self::Complete(outcome) => Ended::Complete(make(outcome)),
+            Self::Stopped(signal) => Ended::Stopped(signal),
+        }
+    }
 }
 
 /// Why a program has not done what it was to do.
@@ -57,12 +68,12 @@ pub fn run<A>(
             let _ = help.print();
             return ExitCode::SUCCESS;
         }
-        Err(wrong) => return fail(2, one_line(&wrong)),
+        Err(wrong) => return refuse(&one_line(&wrong)),
     };
     match program(&args) {
         Ok(None) => ExitCode::SUCCESS,
         Ok(Some(signal)) => ExitCode::from(signal.exit_code()),
-        Err(Failure::Refused(wrong)) => fail(2, wrong),
+        Err(Failure::Refused(wrong)) => refuse(&wrong),
         Err(Failure::Failed(why)) => match why.downcast_ref() {
             Some(burn_parallel::Error::Stopped { signal }) => fail(signal.exit_code(), why),
             // A rank that is a process of its own has said so.
@@ -101,6 +112,13 @@ pub fn tell(text: &str) -> io::Result<()> {
         Err(why) if why.kind() != io::ErrorKind::BrokenPipe => Err(why),
         _ => Ok(()),
     }
+}
+
+/// What this process was given is wrong: nothing has been started yet.
+fn refuse(wrong: &str) -> ExitCode {
+    let code = fail(2, wrong);
+    tell_others(wrong);
+    code
 }
 
 fn fail(code: u8, message: impl Display) -> ExitCode {

@@ -77,6 +77,15 @@ impl Progress {
         self.started.elapsed()
     }
 
+    /// Tells something else, on the rank that speaks.
+    pub fn note(&self, said: &str) {
+        match &self.shown {
+            Some(Shown::Bar(bar)) => bar.suspend(|| eprintln!("{said}")),
+            Some(Shown::Lines) => eprintln!("{said}"),
+            None => {}
+        }
+    }
+
     /// Tells of a step: its tokens over all ranks, and what `what` says of learning and of what it takes, given the
     /// time so far.
     pub fn step(&mut self, step: usize, tokens: usize, what: impl FnOnce(Duration) -> [String; 2]) {

@@ -59,6 +59,17 @@ fn instead_of(dir: &Path, folder: fn(&Path) -> PathBuf) -> Option<String> {
     Some(format!("it is where a run has its checkpoints: give --resume {}", run.display()))
 }
 
+/// The step of the checkpoint that was written last. Collective.
+///
+/// # Errors
+/// What is wrong with the directory, for which the program ends with exit code 2.
+fn latest(checkpoints: &mut Checkpointer) -> Result<Option<u64>, Error> {
+    checkpoints.latest().map_err(|why| match why {
+        Error::Checkpoint { problem } => refused(Error::User(problem)),
+        why => why,
+    })
+}
+
 /// A checkpoint that a run goes on from.
 struct Origin<'a> {
     dir: &'a Path,
@@ -109,7 +120,7 @@ impl SaveFlags {
             return Ok(None);
         }
         let mut checkpoints = self.open(dir, world, folder, strategy)?;
-        let Some(last) = checkpoints.latest()? else { return Ok(None) };
+        let Some(last) = latest(&mut checkpoints)? else { return Ok(None) };
         let saved: Vec<String> = match checkpoints.read_value(last, RUN) {
             // Whose it is cannot be told any more.
             Err(Error::Checkpoint { .. }) => Vec::new(),
@@ -136,7 +147,7 @@ impl SaveFlags {
         }
         let mut checkpoints = self.open(dir, world, folder, strategy)?;
         let step = match self.resume_step {
-            None => checkpoints.latest()?,
+            None => latest(&mut checkpoints)?,
             step => step,
         };
         Ok(Some(Origin { dir, checkpoints, step }))

@@ -1,5 +1,8 @@
 //! How the ranks are started and joined.
 
+use std::env;
+use std::time::Duration;
+
 use burn_parallel::comm::WorldConfig;
 use burn_parallel::launch::{self, Launcher, ProcessInfo, TransportKind};
 use burn_parallel::prelude::*;
@@ -8,10 +11,14 @@ use clap::{Args, ValueEnum};
 use super::device::Compute;
 use super::flags::up_to;
 use super::given::Given;
+use super::program::{Ended, refused};
 
 /// How long ranks have to save a last checkpoint when they are told to end.
 #[cfg(unix)]
-const GRACE: std::time::Duration = std::time::Duration::from_secs(30);
+const GRACE: Duration = Duration::from_secs(30);
+
+/// How long a rank that ends waits for others to tell them so.
+const LEAVE: Duration = Duration::from_secs(60);
 
 /// What the ranks are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -157,20 +164,43 @@ fn problem(why: &Error) -> String {
     }
 }
 
+/// What a launcher's variables, or the flags beside them, say of the ranks is wrong, as these find when they meet.
+fn wrongly_started(why: Error) -> Error {
+    match why {
+        Error::InvalidArgument { operation: "rendezvous" | "mpi", .. } | Error::Environment { .. } => refused(why),
+        why => why,
+    }
+}
+
+/// Tells the ranks that were started beside this one, by hand, that it has found its own flags or files wrong: they
+/// would wait for it. Launchers end by themselves what they have started.
+pub fn tell_others(wrong: &str) {
+    let launched = ["TORCHELASTIC_RUN_ID", "BURN_PARALLEL_RUN"].iter().any(|name| env::var_os(name).is_some());
+    let threads = env::args().any(|word| word == "threads" || word == "--launch=threads");
+    let Ok(process) = launch::from_env() else { return };
+    let info = process.info();
+    if launched || threads || info.launcher != Launcher::Torchrun || info.size == 1 || info.under_mpi {
+        return;
+    }
+    let timeout = WorldConfig::from_env().map_or(LEAVE, |config| config.timeout().min(LEAVE));
+    // If nobody comes there is nobody to be told.
+    let _ = process.timeout(timeout).run(|rank| Given::wrong(wrong).agree(&rank));
+}
+
 /// Runs `f` on so many ranks, once these have found that they were `given` the same. If some are lost, it is run again,
 /// if the flags say so: on all, or on as many as `goes_on` says that it can. Returns what it returns on the first, in
-/// the process that has the first.
+/// the process that has the first; in all, that a signal has ended it.
 pub fn run<T: Send>(
     start: &Start,
     ranks: usize,
     goes_on: impl Fn(usize) -> bool,
     (seed, given): (u64, &Given),
-    f: impl Fn(Rank) -> Result<T, Error> + Sync,
-) -> Result<Option<T>, Error> {
+    f: impl Fn(Rank) -> Result<Ended<T>, Error> + Sync,
+) -> Result<Option<Ended<T>>, Error> {
     let first = |rank: Rank| {
         let first = rank.rank() == 0;
         given.agree(&rank)?;
-        f(rank).map(|outcome| first.then_some(outcome))
+        f(rank).map(|ended| Some(ended).filter(|ended| first || matches!(ended, Ended::Stopped(_))))
     };
     let transport = start.transport;
     match start.launch {
@@ -178,7 +208,8 @@ pub fn run<T: Send>(
         Launch::Threads => launch::threads(ranks).seed(seed).run(f).map(|mut all| Some(all.swap_remove(0))),
         Launch::Env => {
             let process = launch::from_env()?.seed(seed);
-            transport.into_iter().fold(process, |process, transport| process.transport(transport)).run(first)
+            let process = transport.into_iter().fold(process, |process, transport| process.transport(transport));
+            process.run(first).map_err(wrongly_started)
         }
         #[cfg(unix)]
         Launch::Processes => {

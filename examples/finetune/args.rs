@@ -9,9 +9,10 @@ use clap::{Parser, ValueEnum};
 
 use crate::checkpoints::folder;
 use crate::common::attention::Attention;
-use crate::common::batch::{self, FitFlags, GrowthFlags, Rows};
+use crate::common::batch::{self, GrowthFlags, Rows};
 use crate::common::command_line::parse;
 use crate::common::device::Compute;
+use crate::common::fit::{self, FitFlags};
 use crate::common::flags::{learning_rate, norm, up_to, writable, wrong};
 use crate::common::given::Given;
 use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS, described};
@@ -289,10 +290,10 @@ impl Args {
             let most = config.positions;
             return Err(format!("--seq {seq} is more than the {most} tokens that the model was made for"));
         }
-        let (trial, auto) = (batch::trial(), flags.batch == Rows::Auto);
+        let (trial, auto) = (fit::trial(), flags.batch == Rows::Auto);
         flags.fit.check(flags.batch)?;
         if auto {
-            batch::check_auto(&start, flags.micro_batch)?;
+            fit::check_auto(&start, flags.micro_batch)?;
         }
         if flags.growth.grow_batch.is_some() && flags.steps.is_none() {
             return Err("--grow-batch: how many steps an epoch has is not known before: give --steps".into());
@@ -331,7 +332,7 @@ impl Args {
         let plan = if tp == 1 { Plan::new() } else { directory::plan() };
         // On devices burn fuses the operations of eager steps as well.
         let engine = if start.device == Compute::Flex { Engine::Captured } else { Engine::Auto };
-        let strategy = flags.growth.strategy(flags.mesh.strategy(&mesh, plan, share.div_ceil(micro), engine)?);
+        let strategy = flags.mesh.strategy(&mesh, plan, share.div_ceil(micro), engine)?;
         flags.growth.check_gradients(axes, &strategy, share.div_ceil(micro))?;
         mesh.every_stage(&strategy, config.layers)?;
         let captured = strategy.captures(axes.ranks).map_err(|problem| problem.to_string())?;
@@ -389,7 +390,7 @@ impl Args {
             recompute,
             notes,
             length: match flags.steps {
-                _ if !kept => Length::Steps(batch::TRIAL_STEPS),
+                _ if !kept => Length::Steps(fit::TRIAL_STEPS),
                 Some(steps) => Length::Steps(steps),
                 None => Length::Epochs(flags.epochs),
             },
@@ -439,6 +440,11 @@ impl Args {
         let axes = Axes { ranks, dp: ranks / (self.axes.pp * self.axes.tp), ..self.axes };
         let fewer = Self { axes, strategy, ..self.clone() };
         Ok(Self { rows: at_once * fewer.in_pipeline(), ..fewer })
+    }
+
+    /// The same with what is measured in a run of so many steps.
+    pub fn measuring(self, steps: usize) -> Self {
+        Self { strategy: self.growth.strategy(self.strategy, steps), ..self }
     }
 
     /// The same with as many rows as go through a layer at once on each replica.

@@ -6,7 +6,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 use crate::args::Args;
 use crate::common::saving::other_model;
@@ -17,6 +17,12 @@ use crate::model::{Autocast, LlamaConfig};
 /// How many pieces of a file are read, and how many bytes of each: enough to tell any training of it.
 const PIECES: u64 = 64;
 const PIECE: u64 = 16 << 10;
+
+/// A number that is another for another config.
+pub fn config_fingerprint(config: &LlamaConfig) -> u64 {
+    // What products are computed in may change.
+    xxh3_64(format!("{:?}", LlamaConfig { autocast: Autocast::default(), ..*config }).as_bytes())
+}
 
 /// A number that is another for other weights or another config, wherever they are. Of a large file pieces are read.
 ///

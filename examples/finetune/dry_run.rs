@@ -1,18 +1,19 @@
 //! What a run would be.
 
 use burn::module::{Module, ModuleVisitor, Param};
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 
 use crate::args::{Args, DryRun};
 use crate::common::device;
 use crate::common::figures::{row, table};
+use crate::common::mesh::Axes;
 use crate::common::program::unsuited;
 use crate::data::row::batch;
 use crate::input::Input;
 use crate::model::Llama;
-use crate::train::spread;
+use crate::train::{adapted, spread};
 
 /// Spreads the model without weights, and says what each rank would hold, and what the first batch is.
 pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
@@ -36,10 +37,16 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
     let mut said = vec![input.said(), format!("{} steps", input.steps(args))];
     said.extend(args.notes.iter().cloned());
     said.push(String::new());
-    said.push(format!("The strategy:\n\n{}", args.strategy));
-    if args.axes.tp > 1 {
-        let whole = spread_by_plan(args)?;
-        said.push(format!("The plan over {} ranks:\n\n{whole}", args.axes.tp));
+    let described = adapted(args, &Device::flex())?;
+    let mut strategy = args.strategy.clone();
+    strategy.tensor.plan = strategy.tensor.plan.only_for(&described);
+    said.push(format!("The strategy:\n\n{strategy}"));
+    let Args { axes: Axes { tp, .. }, dry_run, .. } = *args;
+    if tp > 1 || dry_run == Some(DryRun::Whole) {
+        let table = strategy.tensor.plan.table(&described, tp)?;
+        let table = if dry_run == Some(DryRun::Whole) { table.to_string() } else { table.in_short().to_string() };
+        let title = if tp > 1 { format!("The plan over {tp} ranks:") } else { "The parameters:".into() };
+        said.push(format!("{title}\n\n{table}"));
     }
     if let Some(cut) = model.report().cut {
         said.push(format!("The cut into {} stages:\n\n{cut}", cut.stages.len()));
@@ -58,15 +65,6 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<String, Error> {
         said.push(format!("row {}: {}", number - rows.start + 1, documents.join("\n  | ")));
     }
     Ok(said.join("\n"))
-}
-
-/// What the plan says of the parameters.
-fn spread_by_plan(args: &Args) -> Result<String, Error> {
-    let model = args.config.init(&burn::tensor::Device::flex());
-    args.strategy.tensor.plan.table(&model, args.axes.tp).map(|table| match args.dry_run {
-        Some(DryRun::Whole) => table.to_string(),
-        _ => table.in_short().to_string(),
-    })
 }
 
 /// The bytes of parameters, of which none is made.

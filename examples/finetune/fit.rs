@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Int, Tensor};
 
 use crate::args::Args;
-use crate::common::batch::{Most, can_be_held, known_to_fit, largest};
+use crate::common::fit::{Most, can_be_held, known_to_fit, largest};
 use crate::common::program::Failure;
 use crate::input::Input;
 use crate::model::{Batch, Llama};
@@ -19,7 +19,7 @@ pub fn choose(args: &Args, input: &Input) -> Result<Args, Failure> {
     let batch = |rows: usize| Batch::of_documents(Tensor::<2, Int>::zeros([rows, args.seq + 1], &Device::flex()));
     let make = |device: &Device| adapted(args, device);
     let ways = (&args.strategy, args.axes.ranks);
-    let rows = largest(most, args.fit, |bytes, most| match args.recompute {
+    let rows = largest(most, (args.fit, "--model"), |bytes, most| match args.recompute {
         // Steps need less then than captured ones, and it is not known how much.
         true => can_be_held(ways, bytes, &make).map(|held| if held { most } else { 0 }),
         false => known_to_fit(ways, (bytes, most), make, batch, Llama::loss),

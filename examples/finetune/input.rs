@@ -26,8 +26,9 @@ pub struct Input {
     pub parameters: usize,
     /// The tensors of the directory that the model does not have.
     left: Vec<String>,
-    /// What the weights and the config of the directory are.
+    /// What the weights and the config of the directory are, and the config alone.
     pub base: u64,
+    config: u64,
     pub data: DataSet,
     pub eval: Option<DataSet>,
     /// The tokens of the prompt.
@@ -42,6 +43,7 @@ impl Input {
     pub fn open(args: &Args) -> Result<Self, String> {
         let (parameters, left) = weights(args)?;
         let base = base::fingerprint(&args.model, &args.config)?;
+        let config = base::config_fingerprint(&args.config);
         let reading = Arc::new(Reading::open(&args.model)?);
         let (words, known) = (reading.tokenizer.words(), args.config.vocab);
         if words > known {
@@ -62,7 +64,7 @@ impl Input {
                 _ => Ok(tokens),
             }
         });
-        let input = Self { data, eval, prompt: prompt.transpose()?, reading, parameters, left, base };
+        let input = Self { data, eval, prompt: prompt.transpose()?, reading, parameters, left, base, config };
         input.check_steps(args)?;
         Ok(input)
     }
@@ -70,6 +72,8 @@ impl Input {
     /// What was given, with what was read: each rank reads the files for itself.
     pub fn with_read(&self, given: Given) -> Given {
         let rows = |set: &DataSet| format!("{} of xxh3 {:016x}", set.rows(), set.fingerprint());
+        // That of the config is compared first.
+        let given = given.with("config.json of --model", format!("xxh3 {:016x}", self.config));
         let given = given.with("weights of --model", format!("xxh3 {:016x}", self.base));
         let given = given.with("rows of --data", rows(&self.data));
         given.with("rows of --eval", self.eval.as_ref().map(rows))

@@ -40,22 +40,27 @@ fn main() -> ExitCode {
 /// Trains. Returns the signal that has ended the run, if one has.
 fn run(args: &Args) -> Result<Option<StopSignal>, Failure> {
     let input = &Input::open(args).map_err(Failure::Refused)?;
-    let args = &if args.auto { fit::choose(args, input)? } else { args.clone() };
+    let args = if args.auto { fit::choose(args, input)? } else { args.clone() };
+    let steps = input.steps(&args);
+    let args = &args.measuring(steps);
     let goes_on = |ranks| args.on(ranks).is_ok();
     let given = (args.seed, &input.with_read(args.given.clone()));
     if args.dry_run.is_some() {
-        let said = start::run(&args.start, args.axes.ranks, goes_on, given, |rank| dry_run::run(rank, args, input))?;
-        return Ok(said.map_or(Ok(()), |said| program::tell(&said)).map(|()| None)?);
+        let dry = |rank| dry_run::run(rank, args, input).map(Ended::Complete);
+        if let Some(Ended::Complete(said)) = start::run(&args.start, args.axes.ranks, goes_on, given, dry)? {
+            program::tell(&said)?;
+        }
+        return Ok(None);
     }
     // The first rank tells what came of it.
     let ran = start::run(&args.start, args.axes.ranks, goes_on, given, |rank| {
         // After some were lost there may be fewer ranks than the flags are for.
         let args = args.on(rank.size())?;
-        Ok((train::run(rank, &args, input)?, args))
+        Ok(train::run(rank, &args, input)?.map(|outcome| (outcome, args)))
     })?;
     let (outcome, args) = match ran {
-        Some((Ended::Complete(outcome), args)) => (outcome, args),
-        Some((Ended::Stopped(signal), _)) => return Ok(Some(signal)),
+        Some(Ended::Complete(ran)) => ran,
+        Some(Ended::Stopped(signal)) => return Ok(Some(signal)),
         None => return Ok(None),
     };
     if let Some(path) = &args.json {

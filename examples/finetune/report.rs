@@ -75,7 +75,7 @@ impl Outcome {
     pub fn summary(&self, args: &Args) -> String {
         let per_token = "nats per token";
         let batch = match args.size {
-            BatchSize::Rows(rows) => format!("{rows} x {} tokens", args.seq),
+            BatchSize::Rows(rows) => format!("{} x {} tokens", self.batch.sizes(rows), args.seq),
             BatchSize::Tokens { most, .. } => format!("at most {most} tokens in rows of {}", args.seq),
         };
         let length = match args.length {

@@ -78,7 +78,8 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
         }
         let rate = run.schedule.step().base() * run.batch.lr_factor(args.batch());
         if args.growth.measures() {
-            run.batch.after_step(&step, (rows.end - rows.start) as usize);
+            let grows = run.batch.after_step(&step, (rows.end - rows.start) as usize);
+            grows.iter().for_each(|said| progress.note(&format!("after step {}: {said}", number + 1)));
         }
         run.model = run.model.optimize(&mut run.optim, rate, step)?;
 

@@ -26,7 +26,7 @@ pub fn measure(sizes: &Sizes, text: &Text, seeds: u64) -> Result<String, Error> 
         let whole = model(sizes.small, sizes.seq, seed);
         let mut all = launch::threads(2).run(|rank| {
             let device = rank.device().autodiff();
-            let data = DataParallelConfig::new().with_noise_scale(true);
+            let data = DataParallelConfig::new().with_noise_scale_every(1);
             let mut state = whole.clone().fork(&device).data_parallel(&rank, data.clone())?;
             let base = settings(BASE_ROWS)?;
             let mut optim = optimizer(base);

@@ -53,7 +53,7 @@ fn train(sizes: &Sizes, text: &Text, rows: usize, seed: u64) -> Result<Curve, Er
     let steps = sizes.rows / rows;
     let mut all = launch::threads(2).run(|rank| {
         let device = rank.device().autodiff();
-        let data = DataParallelConfig::new().with_noise_scale(true);
+        let data = DataParallelConfig::new().with_noise_scale_every(1);
         let mut model = whole.clone().fork(&device).data_parallel(&rank, data)?;
         let settings = settings(rows)?;
         let mut optim = optimizer(settings);

@@ -36,7 +36,7 @@ type Row = (&'static str, Option<Strategy>, usize, bool);
 fn all() -> Vec<Row> {
     let zero = |sharding| Strategy::new().with_data(DataParallelConfig::new().with_sharding(sharding));
     let pipeline = PipelineConfig::new(4);
-    let noise = DataParallelConfig::new().with_noise_scale(true);
+    let noise = DataParallelConfig::new().with_noise_scale_every(1);
     vec![
         ("two that do not talk", None, 2, false),
         ("data parallelism", Some(Strategy::new()), 2, false),

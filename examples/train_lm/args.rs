@@ -9,8 +9,9 @@ use clap::Parser;
 
 use crate::checkpoints::folder;
 use crate::common::attention::Attention;
-use crate::common::batch::{self, Batch, FitFlags, GrowthFlags, Rows};
+use crate::common::batch::{self, Batch, GrowthFlags, Rows};
 use crate::common::command_line::parse;
+use crate::common::fit::{self, FitFlags};
 use crate::common::flags::{learning_rate, norm, up_to, writable, wrong};
 use crate::common::given::Given;
 use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS, described};
@@ -156,10 +157,10 @@ impl Args {
         let mesh = flags.mesh.read(start.started, RANKS, start.min_ranks)?;
         let axes @ Axes { dp, pp, tp, .. } = mesh.axes;
         let Flags { d_model, heads, .. } = flags;
-        let (trial, auto) = (batch::trial(), flags.batch == Rows::Auto);
+        let (trial, auto) = (fit::trial(), flags.batch == Rows::Auto);
         flags.fit.check(flags.batch)?;
         if auto {
-            batch::check_auto(&start, flags.micro_batch)?;
+            fit::check_auto(&start, flags.micro_batch)?;
         }
         // What is tried, or to begin with: one row in each micro-batch.
         let in_pipeline = match pp {
@@ -211,8 +212,8 @@ impl Args {
         flags.saving.check(folder)?;
 
         let micro_batches = flags.micro_batches.unwrap_or((4 * pp).min(rows));
-        let strategy =
-            flags.growth.strategy(flags.mesh.strategy(&mesh, Plan::megatron(), micro_batches, Engine::Auto)?);
+        let strategy = flags.mesh.strategy(&mesh, Plan::megatron(), micro_batches, Engine::Auto)?;
+        let strategy = flags.growth.strategy(strategy, flags.steps);
         let micro_batch = flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp));
         flags.growth.check_gradients(axes, &strategy, batch.div_ceil(dp).div_ceil(micro_batch))?;
         mesh.every_stage(&strategy, flags.layers)?;
@@ -223,7 +224,7 @@ impl Args {
             text: flags.text,
             axes,
             strategy,
-            steps: if kept { flags.steps } else { batch::TRIAL_STEPS },
+            steps: if kept { flags.steps } else { fit::TRIAL_STEPS },
             batch,
             auto: auto && kept,
             fit: flags.fit,

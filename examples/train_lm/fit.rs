@@ -3,7 +3,7 @@
 use burn::tensor::Device;
 
 use crate::args::Args;
-use crate::common::batch::{Most, known_to_fit, largest};
+use crate::common::fit::{Most, known_to_fit, largest};
 use crate::common::program::Failure;
 use crate::text::{Text, tensors};
 use crate::train::loss;
@@ -21,7 +21,8 @@ pub fn choose(args: &Args, text: &Text) -> Result<Args, Failure> {
     let batch = |rows: usize| tensors(&vec![&row[..]; rows], &Device::flex());
     let ways = (&args.strategy, args.axes.ranks);
     let make = |device: &Device| Ok(args.model().init(device));
-    let rows = largest(most, args.fit, |bytes, most| known_to_fit(ways, (bytes, most), make, batch, loss))?;
+    let smaller = "--layers, --d-model";
+    let rows = largest(most, (args.fit, smaller), |bytes, most| known_to_fit(ways, (bytes, most), make, batch, loss))?;
     let args = args.with_rows_at_once(rows);
     args.growth.check_found(args.batch).map_err(Failure::Refused)?;
     Ok(args)

@@ -48,12 +48,13 @@ fn run(args: &Args) -> Result<Option<StopSignal>, Failure> {
         |rank| {
             // After some were lost there may be fewer ranks than the flags are for.
             let args = args.on(rank.size())?;
-            Ok((train(rank, model.clone(), &args, text)?, args))
+            let ended = train(rank, model.clone(), &args, text)?;
+            Ok(ended.map(|outcome| (outcome, args)))
         },
     )?;
     let (outcome, args) = match ran {
-        Some((Ended::Complete(outcome), args)) => (outcome, args),
-        Some((Ended::Stopped(signal), _)) => return Ok(Some(signal)),
+        Some(Ended::Complete(ran)) => ran,
+        Some(Ended::Stopped(signal)) => return Ok(Some(signal)),
         None => return Ok(None),
     };
     let args = &args;

@@ -56,7 +56,11 @@ impl Outcome {
             row("model", format!("{parameters} parameters: {layers} layers, width {d_model}, {heads} heads")),
             row(
                 "training",
-                format!("{steps} steps of {batch} x {seq} bytes, at most {} rows at once", args.rows_at_once()),
+                format!(
+                    "{steps} steps of {} x {seq} bytes, at most {} rows at once",
+                    self.batch.sizes(*batch),
+                    args.rows_at_once()
+                ),
             ),
         ];
         let split = args.split(&self.batch);

@@ -9,7 +9,7 @@ use burn::lr_scheduler::sequential::SequentialLrSchedulerConfig;
 use burn::module::Module;
 use burn::optim::AdamWConfig;
 use burn::tensor::{Int, Tensor};
-use burn_parallel::batch::BatchSplit;
+use burn_parallel::batch::{BatchSplit, NoNoise};
 use burn_parallel::prelude::*;
 use burn_parallel::train::Clip;
 
@@ -79,12 +79,14 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         if let Some(max) = args.clip {
             step = step.clip_grad_norm(&run.model, max)?;
             run.grad_norms.extend(step.grad_norm);
-        } else if args.growth.measures() {
+        } else if args.growth.measures() && step.noise() == Err(NoNoise::NoNorm) {
+            // In the steps that measure the noise, which it completes; others have no use for it.
             step = step.clip_grad_norm(&run.model, Clip::never())?;
         }
         let factor = run.batch.lr_factor(args.batch);
         if args.growth.measures() {
-            run.batch.after_step(&step, rows);
+            let grows = run.batch.after_step(&step, rows);
+            grows.iter().for_each(|said| progress.note(&format!("after step {}: {said}", number + 1)));
         }
         if last {
             memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };

@@ -10,7 +10,7 @@ use crate::step::{GradientNoise, NoNoise, Step};
 /// noise scale).
 ///
 /// The estimates of single steps are themselves noisy, and the mean of their ratios is biased. So numerator and
-/// denominator are averaged apart, over `1 / (1 - decay)` steps, and divided then. All ranks have the same number, bit
+/// denominator are averaged apart, over `1 / (1 - decay)` measurements, and divided then. All ranks have the same number, bit
 /// for bit.
 ///
 /// ```
@@ -21,13 +21,13 @@ use crate::step::{GradientNoise, NoNoise, Step};
 ///
 /// launch::threads(2).run(|rank| {
 ///     let device = rank.device().autodiff();
-///     let config = DataParallelConfig::new().with_noise_scale(true);       // measured in the way of the reduction
+///     let config = DataParallelConfig::new().with_noise_scale_every(4);    // measured in the way of the reduction
 ///     let mut model = LinearConfig::new(4, 1).init(&device).data_parallel(&rank, config)?;
 ///     let mut noise = NoiseScale::new();
 ///     for _ in 0..20 {
 ///         let x = Tensor::<2>::random([8, 4], Distribution::Default, &device);
 ///         let step = model.step(x, |model, x| model.forward(x).powi_scalar(2).mean())?;
-///         let step = step.clip_grad_norm(&model, Clip::never())?;  // completes the measurement with the norm
+///         let step = step.clip_grad_norm(&model, Clip::never())?;          // completes the measurement with the norm
 ///         noise.add(&step);
 ///     }
 ///     println!("{:?} rows", noise.items());                                // or why there is no number
@@ -54,22 +54,30 @@ pub struct NoiseScale {
 }
 
 impl NoiseScale {
-    /// Averages over about a hundred steps.
+    /// Averages over about a hundred measurements.
     pub fn new() -> Self {
         Self::with_decay(0.99)
     }
 
-    /// Keeps this share of the average at each step, at least 0 and less than 1.
+    /// Keeps this share of the average at each measurement, at least 0 and less than 1.
     pub fn with_decay(decay: f64) -> Self {
         let decay = if decay >= 0.0 { decay.min(1.0 - f64::EPSILON) } else { 0.0 };
         Self { decay, squared_norm: 0.0, trace: 0.0, weight: 0.0, steps: 0, last: Some(NoNoise::Off) }
     }
 
-    /// Takes in what a step has measured. Steps that have measured nothing change no average.
+    /// Takes in what a step has measured. Steps that have measured nothing, as those between two that do, change no
+    /// average.
     pub fn add(&mut self, step: &Step) {
         match step.noise() {
             Ok(noise) => self.add_estimate(noise),
-            Err(why) => self.last = Some(why),
+            Err(why) => self.add_nothing(why),
+        }
+    }
+
+    /// Notes why a step has measured nothing: that it was not its turn only where no other has said more.
+    fn add_nothing(&mut self, why: NoNoise) {
+        if why != NoNoise::Interval || self.last == Some(NoNoise::Off) {
+            self.last = Some(why);
         }
     }
 
@@ -88,7 +96,7 @@ impl NoiseScale {
     /// The noise scale in items of the loss; or why there is none.
     ///
     /// # Errors
-    /// Why the last step has measured nothing, if none has yet; [`NoNoise::Drowned`] if the averages do not tell the
+    /// Why the last step that was to has measured nothing, if none has yet; [`NoNoise::Drowned`] if the averages do not tell the
     /// gradient from its noise: it takes more steps, or a larger `decay`.
     pub fn items(&self) -> Result<f64, NoNoise> {
         match (self.steps, self.last) {
@@ -108,7 +116,7 @@ impl NoiseScale {
         self.trace / self.weight
     }
 
-    /// How many steps were averaged.
+    /// How many steps were averaged: those that have measured something.
     pub fn steps(&self) -> u64 {
         self.steps
     }
@@ -150,6 +158,21 @@ mod tests {
         noise.add_estimate(estimate(-10.0, 4.0));
         assert_eq!(noise.items(), Err(NoNoise::Drowned));
         assert_eq!(noise.steps(), 3);
+    }
+
+    /// What the steps say that measure is not forgotten over those in between.
+    #[test]
+    fn steps_between_two_that_measure_change_nothing() {
+        let mut noise = NoiseScale::new();
+        noise.add_nothing(NoNoise::Interval);
+        assert_eq!(noise.items(), Err(NoNoise::Interval));
+        noise.add_nothing(NoNoise::OneMicroBatch);
+        noise.add_nothing(NoNoise::Interval);
+        assert_eq!(noise.items(), Err(NoNoise::OneMicroBatch));
+        noise.add_estimate(estimate(1.0, 4.0));
+        let before = noise;
+        noise.add_nothing(NoNoise::Interval);
+        assert_eq!(noise, before);
     }
 
     #[test]

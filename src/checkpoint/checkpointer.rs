@@ -22,6 +22,7 @@ use super::state::TrainState;
 use super::{checkpoint_error, file_problem, value};
 use crate::Error;
 use crate::comm::Communicator;
+use crate::tensor_file::place;
 use crate::train::ParallelModule;
 
 /// How often a checkpoint that is removed while it is read is followed by another try, with the latest then.
@@ -54,11 +55,11 @@ impl Checkpointer {
     ///
     /// # Errors
     /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read, or is itself the checkpoint
-    /// of a step; [`Error::Settings`] if ranks pass different ones; the error of the world.
+    /// of a step; [`Error::Settings`] if ranks pass different ones, by wherever they are; the error of the world.
     pub fn new(world: &Communicator, dir: impl AsRef<Path>, config: CheckpointConfig) -> Result<Self, Error> {
         let group = world.split_named("checkpoint", 0, world.rank() as i64)?;
         let dir = dir.as_ref();
-        group.agree_on(&json!({ "directory": dir.display().to_string(), "CheckpointConfig": config }))?;
+        group.agree_on(&json!({ "directory": place(dir), "CheckpointConfig": config }))?;
         let opened = Opened::new(dir, &group)?;
         Ok(Self {
             group,

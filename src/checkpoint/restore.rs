@@ -107,6 +107,7 @@ impl<P: ParallelModule> Loaded<P> {
     pub(super) fn put(self, state: &mut TrainState<'_, P>) -> Restored {
         *state.model = self.model;
         state.model.set_random_step(self.random_step);
+        state.model.steps_restored(self.restored.step);
         state.model.moments_restored(&self.with_moments);
         for ((_, optimizer), loaded) in state.optimizers.iter_mut().zip(self.optimizers) {
             loaded.into_iter().for_each(|loaded| **optimizer = loaded);

@@ -18,7 +18,8 @@ use crate::train::ParallelModule;
 /// With the model goes the number of the step whose random numbers come next, where its steps are captured
 /// ([`Sharded::random_step`](crate::tensor_parallel::Sharded::random_step)): dropout goes on with those on the same
 /// mesh, and with [`draw_rows`](ParallelModule::draw_rows) on any. Eager steps draw from burn's own generator, which no
-/// checkpoint holds.
+/// checkpoint holds. And the number of the step goes with it, by which
+/// [some steps](crate::data_parallel::DataParallelConfig::with_noise_scale_every) measure.
 pub struct TrainState<'a, P> {
     pub(super) model: &'a mut P,
     pub(super) optimizers: Vec<(String, &'a mut ModuleOptimizer)>,

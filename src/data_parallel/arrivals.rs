@@ -5,17 +5,18 @@ use std::collections::HashSet;
 use burn::module::ParamId;
 
 use super::hook::GradientListener;
-use super::noise_meter::NoiseMeter;
+use super::noise_meter::{self, NoiseMeter};
 use super::reducer::Reducer;
 use super::reduction_state::accumulate;
+use crate::step::NoNoise;
 use crate::tensor::{Look, PlainTensor};
 
 impl Reducer {
     /// Takes a gradient that did not come through a hook.
     pub fn add(&self, param: usize, gradient: PlainTensor) {
-        let measures = self.config.noise_scale;
         let mut step = self.lock();
         let step = &mut *step;
+        let measures = step.noise.is_some();
         step.device = Some(gradient.device());
         let progress = &mut step.params[param];
         progress.used = true;
@@ -51,10 +52,15 @@ impl Reducer {
         self.lock().forget_uses();
     }
 
-    /// Measures the gradients of the micro-batches that come now, if that was asked for: of all parameters but those
-    /// that another rank counts.
-    pub fn begin_noise(&self, elsewhere: impl FnOnce() -> HashSet<ParamId>) {
-        if self.config.noise_scale {
+    /// Whether a step measures the noise of its gradient that has so many before it; or why not.
+    pub fn noise_turn(&self, before: u64) -> Result<(), NoNoise> {
+        noise_meter::turn(self.config.noise_scale_every, before)
+    }
+
+    /// Measures the gradients of the micro-batches that come now, if it is the turn of a step that has so many before
+    /// it: of all parameters but those that another rank counts.
+    pub fn begin_noise(&self, before: u64, elsewhere: impl FnOnce() -> HashSet<ParamId>) {
+        if self.noise_turn(before).is_ok() {
             let elsewhere = elsewhere().into_iter().filter_map(|id| self.index_of(id)).collect();
             self.lock().noise = Some(NoiseMeter::new(elsewhere));
         }

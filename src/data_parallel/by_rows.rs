@@ -62,11 +62,11 @@ impl<E: StepEngine> Replica<E> {
         config.check()?;
         agree_on_settings(config, group)?;
         let engine = engine.share_ids(group)?;
-        let DataParallelConfig { sharding_ranks, keep, reduce_dtype, noise_scale, .. } = *config;
+        let DataParallelConfig { sharding_ranks, keep, reduce_dtype, noise_scale_every, .. } = *config;
         let shards =
             RowShards::new(engine.local(), &|id| engine.later_dims(id), group, sharding_ranks, keep, reduce_dtype)?;
         let engine = divide(engine, shards.clone())?;
-        Ok(Self::with(engine, Averaging::ByRows { shards, measures: noise_scale }))
+        Ok(Self::with(engine, Averaging::ByRows { shards, noise_scale_every }))
     }
 
     /// Runs forward and backward on every micro-batch and averages over all of them and over the group.
@@ -89,8 +89,11 @@ impl<E: StepEngine> Replica<E> {
         }
         let before = self.counters();
         let mut params = self.engine.find_params()?;
-        let measures = matches!(self.averaging, Averaging::ByRows { measures: true, .. });
-        shards.begin_step(measures.then(|| self.engine.gradient_layout().elsewhere));
+        let turn = match self.averaging {
+            Averaging::ByRows { noise_scale_every, .. } => noise_meter::turn(noise_scale_every, self.steps),
+            Averaging::Ready(_) | Averaging::Deferred(..) => Err(NoNoise::Off),
+        };
+        shards.begin_step(turn.is_ok().then(|| self.engine.gradient_layout().elsewhere));
         let (mut sums, mut unit) = (Sums::new(shards), None);
         let (mut losses, mut outputs, mut runs) = (Vec::new(), Vec::new(), Vec::new());
         loop {
@@ -115,9 +118,11 @@ impl<E: StepEngine> Replica<E> {
             }
         }
         shards.end_step();
-        let shared = measures && self.engine.shares_between_stages();
+        let shared = turn.is_ok() && self.engine.shares_between_stages();
         let noise = shards.take_noise().map(|noise| (noise, f64::from(u8::from(shared))));
         let (loss, weight, noise) = total(&losses, sums.weight, noise, shards.replicas())?;
+        let noise = noise.unwrap_or_else(|| NoiseState::None(turn.err().unwrap_or(NoNoise::Off)));
+        self.steps += 1;
         let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
         let gradients = sums.gradients.into_iter().map(|(id, sum)| (id, sum.scale(factor))).collect();
         let grads = found_gradients(&params, gradients);
@@ -138,13 +143,14 @@ impl<E: StepEngine> Replica<E> {
     }
 }
 
-/// The mean loss over everything that made up the step, its weight, and what the gradients say of their noise.
+/// The mean loss over everything that made up the step, its weight, and what the gradients say of their noise, if they
+/// were measured.
 fn total(
     losses: &[(Tensor<1>, f64)],
     weight: f64,
     noise: Option<([f64; noise_meter::NUMBERS], f64)>,
     control: &Communicator,
-) -> Result<(f64, f64, NoiseState), Error> {
+) -> Result<(f64, f64, Option<NoiseState>), Error> {
     let sum: f64 = losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
     let mut own = vec![sum, weight];
     if let Some((noise, shared)) = noise {
@@ -152,9 +158,9 @@ fn total(
         own.extend(noise);
     }
     match control.all_reduce(own, ReduceOp::Sum)?[..] {
-        [sum, weight] => Ok((sum / weight, weight, NoiseState::None(NoNoise::Off))),
-        [sum, weight, 0.0, ref noise @ ..] => Ok((sum / weight, weight, noise_meter::of_sums(noise))),
-        [sum, weight, ..] => Ok((sum / weight, weight, NoiseState::None(NoNoise::BetweenStages))),
+        [sum, weight] => Ok((sum / weight, weight, None)),
+        [sum, weight, 0.0, ref noise @ ..] => Ok((sum / weight, weight, Some(noise_meter::of_sums(noise)))),
+        [sum, weight, ..] => Ok((sum / weight, weight, Some(NoiseState::None(NoNoise::BetweenStages)))),
         _ => Err(Error::invalid("step", "the losses of the replicas came back incomplete")),
     }
 }

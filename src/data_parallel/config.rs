@@ -36,8 +36,8 @@ pub struct DataParallelConfig {
     pub keep: Keep,
     /// Whether a rank may leave parameters unused that others use, with [`Sharding::Parameters`].
     pub allow_unused_parameters: bool,
-    /// Whether steps measure the noise of their gradient.
-    pub noise_scale: bool,
+    /// After how many steps one measures the noise of its gradient; 0 for never.
+    pub noise_scale_every: u64,
     /// A reduction of one's own, which no file knows of.
     #[serde(skip)]
     hook: Option<Arc<dyn CommHook>>,
@@ -59,7 +59,7 @@ impl DataParallelConfig {
             sharding_ranks: None,
             keep: Keep::Pass,
             allow_unused_parameters: false,
-            noise_scale: false,
+            noise_scale_every: 0,
             hook: None,
         }
     }
@@ -144,16 +144,20 @@ impl DataParallelConfig {
         self
     }
 
-    /// Has steps measure the noise of their gradient ([`Step::noise`](crate::step::Step::noise)): the square of every
-    /// micro-batch's gradient is taken while it is in the cache, and three numbers more go with those that replicas sum
-    /// up at the end of a step. A parameter that a forward uses several times has its gradient held once more until the
-    /// end of the micro-batch.
+    /// Has every so many steps measure the noise of their gradient ([`Step::noise`](crate::step::Step::noise)): the
+    /// square of every micro-batch's gradient is taken while it is in the cache, and three numbers more go with those
+    /// that replicas sum up at the end of a step. A parameter that a forward uses several times has its gradient held
+    /// once more until the end of the micro-batch. The steps in between measure nothing, and cost nothing. 0, the
+    /// default, for never.
+    ///
+    /// Steps count from the first of the wrapper, or go on from that of the [checkpoint](crate::checkpoint) that was
+    /// restored: with 4 the 4th measures, the 8th and so on, the same on all ranks.
     ///
     /// It takes two micro-batches at least, on one replica or on several. What goes through a pipeline at once is one,
     /// but with [`Sharding::Parameters`], where the gradients of each micro-batch of the pipeline leave its stages
     /// apart, and count apart.
-    pub fn with_noise_scale(mut self, measure: bool) -> Self {
-        self.noise_scale = measure;
+    pub fn with_noise_scale_every(mut self, steps: u64) -> Self {
+        self.noise_scale_every = steps;
         self
     }
 

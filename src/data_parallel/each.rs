@@ -19,7 +19,7 @@ use super::reduction_state::accumulate;
 use crate::Error;
 use crate::graph::StepEngine;
 use crate::sharding::Sharding;
-use crate::step::{NoNoise, NoiseState, Step, StepFn};
+use crate::step::{NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
 impl<E: StepEngine> Replica<E> {
@@ -46,7 +46,7 @@ impl<E: StepEngine> Replica<E> {
         let mut sum = ShardSum::default();
         // Without any data the ranks meet once all the same, to find out that there is none.
         for round in 0..most.max(1) {
-            reducer.begin_noise(|| self.engine.gradient_layout().elsewhere);
+            reducer.begin_noise(self.steps, || self.engine.gradient_layout().elsewhere);
             let leader = rounds.as_ref().and_then(|counts| uneven(counts, round));
             let ran = match micro_batches.next() {
                 Some(inputs) => {
@@ -114,7 +114,10 @@ impl ShardSum {
     fn add(&mut self, reduced: Reduced, non_finite: Option<Arc<str>>) {
         self.waited += reduced.waited;
         self.non_finite = self.non_finite.take().or(non_finite);
-        self.noise = Some(self.noise.map_or(reduced.noise, |noise| noise_meter::together(noise, reduced.noise)));
+        self.noise = match (self.noise, reduced.noise) {
+            (Some(sum), Some(noise)) => Some(noise_meter::together(sum, noise)),
+            (sum, noise) => sum.or(noise),
+        };
         // Of no items the mean loss is NaN, and the gradients are those of nothing.
         if reduced.weight > 0.0 {
             self.loss += reduced.loss * reduced.weight;
@@ -133,7 +136,7 @@ impl ShardSum {
     fn mean(self) -> Reduced {
         let factor = if self.weight > 0.0 { self.unit / self.weight } else { 1.0 };
         let gradients = self.gradients.into_iter().map(|(param, sum)| (param, sum.scale(factor))).collect();
-        let noise = self.noise.unwrap_or(NoiseState::None(NoNoise::Off));
-        Reduced { loss: self.loss / self.weight, weight: self.weight, gradients, waited: self.waited, noise }
+        let (loss, noise) = (self.loss / self.weight, self.noise);
+        Reduced { loss, weight: self.weight, gradients, waited: self.waited, noise }
     }
 }

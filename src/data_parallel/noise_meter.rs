@@ -81,6 +81,15 @@ impl NoiseMeter {
     }
 }
 
+/// Whether a step measures that has so many before it, where one of `every` so many does; or why not.
+pub(super) fn turn(every: u64, before: u64) -> Result<(), NoNoise> {
+    match every {
+        0 => Err(NoNoise::Off),
+        _ if before.wrapping_add(1).is_multiple_of(every) => Ok(()),
+        _ => Err(NoNoise::Interval),
+    }
+}
+
 /// How many numbers a rank brings.
 pub(super) const NUMBERS: usize = 3;
 
@@ -128,6 +137,13 @@ mod tests {
         meter.add(1, (1, 1), &gradient([5.0, 5.0]), None);
         meter.end_micro_batch();
         assert_eq!(meter.numbers(), [(9.0 + 1.0 + 4.0) * 4.0 / 4.0, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn one_step_of_so_many_measures() {
+        let measure = |every| (0..9).filter(|before| turn(every, *before).is_ok()).collect::<Vec<_>>();
+        assert_eq!((measure(1).len(), measure(4), measure(0)), (9, vec![3, 7], vec![]));
+        assert_eq!((turn(0, 3), turn(4, 0)), (Err(NoNoise::Off), Err(NoNoise::Interval)));
     }
 
     #[test]

@@ -33,7 +33,7 @@ use super::reducer::Reducer;
 use super::reduction_state::{LATE, ParamProgress, PendingReduction, accumulate};
 use crate::Error;
 use crate::comm::ReduceOp;
-use crate::step::{NoNoise, NoiseState};
+use crate::step::NoiseState;
 use crate::tensor::PlainTensor;
 
 /// The averages over the group.
@@ -46,8 +46,8 @@ pub(crate) struct Reduced {
     pub gradients: HashMap<usize, PlainTensor>,
     /// How long this rank had nothing to do but wait for them.
     pub waited: Duration,
-    /// What the micro-batches of all ranks say of the noise of the gradient.
-    pub noise: NoiseState,
+    /// What the micro-batches of all ranks say of the noise of the gradient, if they were measured.
+    pub noise: Option<NoiseState>,
 }
 
 impl Reducer {
@@ -110,8 +110,8 @@ impl Reducer {
         let tail = tail.wait()?;
         let (marks, sums) = tail.split_at(params);
         let (loss, noise) = match sums {
-            [loss] => (loss / weight, NoiseState::None(NoNoise::Off)),
-            [loss, noise @ ..] => (loss / weight, noise_meter::of_sums(noise)),
+            [loss] => (loss / weight, None),
+            [loss, noise @ ..] => (loss / weight, Some(noise_meter::of_sums(noise))),
             [] => {
                 return Err(Error::invalid("DataParallel::backward", "the sums of the replicas came back incomplete"));
             }
@@ -150,7 +150,7 @@ impl Reducer {
         let noise = step.noise.take();
         step.reset();
         drop(step);
-        let noise = noise.map_or(NoiseState::None(NoNoise::Off), |noise| noise_meter::of_sums(&noise.numbers()));
+        let noise = noise.map(|noise| noise_meter::of_sums(&noise.numbers()));
         Reduced { loss: loss / weight, weight, gradients, waited: Duration::ZERO, noise }
     }
 

@@ -47,7 +47,8 @@ pub struct Replica<E> {
     waited: Duration,
     /// What the last reduction told of the noise of the gradient.
     pub(super) noise: NoiseState,
-    steps: u64,
+    /// How many steps there were.
+    pub(super) steps: u64,
     /// By which an eager model tells of its gradients.
     hooks: Option<HookGroup>,
 }
@@ -58,11 +59,11 @@ pub(super) enum Averaging {
     Ready(Arc<Reducer>),
     /// Nothing yet: the first step finds out which parameters this rank holds.
     Deferred(Communicator, DataParallelConfig),
-    /// Captured steps themselves, which gather parameters and leave this rank its rows of the gradients, and may
-    /// measure their noise.
+    /// Captured steps themselves, which gather parameters and leave this rank its rows of the gradients, and of which
+    /// one of so many measures their noise.
     ByRows {
         shards: RowShards,
-        measures: bool,
+        noise_scale_every: u64,
     },
 }
 
@@ -211,6 +212,11 @@ impl<E: StepEngine> Replica<E> {
         }
     }
 
+    /// Goes on after so many steps.
+    pub(crate) fn steps_restored(&mut self, steps: u64) {
+        self.steps = steps;
+    }
+
     /// Finds out which parameters this rank holds, and which of them with others, if a step would.
     pub(crate) fn prepare<I: TensorTree + Clone>(
         &mut self,
@@ -273,7 +279,7 @@ impl<E: StepEngine> Replica<E> {
         }
         let before = self.counters();
         let mut params = self.admit(&reducer, ForwardState::Pending, Next::Head)?;
-        reducer.begin_noise(|| self.engine.gradient_layout().elsewhere);
+        reducer.begin_noise(self.steps, || self.engine.gradient_layout().elsewhere);
         let (mut outputs, mut runs) = (Vec::new(), Vec::new());
         let mut ran = Ok(());
         let mut begun = false;
@@ -377,7 +383,9 @@ impl<E: StepEngine> Replica<E> {
         mut reduced: Reduced,
     ) -> Result<(LossValue, f64, GradientsParams), Error> {
         self.waited += reduced.waited;
-        self.noise = reduced.noise;
+        // A step with synchronised batch norm has its turn, and measures nothing.
+        let why = || reducer.noise_turn(self.steps).err().unwrap_or(NoNoise::BatchNorm);
+        self.noise = reduced.noise.unwrap_or_else(|| NoiseState::None(why()));
         let grads = register(reducer, &mut reduced, params)?;
         self.steps += 1;
         if reducer.compares(self.steps) {

@@ -73,7 +73,8 @@ impl ModelSplit {
             (model, table) = (same, table.renamed(&renamed));
         }
         let plans = plan.over(axes.iter().map(|axis| axis.0))?;
-        if let Some(warning) = table.mostly_whole().filter(|_| axes.iter().all(|(_, group)| group.rank() == 0)) {
+        // Once, however many replicas and stages are split by it.
+        if let Some(warning) = table.mostly_whole().filter(|_| axes.iter().all(|(_, group)| group.world_rank() == 0)) {
             log::warn!("{warning}");
         }
         let mut made = Vec::new();

@@ -128,7 +128,8 @@ impl Process {
     ///
     /// # Errors
     /// The first error of any rank, the same in all processes. A world of one rank needs no transport; for more,
-    /// [`Error::Transport`] if it is not built in, or knows the ranks otherwise than the launcher's variables.
+    /// [`Error::Transport`] if it is not built in; [`Error::InvalidArgument`] if the launcher's variables are not those
+    /// of the other ranks, or the transport knows the ranks otherwise.
     pub fn run<T, F>(self, f: F) -> Result<T, Error>
     where
         T: Send,
@@ -180,7 +181,7 @@ impl Process {
                 comm.rank(),
                 comm.size()
             );
-            return Err(Error::Transport { transport: "mpi", problem });
+            return Err(Error::invalid("mpi", problem));
         }
         run(comm)
     }

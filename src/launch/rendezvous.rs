@@ -15,12 +15,12 @@ impl Rendezvous {
     /// no attacker.
     ///
     /// # Errors
-    /// [`Error::Transport`] if the launcher has named none.
+    /// [`Error::InvalidArgument`] if the launcher has named none.
     pub fn at(info: &ProcessInfo, timeout: Duration) -> Result<Self, Error> {
         let Some((address, port)) = &info.master else {
             let problem = "MASTER_ADDR and MASTER_PORT are not set: the ranks do not know where to meet; set them to an \
                            address of rank 0's machine and a free port there, alike on all ranks";
-            return Err(Error::Transport { transport: "rendezvous", problem: problem.into() });
+            return Err(Error::invalid("rendezvous", problem));
         };
         let secret = std::env::var_os(SECRET).unwrap_or_default();
         Ok(Self::new(info.rank, info.size, address, *port, secret.as_encoded_bytes(), timeout))

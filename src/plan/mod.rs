@@ -69,6 +69,7 @@ use crate::Error;
 use crate::forms::Table;
 use crate::layout::Layout;
 use crate::nesting;
+use crate::params::visit_params;
 
 /// Which parameters and inputs are split over the ranks of a group, and along which dims.
 ///
@@ -166,6 +167,17 @@ impl Plan {
         self.own.extend(more.own);
         for (axis, more) in more.axes {
             self.axes.entry(axis).or_default().extend(more);
+        }
+        self
+    }
+
+    /// The same plan without the rules that match no parameter of a model, as most of a [ready](Self::hugging_face) one:
+    /// what it says of this model, to be printed.
+    pub fn only_for<M: Module>(mut self, model: &M) -> Self {
+        let mut paths = Vec::new();
+        visit_params(model, &mut |param| paths.push(param.path()));
+        for plan in std::iter::once(&mut self.own).chain(self.axes.values_mut()) {
+            plan.rules.retain(|rule| paths.iter().any(|path| rule.matches(path)));
         }
         self
     }

@@ -29,6 +29,8 @@ pub struct GradientNoise {
 pub enum NoNoise {
     /// It was not asked for.
     Off,
+    /// It is the turn of other steps.
+    Interval,
     /// The wrapper has no replicas.
     NoReplicas,
     /// The norm of the gradient was not asked for.
@@ -39,6 +41,8 @@ pub enum NoNoise {
     OneMicroBatch,
     /// Several stages share a parameter, and each has the replicas sum up its part of the gradient by itself.
     BetweenStages,
+    /// Batch norm takes its statistics over the rows of all ranks, so that no gradient is of the rows of one alone.
+    BatchNorm,
     /// Gradients came in parts that cannot be told apart from those of other micro-batches.
     InParts,
     /// The gradient is not finite, or its square is too large.
@@ -50,7 +54,8 @@ pub enum NoNoise {
 impl fmt::Display for NoNoise {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Off => "it was not measured: set `noise_scale` in `DataParallelConfig`",
+            Self::Off => "it was not measured: set `noise_scale_every` in `DataParallelConfig`",
+            Self::Interval => "this step was not to measure it: one of every `noise_scale_every` steps does",
             Self::NoReplicas => {
                 "the model was wrapped without replicas: wrap it with `data_parallel`, over a group of one if need be"
             }
@@ -65,6 +70,9 @@ impl fmt::Display for NoNoise {
             Self::BetweenStages => {
                 "stages share a parameter, and with `sharding` \"parameters\" nobody sees the whole of its gradient: set `sharding` to \
                  \"gradients\", or cut the model so that one stage holds it"
+            }
+            Self::BatchNorm => {
+                "with synchronised batch norm the gradient of a micro-batch depends on the rows of all others, and tells nothing of noise"
             }
             Self::InParts => "a parameter got its gradient in several parts that were not announced",
             Self::NotFinite => "the gradient is not finite",

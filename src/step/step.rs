@@ -58,9 +58,13 @@ impl Step {
         }
     }
 
-    /// The noise of the gradient, with [`noise_scale`](crate::data_parallel::DataParallelConfig::with_noise_scale) and
-    /// after [`clip_grad_norm`](Self::clip_grad_norm): estimates from this step alone; or why there are none. The same
-    /// on all ranks.
+    /// The noise of the gradient, in the steps that
+    /// [`noise_scale_every`](crate::data_parallel::DataParallelConfig::with_noise_scale_every) has measure it, after
+    /// [`clip_grad_norm`](Self::clip_grad_norm): estimates from this step alone; or why there are none. The same on all
+    /// ranks.
+    ///
+    /// Before `clip_grad_norm` it is [`NoNoise::NoNorm`] where the norm is all that is missing: a training that does
+    /// not take the norm anyway takes it in these steps alone.
     ///
     /// # Errors
     /// The reason, if nothing was measured.

@@ -11,8 +11,9 @@ impl Step {
     /// share the model, over which it takes one small collective along each axis; replicas hold the same gradients and
     /// communicate nothing, unless they are sharded (ZeRO): these take one as well.
     ///
-    /// With [`noise_scale`](crate::data_parallel::DataParallelConfig::with_noise_scale) the same collectives complete
-    /// what [`noise`](Self::noise) tells.
+    /// In a step that measures the noise of its gradient
+    /// ([`noise_scale_every`](crate::data_parallel::DataParallelConfig::with_noise_scale_every)) the same collectives
+    /// complete what [`noise`](Self::noise) tells.
     ///
     /// `model` is the one that made the step. A step that is skipped already stays as it is.
     ///

@@ -336,6 +336,10 @@ pub trait ParallelModule: Module + sealed::Sealed {
     #[doc(hidden)]
     fn moments_restored(&self, params: &HashSet<ParamId>);
 
+    /// Goes on after so many steps, by which those count that measure or compare.
+    #[doc(hidden)]
+    fn steps_restored(&mut self, _steps: u64) {}
+
     #[doc(hidden)]
     fn split_params(&self) -> Vec<SplitParam>;
 

@@ -254,6 +254,10 @@ impl<M: Module> ParallelModule for Parallel<M> {
         with!(&self.wrapped, model => ParallelModule::moments_restored(model, params));
     }
 
+    fn steps_restored(&mut self, steps: u64) {
+        with!(&mut self.wrapped, model => ParallelModule::steps_restored(model, steps));
+    }
+
     fn random_step(&self) -> u64 {
         with!(&self.wrapped, model => ParallelModule::random_step(model))
     }

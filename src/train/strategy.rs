@@ -52,7 +52,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// With the value that it has when it is left out; `micro_batches` is needed. Where there is no default the line says
 /// so. A key that nobody knows is an error, and so is one of `[tensor]`, or `[pipeline]`, that nothing reads beside the
 /// others, as a `plan` where `tp` is 1. `[data]` may stay as it is for any number of replicas: a single one reads
-/// `noise_scale` alone, and [`parallelize`](super::Parallelize::parallelize) warns of the others (by the crate `log`).
+/// `noise_scale_every` alone, and [`parallelize`](super::Parallelize::parallelize) warns of the others (by the crate `log`).
 ///
 /// ```
 /// # let all: burn_parallel::train::Strategy = r#"
@@ -74,7 +74,7 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// sharding_ranks = 2             # left out, all replicas
 /// keep = "pass"                  # or "micro_batch", "step", see `Keep`
 /// allow_unused_parameters = false  # true lets ranks use different ones, in eager steps with "parameters"
-/// noise_scale = false            # true measures the noise of gradients, see `batch::NoiseScale`
+/// noise_scale_every = 0          # 4 measures the noise of gradients in every 4th step, see `batch::NoiseScale`
 ///
 /// [tensor]            # `TensorParallelConfig`
 /// plan = "megatron"   # or "hugging_face", or a table of rules as in `Plan`; left out, nothing is split

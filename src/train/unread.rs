@@ -119,6 +119,6 @@ mod tests {
         }
         let two = of_one_replica(&data("[data]\noverlap = false\ncompare_every = 5")).unwrap();
         assert!(two.starts_with("nothing reads `data.overlap`, `data.compare_every`: "), "{two}");
-        assert_eq!(of_one_replica(&data("[data]\nnoise_scale = true\noverlap = true")), None);
+        assert_eq!(of_one_replica(&data("[data]\nnoise_scale_every = 4\noverlap = true")), None);
     }
 }

@@ -115,6 +115,10 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
         self.engine().moments_restored(params);
     }
 
+    fn steps_restored(&mut self, steps: u64) {
+        Replica::steps_restored(self, steps);
+    }
+
     fn random_step(&self) -> u64 {
         self.engine().random_step()
     }

@@ -130,8 +130,9 @@ fn the_batch_that_fits_is_found() {
         let output = limited("60000", "1000", more);
         let told = String::from_utf8_lossy(&output.stderr);
         let last = told.lines().last().unwrap();
-        assert!(output.status.code() == Some(1) && !told.contains("tries"), "{told}");
-        let what = ["finetune: --batch auto: not even one row fits into the ", " bytes of RLIMIT_DATA: "];
+        assert!(output.status.code() == Some(2) && !told.contains("tries"), "{told}");
+        let what =
+            ["finetune: --batch auto: not even one row fits into the ", " bytes of RLIMIT_DATA: give shorter rows"];
         assert!(last.starts_with(what[0]) && last.contains(what[1]), "{told}");
     }
 }

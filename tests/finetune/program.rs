@@ -269,6 +269,11 @@ fn a_dry_run_says_what_would_be_and_trains_nothing() {
     let whole = flags.map(|flag| if flag == "--dry-run" { "--dry-run=whole" } else { flag });
     let whole = String::from_utf8(finetune(&directory, &[&whole[..], &["--tp", "2"]].concat()).stdout).unwrap();
     assert_eq!(gates(&whole), 4, "{whole}");
+    // Of the plan what says something of this model; and its parameters also where none is split.
+    assert!(whole.contains("*q_proj.weight") && !whole.contains("c_attn"), "{whole}");
+    let whole = flags.map(|flag| if flag == "--dry-run" { "--dry-run=whole" } else { flag });
+    let whole = String::from_utf8(finetune(&directory, &whole).stdout).unwrap();
+    assert!(whole.contains("The parameters:") && gates(&whole) == 4, "{whole}");
     assert!(
         zero.contains(&format!("parameters {parameters}, gradients {}, optimizer {parameters} bytes", parameters / 2)),
         "{zero}"

@@ -19,11 +19,16 @@ fn losses(directory: &Directory) -> Vec<f64> {
 
 /// Two ranks with flags of their own, as torchrun starts them, which says by variables which rank a process is.
 fn ranks_of_torchrun(directory: &Directory, flags: [&[&str]; 2]) -> Vec<Output> {
+    ranks_of_torchrun_in([directory; 2], flags)
+}
+
+/// The same, each with a directory of its own.
+fn ranks_of_torchrun_in(directories: [&Directory; 2], flags: [&[&str]; 2]) -> Vec<Output> {
     let port = free_port().to_string();
     let ranks: Vec<Child> = ["0", "1"]
         .iter()
-        .zip(flags)
-        .map(|(rank, flags)| {
+        .zip(directories.iter().zip(flags))
+        .map(|(rank, (directory, flags))| {
             let mut command = command(directory, flags);
             command.env("RANK", rank).env("LOCAL_RANK", rank).env("WORLD_SIZE", "2").env("LOCAL_WORLD_SIZE", "2");
             command.env("MASTER_ADDR", "127.0.0.1").env("MASTER_PORT", &port).env("TORCHELASTIC_RUN_ID", "a");
@@ -31,6 +36,21 @@ fn ranks_of_torchrun(directory: &Directory, flags: [&[&str]; 2]) -> Vec<Output> 
         })
         .collect();
     ranks.into_iter().map(|rank| rank.wait_with_output().unwrap()).collect()
+}
+
+/// Of a model whose weights are the same and whose config is not, that is said.
+#[test]
+fn a_config_that_is_another_is_named() {
+    let (one, other) = (prepared(), prepared());
+    let config = fs::read_to_string(other.path().join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_str(&config).unwrap();
+    config["rms_norm_eps"] = (2.0 * config["rms_norm_eps"].as_f64().unwrap()).into();
+    other.write("config.json", config.to_string().as_bytes());
+    let flags = [&STEPS[..], &["--steps", "1", "--dp", "2"]].concat();
+    for output in ranks_of_torchrun_in([&one, &other], [&flags, &flags]) {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.code() == Some(2) && stderr.contains("`config.json of --model` is "), "{stderr}");
+    }
 }
 
 /// Ranks whose files or flags differ would not make as many steps, or other ones: found out before the first.

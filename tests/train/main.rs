@@ -10,6 +10,7 @@ mod fits;
 mod fused;
 mod grad_norm;
 mod noise;
+mod noise_every;
 mod optimizers;
 mod others_moments;
 mod panicking;

@@ -78,7 +78,7 @@ fn close(found: GradientNoise, expected: GradientNoise, what: &str) {
 #[test]
 fn every_mesh_measures_what_one_device_does() {
     let whole = KIND.init(&device());
-    let data = |sharding| DataParallelConfig::new().with_noise_scale(true).with_sharding(sharding);
+    let data = |sharding| DataParallelConfig::new().with_noise_scale_every(1).with_sharding(sharding);
     let pipeline = |axes: [usize; 3]| PipelineConfig::new(2).with_cut(lm::cut(axes[1]));
     // dp, pp, tp, what replicas divide, and the most rows at once.
     for (axes, sharding, at_once) in [
@@ -128,7 +128,8 @@ fn replicas_that_divide_parameters_measure_what_one_device_does() {
         // Stages that share a parameter see parts of its gradient.
         let kind = Kind { tied: axes[1] == 1, frozen: engine == Engine::Captured, ..KIND };
         let whole = kind.init(&device());
-        let data = DataParallelConfig::new().with_noise_scale(true).with_sharding(Sharding::Parameters).with_keep(keep);
+        let data =
+            DataParallelConfig::new().with_noise_scale_every(1).with_sharding(Sharding::Parameters).with_keep(keep);
         let data = sharding_ranks.into_iter().fold(data, DataParallelConfig::with_sharding_ranks);
         let mut strategy = Strategy::new().with_dp(axes[0]).with_data(data).with_engine(engine);
         if axes[2] > 1 {
@@ -162,7 +163,7 @@ fn replicas_that_divide_parameters_measure_what_one_device_does() {
 /// With tied weights in two stages there is no number, and every rank says why.
 #[test]
 fn stages_that_share_a_divided_parameter_say_so() {
-    let data = DataParallelConfig::new().with_noise_scale(true).with_sharding(Sharding::Parameters);
+    let data = DataParallelConfig::new().with_noise_scale_every(1).with_sharding(Sharding::Parameters);
     let pipeline = PipelineConfig::new(2).with_cut(lm::cut(2));
     let strategy = Strategy::new().with_dp(2).with_data(data).with_pp(2, pipeline);
     let split = BatchSplit::of(&strategy, 4, ROWS, None).unwrap();
@@ -170,16 +171,22 @@ fn stages_that_share_a_divided_parameter_say_so() {
     assert!(found.iter().flatten().all(|noise| *noise == Err(NoNoise::BetweenStages)), "{found:?}");
 }
 
-/// The gradient of a row is the row: a mean and uniform noise.
+/// Measured in every step, or in every third.
 #[test]
 fn noise_that_is_known_is_found() {
+    [1, 3].into_iter().for_each(known_noise_is_found);
+}
+
+/// The gradient of a row is the row: a mean and uniform noise.
+fn known_noise_is_found(every: u64) {
+    const MEASUREMENTS: u64 = 500;
     let (mean, width) = ([1.0, 0.5, -0.5f32], 2.0f32);
     let (squared_norm, trace) = (1.5, 3.0 * 4.0 / 3.0);
     let found = launch::threads(2)
         .run(|rank| {
             let device = rank.device().autodiff();
             let model: Linear = LinearConfig::new(3, 1).with_bias(false).init(&device);
-            let mut model = model.data_parallel(&rank, DataParallelConfig::new().with_noise_scale(true))?;
+            let mut model = model.data_parallel(&rank, DataParallelConfig::new().with_noise_scale_every(every))?;
             let mut numbers = Numbers(5 + 1000 * rank.rank() as u64);
             let mut rows = |count: usize| {
                 let row = |numbers: &mut Numbers| mean.map(|mean| mean + width * numbers.next());
@@ -187,9 +194,9 @@ fn noise_that_is_known_is_found() {
                 Tensor::<2>::from_data(TensorData::new(rows, [count, 3]), &device)
             };
             let mut noise = NoiseScale::with_decay(0.999);
-            for step in 0..500 {
+            for step in 0..(MEASUREMENTS * every) as usize {
                 // Unequal micro-batches, and unequal numbers of them.
-                let counts: &[usize] = if (step + rank.rank()).is_multiple_of(3) { &[7] } else { &[2, 5, 1] };
+                let counts: &[usize] = if (step + rank.rank()).is_multiple_of(4) { &[7] } else { &[2, 5, 1] };
                 let batches: Vec<_> = counts.iter().map(|count| rows(*count)).collect();
                 let step = model.step_micro_batches(batches, |model, x| model.forward(x).mean())?;
                 noise.add(&step.clip_grad_norm(&model, Clip::never())?);
@@ -199,6 +206,7 @@ fn noise_that_is_known_is_found() {
         .unwrap();
     assert_eq!(found[0], found[1]);
     let noise = &found[0];
+    assert_eq!(noise.steps(), MEASUREMENTS);
     let near = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 0.07, "{found}, not {expected}");
     near(noise.squared_norm(), squared_norm);
     near(noise.trace(), trace);
@@ -209,10 +217,10 @@ fn noise_that_is_known_is_found() {
 #[test]
 fn measuring_changes_nothing_else() {
     let whole = KIND.init(&device());
-    let train = |measure: bool| {
+    let train = |every: u64| {
         launch::threads(2)
             .run(|rank| {
-                let config = DataParallelConfig::new().with_noise_scale(measure);
+                let config = DataParallelConfig::new().with_noise_scale_every(every);
                 let mut model = whole.clone().fork(&device()).data_parallel(&rank, config)?;
                 let mut gradients = Vec::new();
                 let mut calls = Vec::new();
@@ -231,27 +239,33 @@ fn measuring_changes_nothing_else() {
             })
             .unwrap()
     };
-    assert_eq!(train(true), train(false));
+    assert_eq!(train(1), train(0));
 }
 
 #[test]
 fn where_there_is_no_number_there_is_a_reason() {
     let whole = KIND.init(&device());
-    let config = |measure| DataParallelConfig::new().with_noise_scale(measure);
+    let config = |every| DataParallelConfig::new().with_noise_scale_every(every);
     launch::threads(1)
         .run(|rank| {
             let batch = lm::batch(0, &device());
             let both = || [part(&batch, 0..4), part(&batch, 4..9)];
             let model = || whole.clone().fork(&device());
-            let mut off = model().data_parallel(&rank, config(false))?;
+            let mut off = model().data_parallel(&rank, config(0))?;
             let step = off.step_micro_batches(both(), lm::loss)?.clip_grad_norm(&off, 1.0)?;
             assert_eq!(step.noise(), Err(NoNoise::Off));
-            let mut on = model().data_parallel(&rank, config(true))?;
+            let mut on = model().data_parallel(&rank, config(1))?;
             let step = on.step(batch.clone(), lm::loss)?.clip_grad_norm(&on, 1.0)?;
             assert_eq!(step.noise(), Err(NoNoise::OneMicroBatch));
             let infinity = Clip::at(1.0).with_norm(Norm::Infinity);
             let step = on.step_micro_batches(both(), lm::loss)?.clip_grad_norm(&on, infinity)?;
             assert_eq!(step.noise(), Err(NoNoise::OtherNorm));
+            let mean = |model: &Lm, batch| {
+                let (sum, items) = model.summed(batch);
+                sum / items as f64
+            };
+            let step = on.step_sync_batch_norm(vec![(part(&batch, 0..4), 4.0), (part(&batch, 4..8), 4.0)], mean)?;
+            assert_eq!(step.clip_grad_norm(&on, 1.0)?.noise(), Err(NoNoise::BatchNorm));
             let mut alone = model().tensor_parallel(&rank, KIND.plan())?;
             let step = alone.step_micro_batches(both(), lm::loss)?.clip_grad_norm(&alone, 1.0)?;
             assert_eq!(step.noise(), Err(NoNoise::NoReplicas));

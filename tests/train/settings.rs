@@ -42,7 +42,7 @@ fn wrong_forms_in_a_file_are_told_which_there_are() {
     let plans = ["`megatron`", "`hugging_face`", "`parameters`"];
     let schedules = ["`1f1b`", "`zb_h1`", "interleaved = { stages_per_rank = 2 }"];
     let cuts = ["`balanced`", "before = ["];
-    let wrong: [(&str, &[&str], &[&str]); 17] = [
+    let wrong: [(&str, &[&str], &[&str]); 18] = [
         ("tensor.plan = 'megatrn'", &["no ready plan `megatrn`"], &plans),
         ("tensor.plan = 3", &["integer `3`"], &plans),
         ("tensor.plan = []", &["sequence"], &plans),
@@ -70,6 +70,7 @@ fn wrong_forms_in_a_file_are_told_which_there_are() {
         ("pipeline = { micro_batches = 2, cut = 'evenly' }", &["no cut `evenly`"], &cuts),
         ("pipeline = { micro_batches = 2, cut = ['a'] }", &["sequence"], &cuts),
         ("pipeline = []", &["sequence", "a table"], &[]),
+        ("data = { noise_scale = true }", &["unknown field `noise_scale`", "`noise_scale_every`"], &[]),
         ("data = { reduce_dtype = 'flex32' }", &["`flex32`"], &["`BF16`", "`F32`"]),
     ];
     for (toml, what, forms) in wrong {

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSoc
 
 use sha2::{Digest, Sha256};
 
-use super::rendezvous::{Rendezvous, nonce, rendezvous_error};
+use super::rendezvous::{Rendezvous, nonce, rendezvous_error, wrongly_given};
 use crate::Error;
 
 /// The address of this machine at which the other ranks reach it.
@@ -22,7 +22,7 @@ pub(super) fn connect(rendezvous: &Rendezvous) -> Result<Vec<Option<TcpStream>>,
     }
     let address = own_address(rendezvous)?;
     let cannot = |problem: std::io::Error| {
-        rendezvous_error(format!(
+        wrongly_given(format!(
             "rank {rank} cannot listen at {address}: {problem}; {ADDRESS} must be an address of the machine it is set on"
         ))
     };
@@ -77,7 +77,7 @@ fn own_address(rendezvous: &Rendezvous) -> Result<IpAddr, Error> {
         last
     });
     ways.map_err(|problem| {
-        rendezvous_error(format!(
+        wrongly_given(format!(
             "rank {} finds no way to rank 0 at {address}:{port}: {problem}; is MASTER_ADDR right? {ADDRESS} says which \
              address of this machine to use",
             rendezvous.rank()

@@ -90,7 +90,8 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::Transport`], if the rendezvous fails (see [`Rendezvous::all_gather`]), if the ranks cannot connect to
-    /// each other, or if the system does not let this process open as many connections; [`Error::Environment`] if the
+    /// each other, or if the system does not let this process open as many connections; [`Error::InvalidArgument`], if
+    /// what the ranks were given is wrong, as an address of rank 0 that nobody knows; [`Error::Environment`] if the
     /// variable `BURN_PARALLEL_ADDRESS` is set and no IP address.
     pub fn world(&self, rendezvous: &Rendezvous, config: WorldConfig) -> Result<Communicator, Error> {
         config.check()?;

@@ -28,7 +28,7 @@ use serde::Serialize;
 use super::index::{Metadata, WrittenIndex};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::tensor_file::{Draft, PieceWriter, fault, write_file};
+use crate::tensor_file::{Draft, PieceWriter, fault, place, write_file};
 use crate::train::ParallelModule;
 
 /// What was saved, and what that took.
@@ -109,7 +109,7 @@ pub(super) fn save_as<P: ParallelModule>(
     let prepared = attempt(|| {
         let config = config()?;
         let mut said = config.lines()?;
-        said.push(("the directory".into(), dir.display().to_string()));
+        said.push(("the directory".into(), place(dir)));
         let (own, draft) = (own_params(model, &config)?, Draft::new(dir, config.overwrite)?);
         Ok((config, said, own, draft))
     });

@@ -28,7 +28,7 @@ fn replicas_that_use_different_layers_train_like_one() {
     }
     let hybrid = Strategy::new().with_data(allowing(Keep::Pass).with_sharding_ranks(2)).with_engine(Engine::Eager);
     trains_like_one(4, 4, &hybrid, "dp 4, rows among 2");
-    let noisy = Strategy::new().with_data(allowing(Keep::Pass).with_noise_scale(true)).with_engine(Engine::Eager);
+    let noisy = Strategy::new().with_data(allowing(Keep::Pass).with_noise_scale_every(1)).with_engine(Engine::Eager);
     trains_like_one(3, 3, &noisy, "dp 3, with the noise of gradients");
 }
 

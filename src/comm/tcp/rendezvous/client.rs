@@ -7,7 +7,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::messages::{Limited, read_bytes, read_reply};
-use super::{Digest, MAGIC, MAX_BLOB, Rendezvous, nonce, rendezvous_error};
+use super::{Digest, MAGIC, MAX_BLOB, Rendezvous, nonce, rendezvous_error, wrongly_given};
 use crate::Error;
 use crate::comm::tcp::descriptors;
 
@@ -50,7 +50,7 @@ impl Rendezvous {
             let unheard = matches!(refused, Refused::Unheard(_));
             match refused {
                 Refused::Secret => {
-                    return Err(rendezvous_error(format!(
+                    return Err(wrongly_given(format!(
                         "rank {} and rank {host} at {point} do not share a secret: set BURN_PARALLEL_SECRET alike on all ranks",
                         self.rank
                     )));

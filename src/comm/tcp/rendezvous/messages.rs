@@ -4,7 +4,7 @@ use std::io::{self, Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
-use super::{Digest, rendezvous_error};
+use super::{Digest, rendezvous_error, wrongly_given};
 use crate::Error;
 
 /// A connection with a deadline, however slowly the bytes arrive.
@@ -50,7 +50,7 @@ pub(super) fn framed(reply: &[u8], digest: Digest) -> Vec<u8> {
 }
 
 /// The final reply of rank 0: the blobs of all, or an error.
-pub(super) fn write_reply(reply: Result<&[Vec<u8>], &str>) -> Vec<u8> {
+pub(super) fn write_reply(reply: Result<&[Vec<u8>], &Error>) -> Vec<u8> {
     match reply {
         Ok(blobs) => {
             let mut bytes = vec![1];
@@ -60,14 +60,18 @@ pub(super) fn write_reply(reply: Result<&[Vec<u8>], &str>) -> Vec<u8> {
             }
             bytes
         }
-        Err(problem) => [&[0], problem.as_bytes()].concat(),
+        Err(Error::Transport { problem, .. }) => [&[0], problem.as_bytes()].concat(),
+        Err(Error::InvalidArgument { problem, .. }) => [&[2], problem.as_bytes()].concat(),
+        Err(_) => [&[0], "the host failed".as_bytes()].concat(),
     }
 }
 
 pub(super) fn read_reply(reply: &[u8], count: usize) -> Option<Result<Vec<Vec<u8>>, Error>> {
     let (kind, mut rest) = reply.split_first()?;
-    if *kind == 0 {
-        return Some(Err(rendezvous_error(String::from_utf8_lossy(rest))));
+    match *kind {
+        0 => return Some(Err(rendezvous_error(String::from_utf8_lossy(rest)))),
+        2 => return Some(Err(wrongly_given(String::from_utf8_lossy(rest)))),
+        _ => {}
     }
     let mut blobs = Vec::new();
     while !rest.is_empty() {

@@ -96,14 +96,15 @@ impl Rendezvous {
     /// Every rank gets the blobs of all, in rank order. A blob is 1 MiB at most.
     ///
     /// # Errors
-    /// [`Error::Transport`], which says on rank 0 who is missing, or that the address is in use; on the others that
-    /// rank 0 can't be reached or has another secret; on all, that a rank came twice or from a world of another size.
+    /// [`Error::Transport`], which says on rank 0 who is missing, or that the address is in use, and on the others that
+    /// rank 0 can't be reached; [`Error::InvalidArgument`], if what the ranks were given is wrong: on all, that a rank
+    /// came twice or from a world of another size; that rank 0 has another secret, or cannot listen there.
     pub fn all_gather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         if self.rank >= self.size {
-            return Err(rendezvous_error(format!("rank {} does not exist in a world of {}", self.rank, self.size)));
+            return Err(wrongly_given(format!("rank {} does not exist in a world of {}", self.rank, self.size)));
         }
         if self.timeout.is_zero() {
-            return Err(rendezvous_error("the time-out is 0: no rank could wait for another; give a positive one"));
+            return Err(wrongly_given("the time-out is 0: no rank could wait for another; give a positive one"));
         }
         if blob.len() > MAX_BLOB {
             return Err(rendezvous_error(format!(
@@ -156,6 +157,11 @@ pub(crate) fn nonce() -> [u8; 32] {
         eight.copy_from_slice(&RandomState::new().hash_one((place, std::process::id(), now)).to_le_bytes());
     }
     bytes
+}
+
+/// What a rank was given is wrong, or does not go with what another was.
+pub(in crate::comm::tcp) fn wrongly_given(problem: impl Into<String>) -> Error {
+    Error::invalid("rendezvous", problem)
 }
 
 pub(in crate::comm::tcp) fn rendezvous_error(problem: impl Into<String>) -> Error {

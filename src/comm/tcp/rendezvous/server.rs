@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::acceptor::{Accepted, Acceptor, Client};
 use super::messages::{Limited, framed, read_bytes, write_reply};
-use super::{Digest, MAGIC, MAX_BLOB, Rendezvous, nonce, rendezvous_error};
+use super::{Digest, MAGIC, MAX_BLOB, Rendezvous, nonce, rendezvous_error, wrongly_given};
 use crate::Error;
 
 /// How long a handshake may take.
@@ -30,7 +30,7 @@ impl Rendezvous {
             io::ErrorKind::AddrInUse => rendezvous_error(format!(
                 "the address {point} is in use: does another run, or the rest of one, use it? Set another MASTER_PORT"
             )),
-            _ => rendezvous_error(format!(
+            _ => wrongly_given(format!(
                 "rank 0 cannot listen at {point}: {problem}; MASTER_ADDR must be an address of rank 0's machine"
             )),
         })?;
@@ -77,7 +77,7 @@ impl Rendezvous {
                     let problem = self.objection(&client, &expected, &come).or_else(|| other(&client));
                     come.push(client);
                     if let Some(problem) = problem {
-                        break Err(rendezvous_error(problem));
+                        break Err(wrongly_given(problem));
                     }
                 }
                 Accepted::Exhausted(problem) => break Err(rendezvous_error(problem)),
@@ -89,11 +89,7 @@ impl Rendezvous {
 
     /// Sends the result to the clients.
     pub(in crate::comm::tcp) fn reply(&self, clients: &mut [Client], outcome: Result<&[Vec<u8>], &Error>) {
-        let reply = write_reply(match outcome {
-            Ok(blobs) => Ok(blobs),
-            Err(Error::Transport { problem, .. }) => Err(problem.as_str()),
-            Err(_) => Err("the host failed"),
-        });
+        let reply = write_reply(outcome);
         for client in clients {
             // A client that has gone meanwhile has reported its own error.
             let _ = client.stream.write_all(&framed(&reply, self.sign(&[b"reply", &client.nonce, &reply])));
