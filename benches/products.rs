@@ -1,5 +1,5 @@
-//! What products take by themselves and put together, in one thread but for one table: what captured steps do, and what they leave
-//! because it gains nothing. Shapes are those of the GPT of these benches and of SmolLM2-135M.
+//! What products take by themselves and put together, in one thread but for one table: what captured steps do, and what
+//! they leave because it gains nothing. Shapes are those of the GPT of these benches and of SmolLM2-135M.
 //!
 //! Each table has ways to compute the same that take turns, and for each the median over rounds of its processor time
 //! over that of the first. All are captured forward passes, with the products of captured steps.
@@ -9,9 +9,9 @@
 //! in a loop, as one operation, which is how it runs, and as one product of what is put beside each other.
 //! `activation`: bias and GELU behind a product, at once or in blocks of rows or columns; and what a bias alone takes.
 //! `packed`: what a product would gain if its weight were packed already. `parts`: a step of layers of one input as one
-//! layer whose output is read in parts, over the layers by themselves. `threads`: layers of one input, forward, on a rank
-//! with two threads, and the time that passes: burn's products, ours one by one, and as one operation, which is how they
-//! run.
+//! layer whose output is read in parts, over the layers by themselves. `threads`: layers of one input, forward, on a
+//! rank with two threads, and the time that passes: burn's products, ours one by one, and as one operation, which is how
+//! they run.
 //!
 //! `cargo bench --bench products -- [layers|weights|sum|activation|packed|parts|threads] [ROUNDS]`
 

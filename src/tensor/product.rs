@@ -97,7 +97,8 @@ impl<T: Multiplied> Product<T> {
         self.rows.saturating_mul(self.columns).saturating_mul(self.inner)
     }
 
-    /// Writes every element, or adds to it, on this thread, in rows that are so far apart. Without additions nothing is read there.
+    /// Writes every element, or adds to it, on this thread, in rows that are so far apart. Without additions nothing is
+    /// read there.
     ///
     /// # Safety
     /// The factors have their elements. `out` has a place for each element that nobody else has, and there is something

@@ -9,7 +9,8 @@ use super::product::{Multiplied, Product};
 
 /// Multiplications of a part that are worth the way to another thread.
 const LEAST: usize = 1 << 20;
-/// Parts for each thread, so that one that is held up leaves some to the others.
+/// Parts of a product for each thread, so that one that is held up leaves some to the others; of several products,
+/// whose parts are of unlike sizes, twice as many.
 const OF_THREAD: usize = 2;
 /// Rows or columns of a part are a multiple of this, but for the last.
 const UNIT: usize = 16;
@@ -21,9 +22,9 @@ pub(crate) struct ProductPart {
     pub(crate) columns: Range<usize>,
 }
 
-/// Runs all parts of products, of which each calls with the most multiplications of a part to know its own: on the
-/// threads of this rank, if so many multiplications in all are worth it.
-pub(crate) fn run_parts<P, I>(all: usize, parts: impl FnOnce(usize) -> I, run: impl Fn(P) + Send + Sync)
+/// Runs all parts of one product, or of several, which take so many multiplications in all: on the threads of this rank,
+/// if that is worth it. `parts` is told the most multiplications of a part.
+pub(crate) fn run_parts<P, I>(all: usize, several: bool, parts: impl FnOnce(usize) -> I, run: impl Fn(P) + Send + Sync)
 where
     P: Send,
     I: Iterator<Item = P>,
@@ -32,9 +33,10 @@ where
     if threads == 1 || all < 2 * LEAST {
         return parts(usize::MAX).for_each(run);
     }
-    let parts: Vec<P> = parts((all / (OF_THREAD * threads)).max(LEAST)).collect();
-    // Small ones several at a time.
-    let together = parts.len().div_ceil(2 * OF_THREAD * threads);
+    let number = if several { 2 * OF_THREAD * threads } else { OF_THREAD * threads };
+    let parts: Vec<P> = parts((all / number).max(LEAST)).collect();
+    // Small ones some at a time.
+    let together = parts.len().div_ceil(2 * number);
     parts.into_par_iter().with_min_len(together).for_each(run);
 }
 
@@ -81,7 +83,7 @@ impl<T: Multiplied> Product<T> {
         let Self { rows, columns, inner, .. } = *self;
         let parts = |most| product_parts([rows, columns], inner, most);
         let whole = WholeProduct { product: self, out };
-        run_parts(self.work(), parts, |part: ProductPart| whole.write(&part, row_stride));
+        run_parts(self.work(), false, parts, |part: ProductPart| whole.write(&part, row_stride));
     }
 }
 

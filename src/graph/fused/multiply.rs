@@ -148,7 +148,9 @@ fn multiply_as<T: Multiplied + Element + bytemuck::Pod>(sums: Vec<WantedProduct<
         })
     };
     // SAFETY: parts have no element in common.
-    run_parts(all, parts, |(batch, number, part): (&ProductBatch<'_, T>, _, _)| unsafe { batch.write(number, &part) });
+    run_parts(all, batches.len() > 1, parts, |(batch, number, part): (&ProductBatch<'_, T>, _, _)| unsafe {
+        batch.write(number, &part)
+    });
     drop(batches);
     let made = |sum: WantedProduct<'_>| {
         let layout = Layout::contiguous(Shape::from(sum.dims.to_vec()));
