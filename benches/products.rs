@@ -1,5 +1,5 @@
-//! What products take by themselves and put together, in one thread: what captured steps do, and what they leave
-//! because it gains nothing. Shapes are those of the GPT of these benches and of SmolLM2-135M.
+//! What products take by themselves and put together, in one thread but for one table: what captured steps do, and what
+//! they leave because it gains nothing. Shapes are those of the GPT of these benches and of SmolLM2-135M.
 //!
 //! Each table has ways to compute the same that take turns, and for each the median over rounds of its processor time
 //! over that of the first. All are captured forward passes, with the products of captured steps.
@@ -9,13 +9,17 @@
 //! in a loop, as one operation, which is how it runs, and as one product of what is put beside each other.
 //! `activation`: bias and GELU behind a product, at once or in blocks of rows or columns; and what a bias alone takes.
 //! `packed`: what a product would gain if its weight were packed already. `parts`: a step of layers of one input as one
-//! layer whose output is read in parts, over the layers by themselves.
+//! layer whose output is read in parts, over the layers by themselves. `threads`: layers of one input, forward, on a
+//! rank with two threads, and the time that passes: burn's products, ours one by one, and as one operation, which is how
+//! they run.
 //!
-//! `cargo bench --bench products -- [layers|weights|sum|activation|packed|parts] [ROUNDS]`
+//! `cargo bench --bench products -- [layers|weights|sum|activation|packed|parts|threads] [ROUNDS]`
 
 mod figures;
 
 use std::hint::black_box;
+use std::sync::{LazyLock, Mutex};
+use std::time::Instant;
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
@@ -49,9 +53,16 @@ fn processor() -> f64 {
     f64::NAN
 }
 
+/// Seconds that have passed.
+fn passed() -> f64 {
+    static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    BEGAN.elapsed().as_secs_f64()
+}
+
 struct Turns {
     figures: Figures,
     rounds: usize,
+    clock: fn() -> f64,
 }
 
 impl Turns {
@@ -60,10 +71,10 @@ impl Turns {
         for round in 0..=self.rounds {
             for turn in 0..ways.len() {
                 let way = if round % 2 == 0 { turn } else { ways.len() - 1 - turn };
-                let began = processor();
+                let began = (self.clock)();
                 (0..RUNS_PER_TURN).for_each(|_| (ways[way].1)());
                 if round > 0 {
-                    times[way].push(1e3 * (processor() - began) / RUNS_PER_TURN as f64);
+                    times[way].push(1e3 * ((self.clock)() - began) / RUNS_PER_TURN as f64);
                 }
             }
         }
@@ -81,9 +92,17 @@ fn captured<I: TensorTree + Clone + 'static>(
     inputs: I,
     run: impl Fn(I) -> Vec<Tensor<2>>,
 ) -> Result<Box<dyn FnMut()>, Error> {
+    forward(inputs, CustomOps::new(), run)
+}
+
+fn forward<I: TensorTree + Clone + 'static>(
+    inputs: I,
+    ops: CustomOps,
+    run: impl Fn(I) -> Vec<Tensor<2>>,
+) -> Result<Box<dyn FnMut()>, Error> {
     let model: Linear = LinearConfig::new(1, 1).init(&Device::flex());
     let pass = capture_forward(&model, inputs.clone(), |_, inputs| run(inputs))?;
-    let mut pass = Forward::new(pass, CustomOps::new())?;
+    let mut pass = Forward::new(pass, ops)?;
     Ok(Box::new(move || drop(black_box(pass.run(&model, inputs.clone()).expect("a forward")))))
 }
 
@@ -255,11 +274,40 @@ fn parts(turns: &mut Turns) -> Result<(), Error> {
     Ok(())
 }
 
+/// Rows of the layers of a rank with several threads, down to those of a generation.
+const FEW: [(usize, usize, &[usize]); 4] =
+    [(64, 576, &[576, 192, 192]), (64, 576, &[1536, 1536]), (16, 576, &[576, 192, 192]), (16, 576, &[1536, 1536])];
+
+fn threads(turns: &mut Turns) -> Result<(), Error> {
+    let products = |(x, w): (Tensor<2>, Vec<Tensor<2>>)| w.into_iter().map(|w| x.clone().matmul(w)).collect::<Vec<_>>();
+    for shape in SHAPES.into_iter().chain(FEW) {
+        let (what, x, weights, _) = layers_of(shape);
+        let each = weights.iter().map(|weight| captured((x.clone(), vec![weight.clone()]), products));
+        let mut each = each.collect::<Result<Vec<_>, _>>()?;
+        let inputs = (x, weights);
+        let ways: Vec<Way<'_>> = vec![
+            ("burn's products", forward(inputs.clone(), CustomOps::new().with_fusion(false), products)?),
+            ("one by one", Box::new(move || each.iter_mut().for_each(|product| product()))),
+            ("one operation", captured(inputs, products)?),
+        ];
+        turns.take(&format!("threads {what}"), ways);
+    }
+    Ok(())
+}
+
+type Table = fn(&mut Turns) -> Result<(), Error>;
+
+/// Takes a table on a rank with so many threads.
+fn on_rank(threads: usize, turns: &mut Turns, table: Table) -> Result<(), Error> {
+    let turns = Mutex::new(turns);
+    launch::threads(1).threads_per_rank(threads).run(|_| table(&mut turns.lock().expect("a turn")))?;
+    Ok(())
+}
+
 fn main() -> Result<(), Error> {
     let arguments = figures::arguments();
     let rounds = arguments.iter().find_map(|word| word.parse().ok()).unwrap_or(15);
     let wanted = |name: &str| arguments.iter().all(|word| word == name || word.parse::<usize>().is_ok());
-    type Table = fn(&mut Turns) -> Result<(), Error>;
     let tables: [(&str, Table); 6] = [
         ("layers", layers),
         ("weights", weights),
@@ -268,15 +316,16 @@ fn main() -> Result<(), Error> {
         ("packed", packed),
         ("parts", parts),
     ];
-    launch::threads(1).threads_per_rank(1).run(|_| {
-        let mut turns = Turns { figures: Figures::of("products"), rounds };
-        for (name, table) in tables {
-            if wanted(name) {
-                table(&mut turns)?;
-            }
+    let mut turns = Turns { figures: Figures::of("products"), rounds, clock: processor };
+    for (name, table) in tables {
+        if wanted(name) {
+            on_rank(1, &mut turns, table)?;
         }
-        turns.figures.finish();
-        Ok(())
-    })?;
+    }
+    if wanted("threads") {
+        turns.clock = passed;
+        on_rank(2, &mut turns, threads)?;
+    }
+    turns.figures.finish();
     Ok(())
 }

@@ -9,7 +9,7 @@ use std::rc::Rc;
 
 use burn_ir::{OperationIr, ScalarIr, TensorId, TensorIr, TensorStatus};
 
-use super::fused::{FUSED, Kernels, TILED, made_whole};
+use super::fused::{FUSED, Kernels, TILED, makes_whole};
 use super::instruction::Instruction;
 use super::operation::{Class, is_view, passing_bytes, reshape, written_over};
 use crate::tensor::{ALIGN, FROM};
@@ -188,8 +188,8 @@ impl BufferLifetimes {
     }
 
     fn run(&mut self, op: &OperationIr) {
-        if let Some(out) = made_whole(op) {
-            return self.make(out, true, Rc::default(), true);
+        if makes_whole(op) {
+            return op.outputs().for_each(|out| self.make(out, true, Rc::default(), true));
         }
         let first = op.inputs().next();
         if let (true, Some(input)) = (is_view(op), first) {

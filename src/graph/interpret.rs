@@ -11,7 +11,7 @@ use burn_router::TensorInterpreter;
 
 use super::backend::{GraphBackend, from_handle, into_handle};
 use super::custom::CustomOps;
-use super::fused::{assemble, assembles, fuses_on, multiplies, multiply};
+use super::fused::{WantedProduct, assemble, assembles, fuses_on, multiplies, multiply};
 use super::graph_error;
 use super::operation::{cat, matmul};
 use super::step_memory::StepMemory;
@@ -76,16 +76,18 @@ impl Interpreter {
         };
         let mut get = |tensor: &TensorIr| self.backend.get(tensor)?.into_flex();
         let (out, made) = if let Some(product) = matmul(op).filter(|product| multiplies(product.out.dtype)) {
-            let (out, factors) = (&product.out, [[get(&product.lhs)?, get(&product.rhs)?]]);
-            (out, multiply(&factors, &out.shape, out.dtype, memory.room(out)))
+            let (out, left, right) = (&product.out, get(&product.lhs)?, get(&product.rhs)?);
+            let factors = vec![[&left, &right]];
+            let wanted = WantedProduct { factors, dims: &out.shape, room: memory.room(out) };
+            (out, multiply(vec![wanted], out.dtype))
         } else if let Some(cat) = cat(op).filter(|cat| assembles(cat)) {
             let (out, parts) = (&cat.out, cat.tensors.iter().map(get).collect::<Result<Vec<_>, _>>()?);
-            (out, assemble(&parts, cat.dim, &out.shape, out.dtype, memory.room(out)))
+            (out, vec![assemble(&parts, cat.dim, &out.shape, out.dtype, memory.room(out))])
         } else {
             self.backend.run(op.clone());
             return Ok(());
         };
-        self.backend.bind(out.id, PlainTensor::from_flex(made))
+        made.into_iter().try_for_each(|made| self.backend.bind(out.id, PlainTensor::from_flex(made)))
     }
 
     /// The value of a tensor, taken out if its status says so.

@@ -11,6 +11,7 @@ mod measured_sum;
 mod ops;
 mod panel;
 mod product;
+mod product_parts;
 mod recycled;
 mod squares;
 mod tree;
@@ -28,7 +29,8 @@ use burn::tensor::{Bool, DType, Device, Int, Shape, Tensor, TensorData};
 pub(crate) use self::allocations::ALIGN;
 pub(crate) use self::backend::{check_device, with_backend};
 pub(crate) use self::lent::{Lender, Returned};
-pub(crate) use self::product::{Multiplied, Product, SPLIT_FROM, Strided};
+pub(crate) use self::product::{Multiplied, Product, Strided};
+pub(crate) use self::product_parts::{ProductPart, product_parts, run_parts};
 pub(crate) use self::recycled::{FROM, Pool, Room};
 pub(crate) use self::squares::{Look, Squares};
 #[doc(hidden)]

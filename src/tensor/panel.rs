@@ -1,14 +1,10 @@
 //! Parts of a matrix that lies transposed, put the right way round: panels that stay in the caches.
 
-use rayon::prelude::*;
-
 use super::product::Strided;
 use super::vectors::{Loops, vectorized};
 
 /// Rows and columns that are turned at once: they are in registers.
 const BLOCK: usize = 4;
-/// Rows of a panel that a thread writes.
-const OF_THREAD: usize = 64;
 
 /// A panel, row by row: its first element, how many rows and columns it has, and how far apart rows are.
 #[derive(Clone, Copy)]
@@ -19,7 +15,7 @@ pub(super) struct Panel<T> {
     pub(super) apart: usize,
 }
 
-/// Some rows of a panel of what lies column by column.
+/// A panel and what it is filled with.
 struct Turning<T> {
     panel: Panel<T>,
     /// The first element of the first column, and how far apart columns are.
@@ -27,30 +23,13 @@ struct Turning<T> {
     apart: isize,
 }
 
-// SAFETY: what is pointed to is read by all, and each thread writes rows of its own.
-unsafe impl<T: Sync> Sync for Turning<T> {}
-
-impl<T: Copy + Sync> Panel<T> {
+impl<T: Copy> Panel<T> {
     /// Fills it with the elements of a matrix of its rows and columns, whose columns have one element behind the other.
     ///
     /// # Safety
     /// The matrix has these elements, and there is room for them in the panel, which nobody else has.
-    pub(super) unsafe fn fill(self, of: Strided<T>, on_threads: bool) {
-        let whole = Turning { panel: self, source: of.first, apart: of.column };
-        if !on_threads {
-            return vectorized(whole);
-        }
-        (0..self.rows.div_ceil(OF_THREAD)).into_par_iter().for_each(|part| vectorized(whole.rows(part * OF_THREAD)));
-    }
-}
-
-impl<T: Copy> Turning<T> {
-    /// The rows of a thread, from one on.
-    fn rows(&self, from: usize) -> Self {
-        let Panel { first, rows, apart, .. } = self.panel;
-        let first = first.wrapping_add(from * apart);
-        let panel = Panel { first, rows: OF_THREAD.min(rows - from), ..self.panel };
-        Self { panel, source: self.source.wrapping_add(from), apart: self.apart }
+    pub(super) unsafe fn fill(self, of: Strided<T>) {
+        vectorized(Turning { panel: self, source: of.first, apart: of.column });
     }
 }
 

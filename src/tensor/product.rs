@@ -1,9 +1,9 @@
-//! Products of matrices in host memory: Flex's, by the same `gemm` and split over threads by the same rules, but for
-//! where the result goes and for a matrix that lies transposed (the weight, in the gradient of an activation). Flex has
-//! it packed, element by element from as many lines of memory as a panel of `gemm` is wide: for 32 rows that takes as
-//! long as all the rest, and for 1024 a tenth of it, where the lines clash in the first cache. Here few rows are
-//! multiplied without packing, and for others such a matrix is put the right way round first, in [panels](Panel) that
-//! stay in the caches.
+//! Products of matrices in host memory, on one thread; several make [parts](super::product_parts()). They are Flex's,
+//! by the same `gemm`, but for where the result goes and for a matrix that lies transposed (the weight, in the gradient
+//! of an activation). Flex has it packed, element by element from as many lines of memory as a panel of `gemm` is wide:
+//! for 32 rows that takes as long as all the rest, and for 1024 a tenth of it, where the lines clash in the first cache.
+//! Here few rows are multiplied without packing, and for others such a matrix is put the right way round first, in
+//! [panels](Panel) that stay in the caches.
 
 use std::cell::Cell;
 use std::ops::{Add, Range};
@@ -12,8 +12,6 @@ use burn::tensor::f16;
 
 use super::panel::Panel;
 
-/// Flex's: from so many multiplications on several threads make one product.
-pub(crate) const SPLIT_FROM: usize = 192 * 192 * 192;
 /// Rows for which a transposed matrix is not packed, if it has so many elements.
 const FEW_ROWS: Range<usize> = 2..193;
 const MANY_ELEMENTS: usize = 64 * 1024;
@@ -37,11 +35,6 @@ fn with_panel<T>(elements: usize, work: impl FnOnce(*mut T)) {
     memory.resize(memory.len().max(words), 0);
     work(memory.as_mut_ptr().cast());
     PANEL.set(memory);
-}
-
-/// Whether what is beside a product is split over threads as well.
-fn on_threads(parallelism: gemm::Parallelism) -> bool {
-    !matches!(parallelism, gemm::Parallelism::None) && rayon::current_num_threads() > 1
 }
 
 /// Elements of a row that are transposed at once: with as many of all rows they fit into the first cache.
@@ -104,12 +97,13 @@ impl<T: Multiplied> Product<T> {
         self.rows.saturating_mul(self.columns).saturating_mul(self.inner)
     }
 
-    /// Writes every element, or adds to it, in rows that are so far apart. Without additions nothing is read there.
+    /// Writes every element, or adds to it, on this thread, in rows that are so far apart. Without additions nothing is
+    /// read there.
     ///
     /// # Safety
     /// The factors have their elements. `out` has a place for each element that nobody else has, and there is something
     /// in it if that is added to.
-    pub(crate) unsafe fn write(&self, out: *mut T, row_stride: usize, parallelism: gemm::Parallelism) {
+    pub(crate) unsafe fn write(&self, out: *mut T, row_stride: usize) {
         let Self { rows, inner, columns, ref right, .. } = *self;
         if rows * columns == 0 {
             return;
@@ -119,21 +113,21 @@ impl<T: Multiplied> Product<T> {
         let clashes = (right.column.unsigned_abs() * size_of::<T>()).is_multiple_of(CLASHING);
         if is_packed_slowly && clashes && rows >= FEW_ROWS.end {
             // SAFETY: as the caller says.
-            return unsafe { self.by_panels(out, row_stride, parallelism) };
+            return unsafe { self.by_panels(out, row_stride) };
         }
         if is_packed_slowly && FEW_ROWS.contains(&rows) {
             // SAFETY: the same.
-            return unsafe { self.by_columns(out, row_stride, parallelism) };
+            return unsafe { self.by_columns(out, row_stride) };
         }
         // SAFETY: the same.
-        unsafe { self.gemm(out, [row_stride as isize, 1], self.adds, parallelism) }
+        unsafe { self.gemm(out, [row_stride as isize, 1], self.adds) }
     }
 
     /// As [`write`](Self::write), column by column, so that `gemm` reads the right matrix along its memory.
     ///
     /// # Safety
     /// That of `write`.
-    unsafe fn by_columns(&self, out: *mut T, row_stride: usize, parallelism: gemm::Parallelism) {
+    unsafe fn by_columns(&self, out: *mut T, row_stride: usize) {
         let Self { rows, inner, columns, left, right, adds } = *self;
         let width = (OF_PANEL / rows).min(columns);
         with_panel(rows * width, |first: *mut T| {
@@ -146,10 +140,10 @@ impl<T: Multiplied> Product<T> {
                 // are all written before they are read. The rest is as the caller says, of some columns.
                 unsafe {
                     let out = out.add(begin);
-                    product.gemm(first, [1, rows as isize], false, parallelism);
+                    product.gemm(first, [1, rows as isize], false);
                     if !adds {
                         let whole = Panel { first: out, rows, columns, apart: row_stride };
-                        whole.fill(by_column, on_threads(parallelism));
+                        whole.fill(by_column);
                         continue;
                     }
                     for begin in (0..columns).step_by(TILE) {
@@ -169,7 +163,7 @@ impl<T: Multiplied> Product<T> {
     ///
     /// # Safety
     /// That of `write`.
-    unsafe fn by_panels(&self, out: *mut T, row_stride: usize, parallelism: gemm::Parallelism) {
+    unsafe fn by_panels(&self, out: *mut T, row_stride: usize) {
         let Self { rows, inner, columns, left, right, adds } = *self;
         let depth = DEPTH.min(inner);
         let width = (OF_PANEL / depth).min(columns);
@@ -189,28 +183,28 @@ impl<T: Multiplied> Product<T> {
                     // SAFETY: the memory has the elements of a panel, for which it is aligned, and nothing else refers
                     // to it. The rest is as the caller says, of a part of the matrix.
                     unsafe {
-                        panel.fill(right.below(row).turned().below(column).turned(), on_threads(parallelism));
-                        product.gemm(out.add(column), [row_stride as isize, 1], product.adds, parallelism);
+                        panel.fill(right.below(row).turned().below(column).turned());
+                        product.gemm(out.add(column), [row_stride as isize, 1], product.adds);
                     }
                 }
             }
         });
     }
 
-    /// As [`write`](Self::write), on one thread, to a matrix as it lies.
+    /// As [`write`](Self::write), to a matrix as it lies.
     ///
     /// # Safety
     /// That of `write`.
     pub(crate) unsafe fn write_to(&self, out: Strided<T>) {
         // SAFETY: as the caller says.
-        unsafe { self.gemm(out.first.cast_mut(), [out.row, out.column], self.adds, gemm::Parallelism::None) }
+        unsafe { self.gemm(out.first.cast_mut(), [out.row, out.column], self.adds) }
     }
 
     /// To places that are so far apart along rows and columns.
     ///
     /// # Safety
     /// That of `write`.
-    unsafe fn gemm(&self, out: *mut T, [row, column]: [isize; 2], adds: bool, parallelism: gemm::Parallelism) {
+    unsafe fn gemm(&self, out: *mut T, [row, column]: [isize; 2], adds: bool) {
         let Self { rows, inner, columns, ref left, ref right, .. } = *self;
         // SAFETY: as the caller says.
         unsafe {
@@ -233,7 +227,7 @@ impl<T: Multiplied> Product<T> {
                 false,
                 false,
                 false,
-                parallelism,
+                gemm::Parallelism::None,
             );
         }
     }
@@ -269,7 +263,7 @@ mod tests {
             let before = if adds { numbers(rows * row_stride, 0.75) } else { vec![f32::NAN; rows * row_stride] };
             let mut out = before.clone();
             // SAFETY: all of them are that large.
-            unsafe { product.write(out.as_mut_ptr(), row_stride, gemm::Parallelism::None) };
+            unsafe { product.write(out.as_mut_ptr(), row_stride) };
             for place in 0..rows * row_stride {
                 let (at, to) = (place / row_stride, place % row_stride);
                 if to >= columns {

@@ -7,7 +7,7 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Shape, bf16, f16};
 
 use crate::comm::Element;
-use crate::tensor::{Multiplied, Pool, Product, SPLIT_FROM, Strided};
+use crate::tensor::{Multiplied, Pool, Product, Strided};
 
 /// A view of a matrix: any strides, nothing copied.
 #[derive(Debug, Clone, Copy)]
@@ -229,12 +229,8 @@ fn gemm<T: Multiplied>(left: Matrix<'_, T>, right: Matrix<'_, T>, out: &mut [T],
     assert!(right.rows == inner && columns <= row_stride && (rows - 1) * row_stride + columns <= out.len());
     let (left, right) = (left.strided(), right.strided());
     let product = Product { rows, inner, columns, left, right, adds };
-    let parallelism = match product.work() >= SPLIT_FROM {
-        true => gemm::Parallelism::Rayon(0),
-        false => gemm::Parallelism::None,
-    };
     // SAFETY: all elements lie within their slices, as was just checked, and `out` is lent for writing.
-    unsafe { product.write(out.as_mut_ptr(), row_stride, parallelism) };
+    unsafe { product.write_on_threads(out.as_mut_ptr(), row_stride) };
 }
 
 /// A tensor with any values, to be written over: in memory that captured steps of this thread keep, if there are any.

@@ -11,6 +11,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::super::instruction::Item;
+use super::grouped_products::are_grouped_products;
 use super::product_sums::is_product_sum;
 use super::work::{Work, is_wide};
 
@@ -134,7 +135,9 @@ impl Grouping {
                 Some(space) => self.join(place, op, &space),
                 None => {
                     match *op {
-                        OperationIr::Custom(_) if !is_product_sum(&op) => self.close_all(),
+                        OperationIr::Custom(_) if !is_product_sum(&op) && !are_grouped_products(&op) => {
+                            self.close_all()
+                        }
                         _ => op.inputs().for_each(|input| self.close_maker(input.id)),
                     }
                     self.found.push(Grouped::Item(Item::Run(op)));

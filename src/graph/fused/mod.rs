@@ -9,9 +9,10 @@
 //! have used, and that is not zeroed first. Loops go on through tensors under other dims, and through what an index
 //! picks of each row: a loss by classes is part of the loop of its log-softmax, forward and backward, without zeros to
 //! add to. What burn computes as one, in passes without backward, is taken apart first ([`single`](mod@single)). Matrix
-//! products are written into such memory too ([`multiply`](multiply())), sums of products as one ([`product_sums`]),
-//! and tensors beside each other ([`assemble`](assemble()), [`parts`]). Attention, whose tensors between its products
-//! are the largest of all, runs tile by tile, loops and products together ([`tiled`](mod@tiled)).
+//! products are written into such memory too ([`multiply`](multiply())), those of one left factor as one
+//! ([`grouped_products`]), sums of products as one ([`product_sums`]), and tensors beside each other
+//! ([`assemble`](assemble()), [`parts`]). Attention, whose tensors between its products are the largest of all, runs
+//! tile by tile, loops and products together ([`tiled`](mod@tiled)).
 //!
 //! # Numbers
 //! Sums, products, quotients and roots have the bits that burn gives them, but for sums of matrix products, which are
@@ -26,6 +27,7 @@ mod assemble;
 mod block;
 mod functions;
 mod fusion_group;
+mod grouped_products;
 mod kernel;
 mod loops;
 mod lower;
@@ -47,12 +49,13 @@ use std::sync::Arc;
 
 use burn::backend::DispatchDevice;
 use burn::tensor::Device;
-use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId, TensorIr};
+use burn_ir::{CustomOpIr, OperationIr, ScalarIr, TensorId};
 
 pub(crate) use self::assemble::{assemble, assembles};
 use self::fusion_group::{FusionGroup, Grouped, grouped};
+use self::grouped_products::{are_grouped_products, products_grouped};
 use self::kernel::{Kernel, number};
-pub(crate) use self::multiply::{multiplies, multiply};
+pub(crate) use self::multiply::{WantedProduct, multiplies, multiply};
 use self::parts::parts_assembled;
 use self::product_sums::{is_product_sum, products_summed};
 use self::products::merged;
@@ -91,6 +94,7 @@ impl Kernels {
 
     /// Adds the operation that runs them.
     pub(crate) fn register(self, ops: &mut CustomOps) {
+        grouped_products::register(ops);
         product_sums::register(ops);
         tiled::register(self.tiled, ops);
         if self.loops.is_empty() {
@@ -124,11 +128,10 @@ pub(crate) fn taken(op: &OperationIr) -> impl Iterator<Item = TensorId> {
     kernel.into_iter().flat_map(|op| takes(op).flatten().filter_map(|input| op.inputs.get(input))).map(|input| input.id)
 }
 
-/// The result of an operation that no kernel runs, but this crate: it has memory of its own, and lies in order.
-pub(crate) fn made_whole(op: &OperationIr) -> Option<&TensorIr> {
-    let product = matmul(op).map(|product| &product.out).filter(|out| multiplies(out.dtype));
-    let whole = || cat(op).filter(|cat| assembles(cat)).map(|cat| &cat.out);
-    product.or_else(whole).or_else(|| op.outputs().next().filter(|_| is_product_sum(op)))
+/// Whether an operation that no kernel runs, but this crate, has results with memory of their own, which lie in order.
+pub(crate) fn makes_whole(op: &OperationIr) -> bool {
+    let is_product = matmul(op).is_some_and(|product| multiplies(product.out.dtype));
+    is_product || is_product_sum(op) || are_grouped_products(op) || cat(op).is_some_and(assembles)
 }
 
 /// The sections of a program with their groups fused, which run one after the other with others in between; and the
@@ -151,7 +154,7 @@ pub(crate) fn fuse<const SECTIONS: usize>(sections: [Vec<Item>; SECTIONS]) -> ([
     let sections = tiled(sections, &mut kernels.tiled);
     // What is in tiles is no product any more.
     let readers = self::readers(&sections);
-    let sections = sections.map(|items| products_summed(items, &readers, &mut next_id));
+    let sections = sections.map(|items| products_grouped(products_summed(items, &readers, &mut next_id)));
     let readers = self::readers(&sections);
     let sections = sections.map(|items| {
         let found = grouped(items).into_iter();

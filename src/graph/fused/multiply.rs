@@ -1,30 +1,31 @@
-//! Products of tensors in host memory, and sums of products, into memory that was used before and that nobody zeroes
-//! first: matrix by matrix of a batch ([`Product`]), split over threads by Flex's rules.
-
-use std::mem::MaybeUninit;
+//! Products of tensors in host memory, several at a time and as sums of some, into memory that was used before and that
+//! nobody zeroes first. On several threads they are made in [parts](product_parts()), of all of them together.
 
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{DType, Element, Shape};
-use rayon::prelude::*;
 
-use crate::tensor::{Multiplied, Product, Room, SPLIT_FROM, Strided};
-
-/// Flex's: from so many multiplications on several threads make several products of a batch.
-const SPLIT_BATCH_FROM: usize = 128 * 128 * 128;
+use crate::tensor::{Multiplied, Product, ProductPart, Room, Strided, product_parts, run_parts};
 
 /// Whether [`multiply`] knows a dtype.
 pub(crate) fn multiplies(dtype: DType) -> bool {
     matches!(dtype, DType::F32 | DType::F64)
 }
 
-/// The product of two tensors of one dtype of those that [`multiplies`], or the sum of the products of such pairs, of
-/// the dims `dims`, made in `room`.
+/// A product of tensors, or the sum of several, and where it is made.
+pub(crate) struct WantedProduct<'a> {
+    /// Factors of one dtype of those that [`multiplies`].
+    pub(crate) factors: Vec<[&'a FlexTensor; 2]>,
+    pub(crate) dims: &'a [usize],
+    pub(crate) room: Room,
+}
+
+/// Products, each of the dims it has.
 ///
 /// # Panics
 /// If dims do not fit each other, which burn has checked when the products were recorded.
-pub(crate) fn multiply(factors: &[[FlexTensor; 2]], dims: &[usize], dtype: DType, room: Room) -> FlexTensor {
+pub(crate) fn multiply(sums: Vec<WantedProduct<'_>>, dtype: DType) -> Vec<FlexTensor> {
     let multiply = if dtype == DType::F64 { multiply_as::<f64> } else { multiply_as::<f32> };
-    multiply(factors, dims, room)
+    multiply(sums)
 }
 
 /// A factor as it lies in memory.
@@ -75,70 +76,88 @@ pub(super) fn offset(mut number: usize, batch: &[usize], strides: &[isize]) -> i
     offset
 }
 
-/// The sizes of a batch of products, and their factors.
-struct Products<'a, T> {
+/// A product or a sum of products for each of a batch, and where the first begins.
+struct ProductBatch<'a, T> {
     batch: &'a [usize],
     rows: usize,
     columns: usize,
-    inner: usize,
-    left: Factor<'a, T>,
-    right: Factor<'a, T>,
-    /// Whether they are added to what is there.
-    adds: bool,
+    /// Left and right factors, and what they have in common.
+    terms: Vec<(Factor<'a, T>, Factor<'a, T>, usize)>,
+    out: *mut T,
 }
 
-fn multiply_as<T: Multiplied + Element + bytemuck::Pod>(
-    factors: &[[FlexTensor; 2]],
-    dims: &[usize],
-    room: Room,
-) -> FlexTensor {
-    let [batch @ .., rows, columns] = dims else { panic!("a product has rows and columns") };
-    let (rows, columns) = (*rows, *columns);
-    let shape = Shape::from(dims.to_vec());
-    let elements = shape.num_elements();
-    assert_eq!(room.bytes(), elements * size_of::<T>(), "a product has room for its elements");
-    // SAFETY: the room has so many elements, for which it is aligned, and nothing else refers to it.
-    let out = unsafe { std::slice::from_raw_parts_mut(room.pointer().cast::<MaybeUninit<T>>(), elements) };
-    assert!(!factors.is_empty(), "there is a product");
-    for (place, [left, right]) in factors.iter().enumerate() {
-        let inner = left.layout().shape().last().copied().unwrap_or(0);
-        let (left, right) = (Factor::<T>::new(left, batch, [rows, inner]), Factor::new(right, batch, [inner, columns]));
-        if elements > 0 {
-            Products { batch, rows, columns, inner, left, right, adds: place > 0 }.run(out);
+// SAFETY: factors are read, and each part writes elements of its own.
+unsafe impl<T: Sync> Sync for ProductBatch<'_, T> {}
+
+impl<'a, T: Multiplied + Element + bytemuck::Pod> ProductBatch<'a, T> {
+    fn new(factors: &[[&'a FlexTensor; 2]], dims: &'a [usize], room: &Room) -> Self {
+        let [batch @ .., rows, columns] = dims else { panic!("a product has rows and columns") };
+        let (rows, columns) = (*rows, *columns);
+        let elements: usize = dims.iter().product();
+        assert_eq!(room.bytes(), elements * size_of::<T>(), "a product has room for its elements");
+        assert!(!factors.is_empty(), "there is a product");
+        let term = |[left, right]: &[&'a FlexTensor; 2]| {
+            let inner = left.layout().shape().last().copied().unwrap_or(0);
+            (Factor::new(left, batch, [rows, inner]), Factor::new(right, batch, [inner, columns]), inner)
+        };
+        Self { batch, rows, columns, terms: factors.iter().map(term).collect(), out: room.pointer().cast() }
+    }
+
+    /// How many there are of the batch.
+    fn number(&self) -> usize {
+        self.batch.iter().product()
+    }
+
+    fn inner(&self) -> usize {
+        self.terms.iter().map(|(_, _, inner)| inner).sum()
+    }
+
+    /// The multiplications of each.
+    fn work(&self) -> usize {
+        self.rows.saturating_mul(self.columns).saturating_mul(self.inner())
+    }
+
+    /// Writes a part of one of the batch.
+    ///
+    /// # Safety
+    /// Nobody else has the elements of the part.
+    unsafe fn write(&self, number: usize, part: &ProductPart) {
+        let Self { batch, rows, columns, ref terms, out } = *self;
+        for (place, (left, right, inner)) in terms.iter().enumerate() {
+            let (left, right) = (left.of(number, batch), right.of(number, batch));
+            let product = Product { rows, inner: *inner, columns, left, right, adds: place > 0 };
+            // SAFETY: the factors were found to lie in their memory. The room has a place for each element, row by row,
+            // with something in it if that is added to; those of the part are nobody else's.
+            unsafe {
+                let out = out.add(number * rows * columns + part.rows.start * columns + part.columns.start);
+                product.part(part).write(out, columns);
+            }
         }
     }
-    // SAFETY: the first product has written every element.
-    let bytes = unsafe { room.filled() };
-    FlexTensor::new(bytes, Layout::contiguous(shape), T::dtype())
 }
 
-impl<T: Multiplied + Element + bytemuck::Pod> Products<'_, T> {
-    /// Writes all elements, or adds to all.
-    fn run(&self, out: &mut [MaybeUninit<T>]) {
-        let of_one = self.rows * self.columns;
-        let (number, work) = (out.len() / of_one, of_one.saturating_mul(self.inner));
-        let all = work.saturating_mul(number);
-        let matrices = out.chunks_exact_mut(of_one).enumerate();
-        if work >= SPLIT_FROM && !(number >= 4 && all >= SPLIT_BATCH_FROM) {
-            matrices.for_each(|(number, out)| self.one(number, out, gemm::Parallelism::Rayon(0)));
-        } else if all >= SPLIT_BATCH_FROM && number > 1 {
-            let matrices = out.par_chunks_exact_mut(of_one).enumerate();
-            matrices.for_each(|(number, out)| self.one(number, out, gemm::Parallelism::None));
-        } else {
-            matrices.for_each(|(number, out)| self.one(number, out, gemm::Parallelism::None));
-        }
-    }
-
-    /// Writes every element of one of the batch, or adds to it.
-    fn one(&self, number: usize, out: &mut [MaybeUninit<T>], parallelism: gemm::Parallelism) {
-        let Self { batch, rows, columns, inner, ref left, ref right, adds } = *self;
-        let (left, right) = (left.of(number, batch), right.of(number, batch));
-        let product = Product { rows, inner, columns, left, right, adds };
-        assert!(out.len() == rows * columns);
-        // SAFETY: the factors were found to lie in their memory. `out` has a place for each element, row by row, with
-        // something in it if that is added to.
-        unsafe { product.write(out.as_mut_ptr().cast::<T>(), columns, parallelism) };
-    }
+fn multiply_as<T: Multiplied + Element + bytemuck::Pod>(sums: Vec<WantedProduct<'_>>) -> Vec<FlexTensor> {
+    let batches: Vec<ProductBatch<'_, T>> =
+        sums.iter().map(|sum| ProductBatch::new(&sum.factors, sum.dims, &sum.room)).collect();
+    let all = batches.iter().map(|batch| batch.work().saturating_mul(batch.number()));
+    let all = all.fold(0, usize::saturating_add);
+    let parts = |most| {
+        batches.iter().flat_map(move |batch| {
+            let parts = product_parts([batch.rows, batch.columns], batch.inner(), most);
+            (0..batch.number()).flat_map(move |number| parts.clone().map(move |part| (batch, number, part)))
+        })
+    };
+    // SAFETY: parts have no element in common.
+    run_parts(all, batches.len() > 1, parts, |(batch, number, part): (&ProductBatch<'_, T>, _, _)| unsafe {
+        batch.write(number, &part)
+    });
+    drop(batches);
+    let made = |sum: WantedProduct<'_>| {
+        let layout = Layout::contiguous(Shape::from(sum.dims.to_vec()));
+        // SAFETY: the parts of a first product are all of its elements, which it has written.
+        FlexTensor::new(unsafe { sum.room.filled() }, layout, T::dtype())
+    };
+    sums.into_iter().map(made).collect()
 }
 
 #[cfg(test)]
@@ -156,8 +175,9 @@ mod tests {
         // The second time in the memory of the first.
         for _ in 0..2 {
             let room = pool.room(expected.shape().num_elements() * expected.dtype().size());
-            let factors = [[flex(&left), flex(&right)]];
-            let found = multiply(&factors, &expected.dims(), expected.dtype(), room);
+            let (left, right, dims) = (flex(&left), flex(&right), expected.dims());
+            let wanted = WantedProduct { factors: vec![[&left, &right]], dims: &dims, room };
+            let found = multiply(vec![wanted], expected.dtype()).remove(0);
             let found: Tensor<D> = PlainTensor::from_flex(found).float().unwrap();
             let (expected, found) = (expected.clone().cast(DType::F64), found.cast(DType::F64));
             let (expected, found) = (expected.into_data(), found.into_data());

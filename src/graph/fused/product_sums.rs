@@ -13,7 +13,7 @@ use super::super::graph_error;
 use super::super::instruction::Item;
 use super::super::operation::{build, matmul, reshape, sum};
 use super::fusion_group::LONGEST;
-use super::multiply::{multiplies, multiply};
+use super::multiply::{WantedProduct, multiplies, multiply};
 use super::terms::without_terms;
 use crate::tensor::PlainTensor;
 
@@ -29,14 +29,11 @@ pub(crate) fn is_product_sum(op: &OperationIr) -> bool {
 pub(super) fn register(ops: &mut CustomOps) {
     let memory = ops.memory().clone();
     ops.register(PRODUCT_SUM, move |op, inputs| {
-        let mut inputs = inputs.into_iter().map(PlainTensor::into_flex);
-        let mut factors = Vec::with_capacity(op.inputs.len() / 2);
-        while let (Some(left), Some(right)) = (inputs.next(), inputs.next()) {
-            factors.push([left?, right?]);
-        }
+        let inputs = inputs.into_iter().map(PlainTensor::into_flex).collect::<Result<Vec<_>, _>>()?;
         let out = op.outputs.first().ok_or_else(|| graph_error("a sum of products gives nothing"))?;
-        let sum = multiply(&factors, &out.shape, out.dtype, memory.room(out));
-        Ok(vec![PlainTensor::from_flex(sum)])
+        let factors = inputs.chunks_exact(2).map(|factors| [&factors[0], &factors[1]]).collect();
+        let wanted = WantedProduct { factors, dims: &out.shape, room: memory.room(out) };
+        Ok(multiply(vec![wanted], out.dtype).into_iter().map(PlainTensor::from_flex).collect())
     });
 }
 
@@ -125,15 +122,18 @@ mod tests {
 
     use super::super::super::operation::op_name;
     use super::super::super::{Executor, TensorTree, capture_forward, capture_step};
+    use super::super::grouped_products::are_grouped_products;
     use super::*;
 
     /// Of how many products each sum is, and how many products are by themselves.
     fn counted<'a>(operations: impl IntoIterator<Item = &'a OperationIr>) -> (Vec<usize>, usize) {
         let (mut sums, mut alone) = (Vec::new(), 0);
         for op in operations {
-            match is_product_sum(op) {
-                true => sums.push(op.inputs().count() / 2),
-                false => alone += usize::from(matmul(op).is_some()),
+            let factors = op.inputs().count() / 2;
+            match op {
+                op if is_product_sum(op) => sums.push(factors),
+                op if are_grouped_products(op) => alone += factors,
+                op => alone += usize::from(matmul(op).is_some()),
             }
         }
         (sums, alone)
