@@ -153,8 +153,8 @@ impl Most {
 
 /// The most rows, at most `most`, that go through every layer at once on each replica. `known` says how many of so many
 /// are known to need no more than so many bytes on all ranks together. This process takes no step for it: children do,
-/// with a limit on their memory, which are this program with the same arguments and [`trial`]. `smaller` names the flags
-/// by which the model is made smaller.
+/// with a limit on their memory, which are this program with the same arguments and [`trial`]. `smaller` names the
+/// flags by which the model is made smaller.
 ///
 /// # Errors
 /// What `known` and trials return; if not even one row fits, [`Failure::Refused`].

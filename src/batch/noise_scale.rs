@@ -10,8 +10,8 @@ use crate::step::{GradientNoise, NoNoise, Step};
 /// noise scale).
 ///
 /// The estimates of single steps are themselves noisy, and the mean of their ratios is biased. So numerator and
-/// denominator are averaged apart, over `1 / (1 - decay)` measurements, and divided then. All ranks have the same number, bit
-/// for bit.
+/// denominator are averaged apart, over `1 / (1 - decay)` measurements, and divided then. All ranks have the same
+/// number, bit for bit.
 ///
 /// ```
 /// use burn::{nn::LinearConfig, prelude::*, tensor::Distribution};
@@ -96,8 +96,8 @@ impl NoiseScale {
     /// The noise scale in items of the loss; or why there is none.
     ///
     /// # Errors
-    /// Why the last step that was to has measured nothing, if none has yet; [`NoNoise::Drowned`] if the averages do not tell the
-    /// gradient from its noise: it takes more steps, or a larger `decay`.
+    /// Why the last step that was to has measured nothing, if none has yet; [`NoNoise::Drowned`] if the averages do not
+    /// tell the gradient from its noise: it takes more steps, or a larger `decay`.
     pub fn items(&self) -> Result<f64, NoNoise> {
         match (self.steps, self.last) {
             (0, why) => Err(why.unwrap_or(NoNoise::Off)),

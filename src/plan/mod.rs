@@ -171,8 +171,8 @@ impl Plan {
         self
     }
 
-    /// The same plan without the rules that match no parameter of a model, as most of a [ready](Self::hugging_face) one:
-    /// what it says of this model, to be printed.
+    /// The same plan without the rules that match no parameter of a model, as most of those of a
+    /// [preset](Self::hugging_face) do: what it says of this model, to be printed.
     pub fn only_for<M: Module>(mut self, model: &M) -> Self {
         let mut paths = Vec::new();
         visit_params(model, &mut |param| paths.push(param.path()));

@@ -52,7 +52,8 @@ use crate::tensor_parallel::TensorParallelConfig;
 /// With the value that it has when it is left out; `micro_batches` is needed. Where there is no default the line says
 /// so. A key that nobody knows is an error, and so is one of `[tensor]`, or `[pipeline]`, that nothing reads beside the
 /// others, as a `plan` where `tp` is 1. `[data]` may stay as it is for any number of replicas: a single one reads
-/// `noise_scale_every` alone, and [`parallelize`](super::Parallelize::parallelize) warns of the others (by the crate `log`).
+/// `noise_scale_every` alone, and [`parallelize`](super::Parallelize::parallelize) warns of the others (by the crate
+/// `log`).
 ///
 /// ```
 /// # let all: burn_parallel::train::Strategy = r#"

@@ -67,7 +67,10 @@ fn what_another_run_is_writing_stays() {
         reads.restore(TrainState::new(&mut model))?;
         let refused = saves.save(2, TrainState::new(&mut model)).unwrap_err().to_string();
         assert!(refused.contains(".step-000000005.0123456789abcdef.unfinished"), "{refused}");
-        assert!(refused.contains("killed in the middle of a save, remove that, or open this directory again"), "{refused}");
+        assert!(
+            refused.contains("killed in the middle of a save, remove that, or open this directory again"),
+            "{refused}"
+        );
         assert!(theirs.is_dir());
         world.barrier()?;
         // A run that is started then takes it for what a killed one has left.
