@@ -90,18 +90,20 @@ impl Most {
 }
 
 /// How often this thread has had to wait for a page: of memory that is new, or of a file that is mapped.
+#[cfg(target_os = "linux")]
 fn page_faults() -> u64 {
-    #[cfg(target_os = "linux")]
-    {
-        let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
-        // SAFETY: it is made of numbers, for which zero will do, and the call writes them.
-        let usage = unsafe {
-            libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
-            usage.assume_init()
-        };
-        usage.ru_minflt as u64
-    }
-    #[cfg(not(target_os = "linux"))]
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: it is made of numbers, for which zero will do, and the call writes them.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    usage.ru_minflt as u64
+}
+
+/// Other systems do not count them by thread.
+#[cfg(not(target_os = "linux"))]
+fn page_faults() -> u64 {
     0
 }
 

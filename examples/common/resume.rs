@@ -79,9 +79,9 @@ struct Origin<'a> {
 }
 
 impl SaveFlags {
-    /// Whether there is nothing to go on from, nothing can be saved, or what is to be comes among checkpoints of another
-    /// run, which are in `folder` of `--save`. Where a launcher may have started this run before, there may be its own
-    /// there: ranks find that out together.
+    /// Whether there is nothing to go on from, nothing can be saved, or what is to be comes among checkpoints of
+    /// another run, which are in `folder` of `--save`. Where a launcher may have started this run before, there may be
+    /// its own there: ranks find that out together.
     pub fn check(&self, folder: fn(&Path) -> PathBuf) -> Result<(), String> {
         let known = process().is_some_and(|process| process.restarts > 0 || !process.run.is_empty());
         if let Some(dir) = &self.resume {

@@ -16,7 +16,7 @@ use super::moments::KnownStates;
 use super::opened::Opened;
 use super::order::as_written;
 use super::params::Statistics;
-use super::reading::{Reading, Unread};
+use super::reading::{JointReading, Unread};
 use super::restore::{self, Restored};
 use super::state::TrainState;
 use super::{checkpoint_error, file_problem, value};
@@ -172,7 +172,7 @@ impl Checkpointer {
     /// value is not what `T` takes for it; that of a save in the background; that of the world.
     pub fn read_value<T: DeserializeOwned>(&mut self, step: u64, name: &str) -> Result<Option<T>, Error> {
         self.wait()?;
-        let reading = Reading::begin(&self.opened.root, step, &self.group).map_err(Unread::why)?;
+        let reading = JointReading::begin(&self.opened.root, step, &self.group).map_err(Unread::why)?;
         let read = || {
             let value = reading.index()?.values.remove(name);
             value.map(|json| serde_json::from_value(value::plain(json))).transpose().map_err(|why| {
@@ -229,7 +229,7 @@ impl Checkpointer {
 
     /// Gives a state the values of the checkpoint of a step, or leaves it as it is.
     fn read<P: ParallelModule>(&self, step: u64, state: &mut TrainState<'_, P>) -> Result<Restored, Unread> {
-        let reading = Reading::begin(&self.opened.root, step, &self.group)?;
+        let reading = JointReading::begin(&self.opened.root, step, &self.group)?;
         let before = Statistics::of(state.model);
         let (config, first) = (&self.config, self.group.rank() == 0);
         let loaded = attempt(|| restore::load(&reading, state, config, first));

@@ -24,7 +24,7 @@ pub(super) struct Opened {
     there: Arc<HashMap<String, Option<String>>>,
     /// The steps whose checkpoints this run has given their names, or tried to.
     committed: Arc<Mutex<HashSet<u64>>>,
-    /// A part of the names of all its drafts, which those of no other run have: the [`machine`] of rank 0, and a number.
+    /// A part of the names of all its drafts, which those of no other run have: the [`machine`] of rank 0 and a number.
     own: String,
 }
 
@@ -133,8 +133,8 @@ fn machine() -> String {
     id.split('-').take(2).collect()
 }
 
-/// Whether a run may be writing this draft still. It holds a lock on it, which the system lets go when the process ends;
-/// that is known on the same machine alone.
+/// Whether a run may be writing this draft still. It holds a lock on it, which the system lets go when the process
+/// ends; that is known on the same machine alone.
 fn is_held(draft: &Path) -> bool {
     let is_here = || {
         let (name, machine) = (draft.file_name()?.to_str()?, machine());

@@ -12,7 +12,7 @@ use crate::Error;
 use crate::comm::Communicator;
 
 /// A checkpoint by the index that rank 0 has read: so it is the same one that all ranks read.
-pub(super) struct Reading<'a> {
+pub(super) struct JointReading<'a> {
     pub(super) dir: PathBuf,
     root: &'a Path,
     step: u64,
@@ -38,7 +38,7 @@ impl Unread {
     }
 }
 
-impl<'a> Reading<'a> {
+impl<'a> JointReading<'a> {
     /// Begins with the checkpoint of a step. Collective.
     pub(super) fn begin(root: &'a Path, step: u64, group: &'a Communicator) -> Result<Self, Unread> {
         let (dir, first) = (root.join(name_of(step)), group.rank() == 0);

@@ -12,7 +12,7 @@ use super::config::{CheckpointConfig, matches};
 use super::index::Index;
 use super::params::{self, ParamInfo};
 use super::read::{CheckpointReader, ParamSource};
-use super::reading::Reading;
+use super::reading::JointReading;
 use super::refill::{Wanted, restored as restored_optimizer};
 use super::scheduler::restored_scheduler;
 use super::state::TrainState;
@@ -48,7 +48,7 @@ pub(super) struct Loaded<P> {
 /// # Errors
 /// As [`Checkpointer::restore`](super::Checkpointer::restore).
 pub(super) fn load<P: ParallelModule>(
-    reading: &Reading<'_>,
+    reading: &JointReading<'_>,
     state: &mut TrainState<'_, P>,
     config: &CheckpointConfig,
     first: bool,

@@ -28,8 +28,8 @@
 //! Every element is computed by the operations of burn 0.22, in their order, each rounded as burn rounds it: values and
 //! moments have burn's bits, in `f32`, `f64`, `bf16` and `f16`. A record of the one is loaded by the other. A fused
 //! optimizer loads moments in the dtype that they have in the record, into host memory, from where the next step brings
-//! them to the device of their parameter; burn's own loads them in the default dtype of burn's default device, onto that
-//! device first. A record of a fused optimizer shares the moments that are in host memory with it.
+//! them to the device of their parameter; burn's own loads them in the default dtype of burn's default device, onto
+//! that device first. A record of a fused optimizer shares the moments that are in host memory with it.
 //!
 //! An update is in place where nothing else holds the memory of the parameter; a clone of the model keeps its values.
 

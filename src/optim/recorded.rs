@@ -20,7 +20,7 @@ pub(super) fn to_record<const D: usize>(moment: &Tensor<D>) -> TensorData {
     let (shape, dtype) = (moment.shape(), moment.dtype());
     match shared.into_flex() {
         Ok(flex) if flex.is_contiguous() && flex.bytes().len() == shape.num_elements() * dtype.size() => {
-            let bytes = bytes::Bytes::from_owner(Memory(flex));
+            let bytes = bytes::Bytes::from_owner(MomentMemory(flex));
             TensorData::from_bytes(Bytes::from_shared(bytes, AllocationProperty::Other), shape, dtype)
         }
         _ => moment.clone().into_data(),
@@ -28,9 +28,9 @@ pub(super) fn to_record<const D: usize>(moment: &Tensor<D>) -> TensorData {
 }
 
 /// The memory of a tensor.
-struct Memory(FlexTensor);
+struct MomentMemory(FlexTensor);
 
-impl AsRef<[u8]> for Memory {
+impl AsRef<[u8]> for MomentMemory {
     fn as_ref(&self) -> &[u8] {
         self.0.bytes()
     }
