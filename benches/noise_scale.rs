@@ -5,6 +5,9 @@
 //! four steps of each, so that one of the fourth kind measures. What counts is the median over the rounds of the ratio
 //! within a round, and the spread of its middle half. Unix only.
 //!
+//! Each kind has a model of its own, whose memory lies elsewhere: two that measure nothing differ by up to a percent as
+//! well. So of the fourth kind the steps of one model are compared too: all four of a round with the three in between.
+//!
 //! `cargo bench --bench noise_scale -- [ROUNDS]`
 
 mod figures;
@@ -67,8 +70,14 @@ fn rows(number: usize, salt: usize) -> Tensor<2, Int> {
     Tensor::from_data(TensorData::new(values, [number, SEQUENCE]), &Device::flex().autodiff())
 }
 
-/// Seconds of the processors for a step with each of [`MEASURES`], by round.
-fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way) -> Result<Vec<[f64; 4]>, Error> {
+/// Seconds of the processors for each step of a round, with each of [`MEASURES`].
+type Round = [[f64; CYCLE]; MEASURES.len()];
+
+fn mean(times: &[f64]) -> f64 {
+    times.iter().sum::<f64>() / times.len() as f64
+}
+
+fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way) -> Result<Vec<Round>, Error> {
     let mut seen = launch::threads(*ranks).run(|rank| {
         let mut models: Vec<(_, ModuleOptimizer)> = Vec::new();
         for measure in MEASURES {
@@ -79,7 +88,7 @@ fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way)
         }
         let mut times = Vec::new();
         for round in 0..number + 1 {
-            let mut time = [0.0; MEASURES.len()];
+            let mut time = Round::default();
             for turn in 0..CYCLE * MEASURES.len() {
                 let (done, mode) = (turn / MEASURES.len(), (turn + round) % MEASURES.len());
                 let Measure { norm, noise_every } = MEASURES[mode];
@@ -102,7 +111,7 @@ fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way)
                 }
                 *place = Some(taken.optimize(optim, 1e-4, step)?);
                 rank.barrier()?;
-                time[mode] += (worked() - before) / CYCLE as f64;
+                time[mode][done] = worked() - before;
             }
             // The first round is for caches, captures and the order of buckets.
             if round > 0 {
@@ -135,15 +144,21 @@ fn main() -> Result<(), Error> {
     let model = Gpt::new(&Device::flex().autodiff()).materialize();
     for way in ways() {
         let times = rounds(number, &model, &way)?;
-        let [_, step, _] = quartiles(times.iter().map(|time| time[0]));
+        let [_, step, _] = quartiles(times.iter().map(|time| mean(&time[0])));
         println!("{}: {:.0} ms of the processors a step", way.0, 1e3 * step);
         figures.note(format!("{}: processors", way.0), 1e3 * step, "ms");
-        for (what, of, over) in COMPARED {
-            let [low, median, high] = quartiles(times.iter().map(|time| 100.0 * (time[of] / time[over] - 1.0)));
-            let extra = 1e3 * quartiles(times.iter().map(|time| time[of] - time[over]))[1];
+        let mut told = |what: &str, pairs: Vec<[f64; 2]>| {
+            let [low, median, high] = quartiles(pairs.iter().map(|[of, over]| 100.0 * (of / over - 1.0)));
+            let extra = 1e3 * quartiles(pairs.iter().map(|[of, over]| of - over))[1];
             println!("  {what}: {median:+.2} % ({low:+.2} to {high:+.2}), {extra:+.2} ms");
             figures.note(format!("{}: {what}", way.0), 1.0 + median / 100.0, "ratio");
+        };
+        for (what, of, over) in COMPARED {
+            told(what, times.iter().map(|time| [mean(&time[of]), mean(&time[over])]).collect());
         }
+        // The last of each round measures.
+        let of_one = |time: &Round| [mean(&time[3]), mean(&time[3][..CYCLE - 1])];
+        told("the same, over the steps in between of that model", times.iter().map(of_one).collect());
     }
     figures.finish();
     Ok(())
