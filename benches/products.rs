@@ -10,8 +10,8 @@
 //! `activation`: bias and GELU behind a product, at once or in blocks of rows or columns; and what a bias alone takes.
 //! `packed`: what a product would gain if its weight were packed already. `parts`: a step of layers of one input as one
 //! layer whose output is read in parts, over the layers by themselves. `threads`: layers of one input, forward, on a
-//! rank with two threads, and the time that passes: burn's products, ours one by one, and as one operation, which is how
-//! they run.
+//! rank with two threads, and the time that passes: burn's products, ours one by one, and as one operation, which is
+//! how they run.
 //!
 //! `cargo bench --bench products -- [layers|weights|sum|activation|packed|parts|threads] [ROUNDS]`
 

@@ -1,9 +1,9 @@
 //! Products of matrices in host memory, on one thread; several make [parts](super::product_parts()). They are Flex's,
 //! by the same `gemm`, but for where the result goes and for a matrix that lies transposed (the weight, in the gradient
 //! of an activation). Flex has it packed, element by element from as many lines of memory as a panel of `gemm` is wide:
-//! for 32 rows that takes as long as all the rest, and for 1024 a tenth of it, where the lines clash in the first cache.
-//! Here few rows are multiplied without packing, and for others such a matrix is put the right way round first, in
-//! [panels](Panel) that stay in the caches.
+//! for 32 rows that takes as long as all the rest, and for 1024 a tenth of it, where the lines clash in the first
+//! cache. Here few rows are multiplied without packing, and for others such a matrix is put the right way round first,
+//! in [panels](Panel) that stay in the caches.
 
 use std::cell::Cell;
 use std::ops::{Add, Range};

@@ -22,8 +22,8 @@ pub(crate) struct ProductPart {
     pub(crate) columns: Range<usize>,
 }
 
-/// Runs all parts of one product, or of several, which take so many multiplications in all: on the threads of this rank,
-/// if that is worth it. `parts` is told the most multiplications of a part.
+/// Runs all parts of one product, or of several, which take so many multiplications in all: on the threads of this
+/// rank, if that is worth it. `parts` is told the most multiplications of a part.
 pub(crate) fn run_parts<P, I>(all: usize, several: bool, parts: impl FnOnce(usize) -> I, run: impl Fn(P) + Send + Sync)
 where
     P: Send,
