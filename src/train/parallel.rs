@@ -150,7 +150,7 @@ impl<M: Module> Parallel<M> {
             Error::Graph { problem } if eager_would_do => Error::Graph {
                 problem: format!(
                     "{problem}; steps are captured because the replicas divide the parameters (`sharding` is \"parameters\"): \
-                     `engine` \"eager\" runs the model's own forward, and may hold more of them whole"
+                     `engine` \"eager\" runs the model's own forward, on a device with gradient checkpointing"
                 ),
             },
             error => error,

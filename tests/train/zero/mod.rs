@@ -4,6 +4,7 @@ pub mod bytes;
 mod crash;
 mod gathered;
 mod generation;
+mod kept;
 mod parity;
 mod replaced;
 mod rules;
