@@ -222,10 +222,7 @@ impl<M: Module> StepEngine for Eager<M> {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatchResult, Error> {
         let (inputs, rows) = rows(inputs)?;
-        let inputs = match &self.gatherer {
-            Some(_) => inputs.map_tensors(&mut OnDeviceOf::params(params))?,
-            None => inputs,
-        };
+        let inputs = inputs.map_tensors(&mut OnDeviceOf::params(params))?;
         let loss = self.forward_gathering(Some(params), || step.call(&self.module, inputs))?;
         self.backward(params, loss, rows, unit, sink)
     }

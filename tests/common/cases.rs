@@ -71,7 +71,8 @@ impl<M: Module> Case<M> {
 /// A replica of a model, with leaves of its own, on a device on which its settings go.
 pub fn wrap<M: Module>(rank: &Rank, model: &M, config: DataParallelConfig) -> Result<Replica<Eager<M>>, Error> {
     let own = model.clone().fork(&rank.device().autodiff()).train();
-    if is_demanded(&config) { on_checkpointing(own) } else { own }.data_parallel(rank, config)
+    let own = if is_demanded(&config) && rank.size() > 1 { on_checkpointing(own) } else { own };
+    own.data_parallel(rank, config)
 }
 
 fn case<M: Module>(seed: u64, make: impl Fn(&Device) -> M, loss: fn(&M, Batch) -> Tensor<1>) -> Case<M> {

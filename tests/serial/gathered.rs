@@ -188,11 +188,11 @@ fn two_groups_are_whole_by_default() {
         let found = with(2, Sharding::Parameters, Engine::Auto) - activations - all / 2;
         // Two groups, the gradients of two, and a gather and a reduction of one that are packed and taken apart.
         assert!(found < 8 * group, "{found} of groups of {group}");
-        // So it is by the model's own forward on a device with gradient checkpointing, where more of it may be activations.
+        // So it is by the model's own forward on a device with gradient checkpointing, whose gradients burn makes anew.
         let alone = of(&checkpointed, 1, Keep::Pass, Sharding::None, Engine::Eager) - all;
         let eager = |keep| of(&checkpointed, 2, keep, Sharding::Parameters, Engine::Eager) - alone - all / 2;
         let (pass, micro_batch) = (eager(Keep::Pass), eager(Keep::MicroBatch));
-        assert!(pass < 8 * group, "{pass} of groups of {group}");
+        assert!(pass < 10 * group, "{pass} of groups of {group}");
         assert!(micro_batch > all - group, "{micro_batch} of {all}");
     }
     let _turn = crate::turn();
