@@ -301,7 +301,8 @@ impl<M: Module> StepEngine for Eager<M> {
         let statistics = self.synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default();
         let waited = self.gatherer.as_ref().map(|gatherer| gatherer.waited()).unwrap_or_default();
         let control = self.gatherer.as_ref().map(|gatherer| gatherer.wants_counters()).unwrap_or_default();
-        StepCounters { statistics, control, skipped: self.clipping.skipped(), waited, ..StepCounters::default() }
+        let (norm, skipped) = (self.clipping.counters(), self.clipping.skipped());
+        StepCounters { statistics, control, norm, skipped, waited, ..StepCounters::default() }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {

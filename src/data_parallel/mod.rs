@@ -71,6 +71,7 @@ mod lent_params;
 mod loss_weight;
 mod module_impl;
 mod noise_meter;
+mod norm_carrier;
 mod reducer;
 mod reducer_sink;
 mod reduction;

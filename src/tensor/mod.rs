@@ -12,6 +12,7 @@ mod ops;
 mod panel;
 mod product;
 mod recycled;
+mod size;
 mod squares;
 mod tree;
 mod vectors;
@@ -30,6 +31,9 @@ pub(crate) use self::backend::{check_device, with_backend};
 pub(crate) use self::lent::{Lender, Returned};
 pub(crate) use self::product::{Multiplied, Product, SPLIT_FROM, Strided};
 pub(crate) use self::recycled::{FROM, Pool, Room};
+#[doc(hidden)]
+pub use self::size::Norm;
+pub(crate) use self::size::{PartialNorm, sizes};
 pub(crate) use self::squares::{Look, Squares};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};

@@ -278,7 +278,7 @@ impl<M: Module> ParallelModule for Parallel<M> {
         let layout = with!(&self.wrapped, model => ParallelModule::gradient_layout(model));
         let Some(together) = &self.together else { return layout };
         let shards = self.shards().map(|shards| shards.control().clone());
-        GradientLayout { groups: [together.clone()].into_iter().chain(shards).collect(), ..layout }
+        GradientLayout { groups: shards.into_iter().chain([together.clone()]).collect(), ..layout }
     }
 
     fn shards(&self) -> Option<ShardComms> {

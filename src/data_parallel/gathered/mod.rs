@@ -17,7 +17,7 @@
 //! again depends on the rows of a rank, so all ranks gather all of them ([`backward_order`]). Its backward hands the
 //! gradient of the whole to the reducer, which reduce-scatters it. What other operations make of a whole, a view above
 //! all, burn computes again only on a device with gradient checkpointing, which is demanded therefore ([`kept`]), and
-//! else keeps.
+//! else keeps. Small vectors are kept in any case.
 //!
 //! # Ranks without data
 //!

@@ -5,6 +5,7 @@ mod crash;
 mod gathered;
 mod generation;
 mod kept;
+mod norm;
 mod parity;
 mod replaced;
 mod rules;
