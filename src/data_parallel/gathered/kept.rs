@@ -1,8 +1,8 @@
 //! Whether burn lets go of what is gathered for a pass.
 //!
 //! Without gradient checkpointing it keeps for backward what a product multiplies by, and a view of a weight keeps all
-//! of it: of layers that make one, as `Linear` does for inputs of three dims, every weight would stay whole from forward
-//! to backward.
+//! of it: of layers that make one, as `Linear` does for inputs of three dims, every weight would stay whole from
+//! forward to backward.
 
 use burn::backend::{DispatchAutodiffContext, DispatchTensor, GradientCheckpointingStrategy};
 use burn::module::Module;

@@ -394,8 +394,8 @@ fn a_directory_is_saved_from_rows() {
 }
 
 /// What burn asks for again in backward depends on what has a gradient, and with `Linear` on the number of rows: ranks
-/// whose inputs have different ones, and that detach what some layers give, gather the same all the same, also of layers
-/// that a forward uses several times.
+/// whose inputs have different ones, and that detach what some layers give, gather the same all the same, also of
+/// layers that a forward uses several times.
 #[test]
 fn ranks_with_different_backwards_gather_the_same() {
     // Where there is one row all layers before the third have no gradient.
