@@ -129,32 +129,50 @@ fn captured<M: Module + Sync, I: TensorTree + Clone + Sync>(
     measured.expect("a world of threads").swap_remove(0)
 }
 
-/// What replicas divide, in steps of which engine; the first of each engine is what the others of it are compared with.
-const DIVIDED: [(&str, Engine, Sharding, Keep); 8] = [
-    ("eager, nothing", Engine::Eager, Sharding::None, Keep::Pass),
-    ("eager, ZeRO 1", Engine::Eager, Sharding::Optimizer, Keep::Pass),
-    ("eager, ZeRO 2", Engine::Eager, Sharding::Gradients, Keep::Pass),
-    ("eager, ZeRO 3", Engine::Eager, Sharding::Parameters, Keep::Pass),
-    ("eager, ZeRO 3, kept for a micro-batch", Engine::Eager, Sharding::Parameters, Keep::MicroBatch),
-    ("captured, nothing", Engine::Captured, Sharding::None, Keep::Pass),
-    ("captured, ZeRO 3", Engine::Captured, Sharding::Parameters, Keep::Pass),
-    ("captured, ZeRO 3, kept for a micro-batch", Engine::Captured, Sharding::Parameters, Keep::MicroBatch),
+/// How steps run: by which engine, and whether on a device with gradient checkpointing.
+#[derive(Clone, Copy, PartialEq)]
+struct Run {
+    engine: Engine,
+    checkpoints: bool,
+}
+
+impl Run {
+    fn device(self, device: Device) -> Device {
+        if self.checkpoints { device.autodiff().gradient_checkpointing() } else { device.autodiff() }
+    }
+}
+
+const EAGER: Run = Run { engine: Engine::Eager, checkpoints: false };
+const CHECKPOINTED: Run = Run { engine: Engine::Eager, checkpoints: true };
+const CAPTURED: Run = Run { engine: Engine::Captured, checkpoints: false };
+
+/// What replicas divide, in which steps; the first of a kind of steps is what the others of it are compared with.
+const DIVIDED: [(&str, Run, Sharding, Keep); 9] = [
+    ("eager, nothing", EAGER, Sharding::None, Keep::Pass),
+    ("eager, ZeRO 1", EAGER, Sharding::Optimizer, Keep::Pass),
+    ("eager, ZeRO 2", EAGER, Sharding::Gradients, Keep::Pass),
+    ("eager, ZeRO 3, kept for a micro-batch", EAGER, Sharding::Parameters, Keep::MicroBatch),
+    ("eager with gradient checkpointing, nothing", CHECKPOINTED, Sharding::None, Keep::Pass),
+    ("eager with gradient checkpointing, ZeRO 3", CHECKPOINTED, Sharding::Parameters, Keep::Pass),
+    ("captured, nothing", CAPTURED, Sharding::None, Keep::Pass),
+    ("captured, ZeRO 3", CAPTURED, Sharding::Parameters, Keep::Pass),
+    ("captured, ZeRO 3, kept for a micro-batch", CAPTURED, Sharding::Parameters, Keep::MicroBatch),
 ];
 
 /// Seconds a step, of the processors for it, and of waiting in it, with each of [`DIVIDED`], by round.
 fn divided<M: Module + Sync, I: TensorTree + Clone + Sync>(
     rounds: usize,
-    model: M,
+    make: impl Fn(&Device) -> M + Sync,
     optimizer: impl Fn() -> ModuleOptimizer + Sync,
-    inputs: impl Fn() -> I + Sync,
+    inputs: impl Fn(&Device) -> I + Sync,
     loss: impl Fn(&M, I) -> Tensor<1> + Sync,
 ) -> Vec<Vec<[f64; 3]>> {
     let measured = launch::threads(2).run(|rank| {
         let mut models = Vec::new();
-        for (_, engine, sharding, keep) in DIVIDED {
+        for (_, run, sharding, keep) in DIVIDED {
             let data = DataParallelConfig::new().with_sharding(sharding).with_keep(keep);
-            let strategy = Strategy::new().with_dp(2).with_data(data).with_engine(engine);
-            let model = model.clone().fork(&rank.device().autodiff()).parallelize(&rank, &strategy)?;
+            let strategy = Strategy::new().with_dp(2).with_data(data).with_engine(run.engine);
+            let model = make(&run.device(rank.device())).materialize().parallelize(&rank, &strategy)?;
             models.push((Some(model), optimizer()));
         }
         let mut times = Vec::new();
@@ -163,11 +181,12 @@ fn divided<M: Module + Sync, I: TensorTree + Clone + Sync>(
             for turn in 0..models.len() {
                 let mode = (turn + round) % models.len();
                 let (model, optim) = &mut models[mode];
+                let device = DIVIDED[mode].1.device(rank.device());
                 rank.barrier()?;
                 let (began, worked, mut waited) = (Instant::now(), work(), 0.0);
                 for _ in 0..STEPS_PER_TURN {
                     if let Some(mut taken) = model.take() {
-                        let step = taken.step(inputs(), &loss)?;
+                        let step = taken.step(inputs(&device), &loss)?;
                         waited += step.counters.waited.as_secs_f64();
                         *model = Some(taken.optimize(optim, 1e-4, step)?);
                     }
@@ -203,8 +222,8 @@ fn load() -> String {
 }
 
 fn report_divided(figures: &mut Figures, name: &str, times: &[Vec<[f64; 3]>]) {
-    for (mode, (what, engine, ..)) in DIVIDED.iter().enumerate() {
-        let plain = DIVIDED.iter().position(|(_, other, ..)| other == engine).unwrap_or_default();
+    for (mode, (what, run, ..)) in DIVIDED.iter().enumerate() {
+        let plain = DIVIDED.iter().position(|(_, other, ..)| other == run).unwrap_or_default();
         let of = |which: usize| 1e3 * median(times.iter().map(|round| round[mode][which]));
         let over = |which: usize| median(times.iter().map(|round| round[mode][which] / round[plain][which]));
         println!(
@@ -269,10 +288,11 @@ fn main() {
     let [sharded, as_captured] = ["sharded", "captured"].map(|way| arguments.iter().any(|argument| argument == way));
     let device = Device::flex().autodiff();
     if wanted("mlp") {
-        let numbers = |salt: usize| {
+        let numbers_on = |salt: usize, device: &Device| {
             let values: Vec<f32> = (0..32 * 1024).map(|i| ((i * 7919 + salt) % 1000) as f32 / 500.0 - 1.0).collect();
-            Tensor::<2>::from_data(TensorData::new(values, [32, 1024]), &Device::flex().autodiff())
+            Tensor::<2>::from_data(TensorData::new(values, [32, 1024]), device)
         };
+        let numbers = |salt| numbers_on(salt, &device);
         let (model, optimizer) = (Mlp::new(&device).materialize(), || SgdConfig::new().init());
         let loss = |model: &Mlp, (x, y)| model.loss(x, y);
         if as_captured {
@@ -283,23 +303,26 @@ fn main() {
                 &captured(number, model, optimizer, || (numbers(1), numbers(2)), loss),
             );
         } else if sharded {
-            report_divided(&mut figures, "mlp", &divided(number, model, optimizer, || (numbers(1), numbers(2)), loss));
+            let inputs = |device: &Device| (numbers_on(1, device), numbers_on(2, device));
+            report_divided(&mut figures, "mlp", &divided(number, Mlp::new, optimizer, inputs, loss));
         } else {
             report(&mut figures, "mlp", &rounds(number, model, optimizer, |model| model.loss(numbers(1), numbers(2))));
         }
     }
     if wanted("gpt") {
-        let numbers = |salt: usize| {
+        let numbers_on = |salt: usize, device: &Device| {
             let values: Vec<i64> = (0..8 * SEQUENCE).map(|i| ((i * 7919 + salt) % VOCABULARY) as i64).collect();
-            Tensor::<2, Int>::from_data(TensorData::new(values, [8, SEQUENCE]), &Device::flex().autodiff())
+            Tensor::<2, Int>::from_data(TensorData::new(values, [8, SEQUENCE]), device)
         };
+        let numbers = |salt| numbers_on(salt, &device);
         let (model, optimizer) = (Gpt::new(&device).materialize(), || AdamConfig::new().init());
         let (loss, inputs) = (|model: &Gpt, (x, y)| model.loss(x, y), || (numbers(1), numbers(104729)));
         if as_captured {
             let optimizer = || AdamConfig::new().init_fused();
             report_captured(&mut figures, "gpt", &captured(number, model, optimizer, inputs, loss));
         } else if sharded {
-            report_divided(&mut figures, "gpt", &divided(number, model, optimizer, inputs, loss));
+            let inputs = |device: &Device| (numbers_on(1, device), numbers_on(104729, device));
+            report_divided(&mut figures, "gpt", &divided(number, Gpt::new, optimizer, inputs, loss));
         } else {
             report(
                 &mut figures,

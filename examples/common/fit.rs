@@ -19,6 +19,7 @@ use log::LevelFilter;
 use super::batch::Rows;
 use super::device::Compute;
 use super::flags::{bytes, seconds};
+use super::mesh;
 use super::program::{Failure, unsuited};
 use super::start::{Launch, Start};
 
@@ -100,7 +101,8 @@ pub fn known_to_fit<M: Module, I: TensorTree + Clone>(
     }
     let pieces = strategy.pipeline.as_ref().filter(|_| pp > 1).map_or(1, |pipeline| pipeline.micro_batches);
     let known = launch::threads(ranks).run(|rank| {
-        let mut model = make(&rank.device().autodiff())?.parallelize(&rank, strategy).map_err(unsuited)?;
+        let device = mesh::autodiff(strategy, rank.device());
+        let mut model = make(&device)?.parallelize(&rank, strategy).map_err(unsuited)?;
         rows_within_on_all(bytes, most, &rank, |rows| {
             let own = RankMemory::of(&mut model, 2, batch(rows * pieces), &loss).map_err(unsuited)?.total();
             Ok(rank.all_reduce(vec![own as u64], ReduceOp::Sum)?[0] as usize)

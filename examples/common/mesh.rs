@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use burn::tensor::Device;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
@@ -73,9 +74,9 @@ pub struct MeshFlags {
     #[arg(long, value_name = "STAGE", value_parser = zero, conflicts_with = "strategy")]
     zero: Option<Sharding>,
 
-    /// How steps are run: `eager` by the model's own forward, for replicas alone; `captured` as a graph whose
-    /// operations are fused; `auto` captures where the model is split or cut, or its parameters are divided [default:
-    /// auto]
+    /// How steps are run: `eager` by the model's own forward, for replicas alone, with --zero 3 and gradient
+    /// checkpointing; `captured` as a graph whose operations are fused; `auto` captures where the model is split or
+    /// cut, or its parameters are divided [default: auto]
     #[arg(long, value_name = "HOW", value_parser = engine(), conflicts_with = "strategy")]
     engine: Option<Engine>,
 
@@ -289,6 +290,19 @@ impl MeshFlags {
         strategy.axes(ranks).map_err(|problem| format!("--strategy: {problem}"))?;
         Ok(strategy)
     }
+}
+
+/// A device for models and inputs of a strategy. Where eager replicas gather parameters for a pass, burn is to compute
+/// views of them again in backward, and not to keep them.
+pub fn autodiff(strategy: &Strategy, device: Device) -> Device {
+    let device = device.autodiff();
+    if recomputes(strategy) { device.gradient_checkpointing() } else { device }
+}
+
+/// Whether a strategy demands gradient checkpointing.
+pub fn recomputes(strategy: &Strategy) -> bool {
+    let data = &strategy.data;
+    strategy.engine == Engine::Eager && data.sharding == Sharding::Parameters && data.keep == Keep::Pass
 }
 
 /// A strategy by its keys, as a file has them.

@@ -15,7 +15,7 @@ use crate::common::device::Compute;
 use crate::common::fit::{self, FitFlags};
 use crate::common::flags::{learning_rate, norm, up_to, writable, wrong};
 use crate::common::given::Given;
-use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS, described};
+use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS, described, recomputes};
 use crate::common::saving::{SaveFlags, has_checkpoints};
 use crate::common::start::{LaunchFlags, Start};
 use crate::data::set::BatchSize;
@@ -99,7 +99,8 @@ struct Flags {
     dtype: Products,
 
     /// Computes operations that cost little once more in backward, in place of keeping what they gave: for --engine
-    /// eager and pipelines. Other captured steps hold less than that, and it does nothing
+    /// eager, with which --zero 3 always does it, and pipelines. Other captured steps hold less than that, and it does
+    /// nothing
     #[arg(long)]
     recompute: bool,
 
@@ -336,7 +337,7 @@ impl Args {
         flags.growth.check_gradients(axes, &strategy, share.div_ceil(micro))?;
         mesh.every_stage(&strategy, config.layers)?;
         let captured = strategy.captures(axes.ranks).map_err(|problem| problem.to_string())?;
-        let recompute = flags.recompute && (pp > 1 || !captured);
+        let recompute = flags.recompute && (pp > 1 || !captured) || recomputes(&strategy);
         let notes = match flags.recompute && !recompute {
             true => vec![idle_recompute(axes, &strategy)],
             false => Vec::new(),

@@ -20,6 +20,7 @@ use burn::tensor::Device;
 use burn_parallel::launch::StopSignal;
 
 use crate::args::Args;
+use crate::common::mesh;
 use crate::common::program::{self, Ended, Failure};
 use crate::common::start;
 use crate::sample::{generate, readable};
@@ -37,7 +38,7 @@ fn run(args: &Args) -> Result<Option<StopSignal>, Failure> {
     let args = &if args.auto { fit::choose(args, text)? } else { args.clone() };
     device.seed(args.seed);
     // Made once, before there are ranks: they would all draw from the same random numbers, in any order.
-    let model = args.model().init(&device.autodiff());
+    let model = args.model().init(&mesh::autodiff(&args.strategy, device));
 
     // The first rank tells what came of it.
     let ran = start::run(

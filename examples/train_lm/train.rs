@@ -19,6 +19,7 @@ use crate::common::batch::Batch;
 use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
+use crate::common::mesh;
 use crate::common::program::{Ended, unsuited};
 use crate::common::progress::Progress;
 use crate::common::resume::run_names;
@@ -35,7 +36,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         eprintln!("{learned} bytes to learn from, {held_out} held out");
     }
     let world = device::world(&rank, args.start.launch, args.start.nccl)?;
-    let device = args.start.device.of(&rank, args.start.launch)?.autodiff();
+    let device = mesh::autodiff(&args.strategy, args.start.device.of(&rank, args.start.launch)?);
     let mut model = model.fork(&device).parallelize(&world, &args.strategy).map_err(unsuited)?;
     let (replica, replicas) = model.replica();
     let batch = |number: usize, split: &BatchSplit| {

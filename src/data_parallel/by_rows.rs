@@ -8,7 +8,8 @@
 //!    gradients of the step are summed.
 //! 2. They make sure that all exchange the same in it. A replica that has none, or uses other parameters than others,
 //!    takes part in what it does not exchange itself with nothing of its own ([`RowShards::agree`]).
-//! 3. After the last one losses and weights are summed: the gradients are divided by the weight.
+//! 3. After the last one losses and weights are summed: the gradients are divided by the weight. Their norm goes with
+//!    that, if the one of the step before was asked for.
 
 use std::collections::HashMap;
 
@@ -17,6 +18,7 @@ use burn::tensor::Tensor;
 
 use super::config::DataParallelConfig;
 use super::noise_meter;
+use super::norm_carrier::NormCarrier;
 use super::reduction_state::accumulate;
 use super::replica::{Averaging, Replica};
 use super::same_settings::agree_on_settings;
@@ -26,7 +28,7 @@ use crate::distribution::RowShards;
 use crate::graph::{Compared, GradientSink, StepEngine, Updates, found_gradients};
 use crate::params::FoundParams;
 use crate::sharding::Sharding;
-use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
+use crate::step::{CarriedNorm, LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree, rows};
 
 impl<E: StepEngine> Replica<E> {
@@ -120,14 +122,25 @@ impl<E: StepEngine> Replica<E> {
         shards.end_step();
         let shared = turn.is_ok() && self.engine.shares_between_stages();
         let noise = shards.take_noise().map(|noise| (noise, f64::from(u8::from(shared))));
-        let (loss, weight, noise) = total(&losses, sums.weight, noise, shards.replicas())?;
+        let carrier = NormCarrier::of(&self.engine, Some(shards.comms()));
+        let sizes = carrier.as_ref().map_or(Vec::new(), |carrier| {
+            // In an order that is the same in every run.
+            let mut gradients: Vec<(&ParamId, &PlainTensor)> = sums.gradients.iter().collect();
+            gradients.sort_by_cached_key(|(id, _)| shards.in_rows(**id).map(|rows| rows.number));
+            let measured = gradients.into_iter().map(|(id, sum)| (sum, !carrier.elsewhere.contains(id)));
+            carrier.numbers(&measured.collect::<Vec<_>>())
+        });
+        let ([loss, weight], noise, sizes) = total(&losses, sums.weight, noise, sizes, shards.replicas())?;
         let noise = noise.unwrap_or_else(|| NoiseState::None(turn.err().unwrap_or(NoNoise::Off)));
         self.steps += 1;
         let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
-        let gradients = sums.gradients.into_iter().map(|(id, sum)| (id, sum.scale(factor))).collect();
+        let gradients: HashMap<ParamId, PlainTensor> =
+            sums.gradients.into_iter().map(|(id, sum)| (id, sum.scale(factor))).collect();
+        let norm = carrier.and_then(|carrier| carrier.of_sums(&sizes, factor));
+        let norm = norm.map(|norm| CarriedNorm { gradients: gradients.clone(), ..norm });
         let grads = found_gradients(&params, gradients);
         let counters = self.counters() - before;
-        Ok(Step { outputs, counters, runs, ..Step::new(LossValue::known(loss), weight, grads, noise) })
+        Ok(Step { outputs, counters, runs, norm, ..Step::new(LossValue::known(loss), weight, grads, noise) })
     }
 
     /// Takes part in the micro-batch of the others.
@@ -143,24 +156,29 @@ impl<E: StepEngine> Replica<E> {
     }
 }
 
-/// The mean loss over everything that made up the step, its weight, and what the gradients say of their noise, if they
-/// were measured.
+/// The mean loss over everything that made up the step and its weight, what the gradients say of their noise, if they
+/// were measured, and the sums of the numbers of their sizes.
 fn total(
     losses: &[(Tensor<1>, f64)],
     weight: f64,
     noise: Option<([f64; noise_meter::NUMBERS], f64)>,
+    sizes: Vec<f64>,
     control: &Communicator,
-) -> Result<(f64, f64, Option<NoiseState>), Error> {
+) -> Result<([f64; 2], Option<NoiseState>, Vec<f64>), Error> {
     let sum: f64 = losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
     let mut own = vec![sum, weight];
     if let Some((noise, shared)) = noise {
         own.push(shared);
         own.extend(noise);
     }
-    match control.all_reduce(own, ReduceOp::Sum)?[..] {
-        [sum, weight] => Ok((sum / weight, weight, None)),
-        [sum, weight, 0.0, ref noise @ ..] => Ok((sum / weight, weight, Some(noise_meter::of_sums(noise)))),
-        [sum, weight, ..] => Ok((sum / weight, weight, Some(NoiseState::None(NoNoise::BetweenStages)))),
+    let numbers = own.len();
+    own.extend(sizes);
+    let mut sums = control.all_reduce(own, ReduceOp::Sum)?;
+    let sizes = sums.split_off(numbers);
+    match sums[..] {
+        [sum, weight] => Ok(([sum / weight, weight], None, sizes)),
+        [sum, weight, 0.0, ref noise @ ..] => Ok(([sum / weight, weight], Some(noise_meter::of_sums(noise)), sizes)),
+        [sum, weight, ..] => Ok(([sum / weight, weight], Some(NoiseState::None(NoNoise::BetweenStages)), sizes)),
         _ => Err(Error::invalid("step", "the losses of the replicas came back incomplete")),
     }
 }

@@ -12,6 +12,7 @@ use super::changes::ForwardState;
 use super::known_params::{Next, count_rounds};
 use super::loss_weight::LossWeight;
 use super::noise_meter;
+use super::norm_carrier::NormCarrier;
 use super::reducer::Reducer;
 use super::reducer_sink::ReducerSink;
 use super::reduction::Reduced;
@@ -19,7 +20,7 @@ use super::reduction_state::accumulate;
 use crate::Error;
 use crate::graph::StepEngine;
 use crate::sharding::Sharding;
-use crate::step::{NoiseState, Step, StepFn};
+use crate::step::{CarriedNorm, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
 impl<E: StepEngine> Replica<E> {
@@ -41,6 +42,8 @@ impl<E: StepEngine> Replica<E> {
             true => None,
             false => self.rounds(reducer, micro_batches.len())?,
         };
+        // Of several reductions none has the gradients of the step.
+        let mut carrier = NormCarrier::of(&self.engine, reducer.shards()).filter(|_| most <= 1);
         let mut micro_batches = micro_batches.into_iter();
         let (mut outputs, mut runs) = (Vec::new(), Vec::new());
         let mut sum = ShardSum::default();
@@ -68,13 +71,13 @@ impl<E: StepEngine> Replica<E> {
             let ran = ran.and_then(|()| self.engine.end_gathers(&params));
             self.loss_weight = LossWeight::default();
             let losses = std::mem::take(&mut self.losses);
-            let reduced = ran.and_then(|()| reducer.finish(summed(&losses)));
+            let reduced = ran.and_then(|()| reducer.finish(summed(&losses), carrier.take()));
             sum.add(reduced.inspect_err(|_| reducer.discard())?, reducer.non_finite());
         }
         reducer.set_non_finite(sum.non_finite.take());
         let (loss, weight, grads) = self.complete(reducer, &params, sum.mean())?;
-        let counters = self.counters() - before;
-        Ok(Step { outputs, counters, runs, ..Step::new(loss, weight, grads, self.noise) })
+        let (norm, counters) = (self.norm.take(), self.counters() - before);
+        Ok(Step { outputs, counters, runs, norm, ..Step::new(loss, weight, grads, self.noise) })
     }
 
     /// How many micro-batches each of the ranks that divide parameters among themselves has, if they do.
@@ -108,12 +111,15 @@ struct ShardSum {
     gradients: HashMap<usize, PlainTensor>,
     waited: Duration,
     non_finite: Option<Arc<str>>,
+    /// Of the only one that there is.
+    norm: Option<CarriedNorm>,
 }
 
 impl ShardSum {
     fn add(&mut self, reduced: Reduced, non_finite: Option<Arc<str>>) {
         self.waited += reduced.waited;
         self.non_finite = self.non_finite.take().or(non_finite);
+        self.norm = reduced.norm;
         self.noise = match (self.noise, reduced.noise) {
             (Some(sum), Some(noise)) => Some(noise_meter::together(sum, noise)),
             (sum, noise) => sum.or(noise),
@@ -136,7 +142,7 @@ impl ShardSum {
     fn mean(self) -> Reduced {
         let factor = if self.weight > 0.0 { self.unit / self.weight } else { 1.0 };
         let gradients = self.gradients.into_iter().map(|(param, sum)| (param, sum.scale(factor))).collect();
-        let (loss, noise) = (self.loss / self.weight, self.noise);
-        Reduced { loss, weight: self.weight, gradients, waited: self.waited, noise }
+        let (loss, weight, norm) = (self.loss / self.weight, self.weight, self.norm);
+        Reduced { loss, weight, gradients, waited: self.waited, noise: self.noise, norm }
     }
 }

@@ -11,7 +11,9 @@ use burn::module::{Module, ParamId};
 use burn::tensor::{Device, Tensor};
 
 use super::batch_norm::SyncBatchNorm;
-use super::gathered::{Gatherer, assemble, checked_params, meta_whole, shards_of};
+use super::gathered::{
+    Gatherer, OnDeviceOf, assemble, checked_params, is_of_two_devices, meta_whole, of_two_devices, shards_of,
+};
 use super::hook::{HookGroup, detach, listening};
 use super::reducer::Reducer;
 use crate::Error;
@@ -146,9 +148,12 @@ impl<M: Module> Eager<M> {
             Some(params) => shards_of(params, gatherer),
             None => shards_of(&self.find_params()?, gatherer),
         });
-        catch_quietly(is_thrown, forward).map_err(|panic| match gatherer.failure() {
-            Some(error) => error,
-            None => resume_unwind(panic),
+        let is_quiet = |said: &str| is_thrown(said) || is_of_two_devices(said);
+        catch_quietly(is_quiet, forward).map_err(|panic| match (gatherer.failure(), of_two_devices(&*panic)) {
+            (Some(error), _) => error,
+            // The others wait for what the rest of this forward would gather.
+            (None, Some(error)) => self.fail(error),
+            (None, None) => resume_unwind(panic),
         })
     }
 
@@ -159,7 +164,10 @@ impl<M: Module> Eager<M> {
 
     /// Fails the world because of a loss that this rank was given.
     fn refuse(&self, problem: String) -> Error {
-        let error = Error::invalid("Loss", problem);
+        self.fail(Error::invalid("Loss", problem))
+    }
+
+    fn fail(&self, error: Error) -> Error {
         self.control.fail(error.clone());
         error
     }
@@ -214,6 +222,7 @@ impl<M: Module> StepEngine for Eager<M> {
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatchResult, Error> {
         let (inputs, rows) = rows(inputs)?;
+        let inputs = inputs.map_tensors(&mut OnDeviceOf::params(params))?;
         let loss = self.forward_gathering(Some(params), || step.call(&self.module, inputs))?;
         self.backward(params, loss, rows, unit, sink)
     }
@@ -292,7 +301,8 @@ impl<M: Module> StepEngine for Eager<M> {
         let statistics = self.synchronized().as_ref().map(SyncBatchNorm::counters).unwrap_or_default();
         let waited = self.gatherer.as_ref().map(|gatherer| gatherer.waited()).unwrap_or_default();
         let control = self.gatherer.as_ref().map(|gatherer| gatherer.wants_counters()).unwrap_or_default();
-        StepCounters { statistics, control, skipped: self.clipping.skipped(), waited, ..StepCounters::default() }
+        let (norm, skipped) = (self.clipping.counters(), self.clipping.skipped());
+        StepCounters { statistics, control, norm, skipped, waited, ..StepCounters::default() }
     }
 
     fn split_params(&self) -> Vec<SplitParam> {

@@ -71,6 +71,7 @@ mod lent_params;
 mod loss_weight;
 mod module_impl;
 mod noise_meter;
+mod norm_carrier;
 mod reducer;
 mod reducer_sink;
 mod reduction;
@@ -127,8 +128,9 @@ pub trait DataParallel: Module {
     /// # Errors
     ///
     /// [`Error::Nesting`] if the module is wrapped already; [`Error::ModelMismatch`] if the ranks' models differ in
-    /// structure; [`Error::InvalidArgument`] if parameters are on several devices, settings do not go together, or
-    /// ranks bring different ones; those of [`Communicator`].
+    /// structure; [`Error::InvalidArgument`] if parameters are on several devices, settings do not go together, ranks
+    /// bring different ones, or parameters are to be gathered [for a pass](crate::sharding::Keep::Pass) and the model
+    /// is not on a device with gradient checkpointing; those of [`Communicator`].
     fn data_parallel(self, group: &Communicator, config: DataParallelConfig) -> Result<Replica<Eager<Self>>, Error> {
         nesting::check(&self, "data_parallel")?;
         let hooks = HookGroup::new();

@@ -11,7 +11,8 @@
 //!    sure that all have updated the model alike;
 //! 2. the buckets, in order; what a rank has no gradient for counts as zero;
 //! 3. the *tail*: the losses are summed; and it is agreed which parameters were used anywhere, so that one that no rank
-//!    used gets no gradient at all, as on a single device, and which gradients came late.
+//!    used gets no gradient at all, as on a single device, and which gradients came late. With sharded replicas it has
+//!    the norm as well, if that of the step before was asked for ([`NormCarrier`]).
 //!
 //! *Late* is a gradient that arrives after its bucket was started. That takes a parameter that is used in a forward
 //! before the last backward and is then used again; it is summed in a collective of its own after the tail.
@@ -21,7 +22,7 @@
 //!
 //! With [sharded](crate::sharding) replicas a bucket is reduce-scattered, and what comes out are the rows of this rank.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -29,11 +30,12 @@ use super::bucket_reduction::reduce_scatter;
 use super::known_params::head;
 use super::loss_weight::LossWeight;
 use super::noise_meter::{self, NoiseMeter};
+use super::norm_carrier::NormCarrier;
 use super::reducer::Reducer;
 use super::reduction_state::{LATE, ParamProgress, PendingReduction, accumulate};
 use crate::Error;
 use crate::comm::ReduceOp;
-use crate::step::NoiseState;
+use crate::step::{CarriedNorm, NoiseState};
 use crate::tensor::PlainTensor;
 
 /// The averages over the group.
@@ -48,6 +50,8 @@ pub(crate) struct Reduced {
     pub waited: Duration,
     /// What the micro-batches of all ranks say of the noise of the gradient, if they were measured.
     pub noise: Option<NoiseState>,
+    /// The norm of the gradients, if it was measured.
+    pub norm: Option<CarriedNorm>,
 }
 
 impl Reducer {
@@ -71,11 +75,12 @@ impl Reducer {
         }
     }
 
-    /// Starts what is left and waits for everything. `loss` is this rank's sum of weight times mean loss.
+    /// Starts what is left and waits for everything. `loss` is this rank's sum of weight times mean loss. With a
+    /// `carrier` the tail has the norm of the averages, and so waits for them.
     ///
     /// # Errors
     /// The error of the world; the step is then void.
-    pub fn finish(&self, loss: f64) -> Result<Reduced, Error> {
+    pub fn finish(&self, loss: f64, carrier: Option<NormCarrier>) -> Result<Reduced, Error> {
         if self.data.size() == 1 {
             return Ok(self.finish_alone(loss));
         }
@@ -100,14 +105,27 @@ impl Reducer {
 
         tail.push(loss);
         tail.extend(noise.into_iter().flat_map(NoiseMeter::numbers));
-        let control = self.control.clone();
-        let tail = self.data.start(move |_| control.all_reduce(tail, ReduceOp::Sum));
+        let numbers = tail.len();
+        let tell = |tail| {
+            let control = self.control.clone();
+            self.data.start(move |_| control.all_reduce(tail, ReduceOp::Sum))
+        };
+        let told = if carrier.is_none() { Some(tell(std::mem::take(&mut tail))) } else { None };
         let weight = pending.head.wait()?;
         let mut gradients = HashMap::new();
         for (params, bucket) in layout.iter().zip(pending.buckets) {
             gradients.extend(params.iter().copied().zip(bucket.wait()?));
         }
-        let tail = tail.wait()?;
+        if let Some(carrier) = &carrier {
+            let elsewhere: HashSet<usize> = carrier.elsewhere.iter().filter_map(|id| self.index_of(*id)).collect();
+            // In an order that is the same in every run.
+            let params = gradients.keys().copied().collect::<BTreeSet<usize>>().into_iter();
+            let measured = params.map(|param| (&gradients[&param], !elsewhere.contains(&param)));
+            tail.extend(carrier.numbers(&measured.collect::<Vec<_>>()));
+        }
+        let tail = told.unwrap_or_else(|| tell(tail)).wait()?;
+        let (tail, sizes) = tail.split_at(numbers);
+        let norm = carrier.and_then(|carrier| carrier.of_sums(sizes, 1.0));
         let (marks, sums) = tail.split_at(params);
         let (loss, noise) = match sums {
             [loss] => (loss / weight, None),
@@ -117,6 +135,8 @@ impl Reducer {
             }
         };
         let late_params: Vec<usize> = (0..marks.len()).filter(|param| marks[*param] >= LATE).collect();
+        // What came late is no part of what was measured.
+        let norm = norm.filter(|_| late_params.is_empty());
         if !late_params.is_empty() {
             let factor = pending.factor.get().copied().unwrap_or_default();
             let extra = late_params
@@ -136,7 +156,7 @@ impl Reducer {
         if !observed {
             self.follow(completed)?;
         }
-        Ok(Reduced { loss, weight, gradients, waited: began.elapsed(), noise })
+        Ok(Reduced { loss, weight, gradients, waited: began.elapsed(), noise, norm })
     }
 
     /// The averages over a group of one: nothing to communicate, and nothing to compute but for accumulated gradients.
@@ -151,7 +171,7 @@ impl Reducer {
         step.reset();
         drop(step);
         let noise = noise.map(|noise| noise_meter::of_sums(&noise.numbers()));
-        Reduced { loss: loss / weight, weight, gradients, waited: Duration::ZERO, noise }
+        Reduced { loss: loss / weight, weight, gradients, waited: Duration::ZERO, noise, norm: None }
     }
 
     /// Throws away everything that was accumulated.

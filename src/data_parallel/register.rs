@@ -19,7 +19,11 @@ pub(crate) fn register(
     let known = reducer.known();
     let (grads, outcome) = params.put_gradients(&mut |param| {
         let gradient = reduced.gradients.remove(known.indices.get(&param.id())?)?;
-        Some(gradient.moved_to(&param.device().inner()))
+        let gradient = gradient.moved_to(&param.device().inner());
+        if let Some(norm) = &mut reduced.norm {
+            norm.gradients.insert(param.id(), gradient.clone());
+        }
+        Some(gradient)
     });
     outcome.map(|()| grads)
 }

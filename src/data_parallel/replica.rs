@@ -12,6 +12,7 @@ use super::fingerprint;
 use super::hook::{AttachHooks, HookGroup};
 use super::known_params::Next;
 use super::loss_weight::LossWeight;
+use super::norm_carrier::NormCarrier;
 use super::reducer::Reducer;
 use super::reducer_sink::ReducerSink;
 use super::reduction::Reduced;
@@ -23,7 +24,7 @@ use crate::distribution::RowShards;
 use crate::graph::{MicroBatchResult, StepEngine};
 use crate::params::{FoundParams, SliceSource};
 use crate::sharding::Sharding;
-use crate::step::{LossValue, NoNoise, NoiseState, RunReport, Step, StepCounters, StepFn};
+use crate::step::{CarriedNorm, LossValue, NoNoise, NoiseState, RunReport, Step, StepCounters, StepFn};
 use crate::tensor::{PlainTensor, TensorTree};
 
 /// One of several replicas of a model, each with its share of the batch. `E` says what runs it: [`Eager`](super::Eager)
@@ -47,6 +48,8 @@ pub struct Replica<E> {
     waited: Duration,
     /// What the last reduction told of the noise of the gradient.
     pub(super) noise: NoiseState,
+    /// The norm of the gradient, if the last reduction has brought it.
+    pub(super) norm: Option<CarriedNorm>,
     /// How many steps there were.
     pub(super) steps: u64,
     /// By which an eager model tells of its gradients.
@@ -92,7 +95,17 @@ impl<E: StepEngine> Replica<E> {
         }
         let (loss_weight, losses) = (LossWeight::default(), Vec::new());
         let noise = NoiseState::None(NoNoise::Off);
-        Self { engine, averaging, loss_weight, losses, waited: Duration::ZERO, noise, steps: 0, hooks: None }
+        Self {
+            engine,
+            averaging,
+            loss_weight,
+            losses,
+            waited: Duration::ZERO,
+            noise,
+            norm: None,
+            steps: 0,
+            hooks: None,
+        }
     }
 
     /// What was wrapped, as it was before but for its values. If an eager model has adapters (LoRA) or other
@@ -190,7 +203,7 @@ impl<E: StepEngine> Replica<E> {
             return StepCounters {
                 gradients: shards.comms().gradient_counters(),
                 parameters: shards.comms().parameters().counters(),
-                control: shards.replicas().counters() + shards.comms().control().counters(),
+                control: shards.replicas().counters() + self.engine.clipping().beside(shards.comms().control()),
                 waited: shards.waited() + of_engine.waited,
                 ..of_engine
             };
@@ -296,9 +309,10 @@ impl<E: StepEngine> Replica<E> {
         if ran.is_ok() && !begun {
             reducer.begin(self.loss_weight);
         }
-        let (loss, weight, grads) = self.finish(&reducer, &params, ran)?;
-        let counters = self.counters() - before;
-        Ok(Step { outputs, counters, runs, ..Step::new(loss, weight, grads, self.noise) })
+        let carrier = NormCarrier::of(&self.engine, reducer.shards());
+        let (loss, weight, grads) = self.finish(&reducer, &params, ran, carrier)?;
+        let (norm, counters) = (self.norm.take(), self.counters() - before);
+        Ok(Step { outputs, counters, runs, norm, ..Step::new(loss, weight, grads, self.noise) })
     }
 
     /// Registers everything that the model trains now with the reduction. Returns the parameters of the step.
@@ -359,6 +373,7 @@ impl<E: StepEngine> Replica<E> {
         reducer: &Reducer,
         params: &FoundParams,
         ran: Result<(), Error>,
+        carrier: Option<NormCarrier>,
     ) -> Result<(LossValue, f64, GradientsParams), Error> {
         self.loss_weight = LossWeight::default();
         let losses = std::mem::take(&mut self.losses);
@@ -367,7 +382,7 @@ impl<E: StepEngine> Replica<E> {
         let sum =
             |losses: &[(Tensor<1>, f64)]| losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
         let ran = ran.and_then(|()| self.engine.end_gathers(params));
-        let reduced = ran.and_then(|()| reducer.finish(if alone { 0.0 } else { sum(&losses) }));
+        let reduced = ran.and_then(|()| reducer.finish(if alone { 0.0 } else { sum(&losses) }, carrier));
         let outcome = reduced.and_then(|reduced| {
             let (known, weight, grads) = self.complete(reducer, params, reduced)?;
             Ok((if alone { LossValue::mean(losses, weight) } else { known }, weight, grads))
@@ -387,6 +402,7 @@ impl<E: StepEngine> Replica<E> {
         let why = || reducer.noise_turn(self.steps).err().unwrap_or(NoNoise::BatchNorm);
         self.noise = reduced.noise.unwrap_or_else(|| NoiseState::None(why()));
         let grads = register(reducer, &mut reduced, params)?;
+        self.norm = reduced.norm;
         self.steps += 1;
         if reducer.compares(self.steps) {
             fingerprint::compare(&self.engine, reducer.control())?;

@@ -33,7 +33,7 @@ impl<M: Module> Replica<Eager<M>> {
         let reducer = self.ready()?;
         let params = self.admit(&reducer, ForwardState::Done, Next::Head)?;
         let ran = self.run_backward(&reducer, &params, loss.into(), true);
-        self.finish(&reducer, &params, ran).map(|(_, _, grads)| grads)
+        self.finish(&reducer, &params, ran, None).map(|(_, _, grads)| grads)
     }
 
     /// Takes part in the `backward` of the others, on a rank that has no data left.
@@ -53,7 +53,7 @@ impl<M: Module> Replica<Eager<M>> {
         }
         let params = self.admit(&reducer, ForwardState::Done, Next::Head)?;
         reducer.begin(self.loss_weight);
-        self.finish(&reducer, &params, Ok(())).map(|(_, _, grads)| grads)
+        self.finish(&reducer, &params, Ok(()), None).map(|(_, _, grads)| grads)
     }
 
     /// Runs backward on a micro-batch that is not the last of its step. Communicates nothing.
@@ -98,7 +98,7 @@ impl<M: Module> Replica<Eager<M>> {
         let ran = self.engine.run_sync_batch_norm(&reducer, &params, micro_batches, forward).map(|losses| {
             self.losses = losses;
         });
-        let (loss, weight, grads) = self.finish(&reducer, &params, ran)?;
+        let (loss, weight, grads) = self.finish(&reducer, &params, ran, None)?;
         let counters = self.counters() - before;
         Ok(Step { counters, ..Step::new(loss, weight, grads, self.noise) })
     }

@@ -1,7 +1,7 @@
 //! Who divides what with whom.
 
 use crate::Error;
-use crate::comm::{Communicator, Counters, NEW_OPTIMIZER, agreed_number};
+use crate::comm::{Communicator, Counters};
 
 /// The communicators of sharded replicas. Each kind of traffic has one of its own, so that it is counted by itself and
 /// runs in the background beside the others.
@@ -53,13 +53,11 @@ impl ShardComms {
         Self { next: next.clone(), ..self }
     }
 
-    /// A rank that was given a new optimizer meets the others, who must have been given one too: else they are where
-    /// the call of this rank does not match theirs, and its name tells why. Collective.
-    ///
-    /// # Errors
-    /// Those of [`Communicator::all_gather`].
-    pub(crate) fn meet_with_new_optimizer(&self) -> Result<(), Error> {
-        self.next.all_gather_agreed(vec![0u64], agreed_number(NEW_OPTIMIZER)).map(drop)
+    /// Carries what the ranks call first after an update. A rank that was given a new optimizer meets the others there,
+    /// who must have been given one too: else they are where the call of this rank does not match theirs, and its name
+    /// tells why.
+    pub(crate) fn next(&self) -> &Communicator {
+        &self.next
     }
 
     /// This rank among those that divide rows among themselves.

@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "snake_case")]
 pub enum Keep {
     /// For the use in one pass: they are gathered for forward and once more for backward. A step of `m` micro-batches
-    /// gathers them `2 m` times, and a rank holds two groups of them at most: in captured steps, and in eager ones on a
-    /// device with gradient checkpointing. On another, burn keeps from forward to backward what layers have made of a
-    /// weight by an operation, a view above all.
+    /// gathers them `2 m` times, and a rank holds two groups of them at most. With the model's own forward that takes a
+    /// device with gradient checkpointing (`device.autodiff().gradient_checkpointing()`): on another, burn keeps from
+    /// forward to backward what layers have made of a weight by an operation, a view above all, and wrapping is an
+    /// error. Small vectors (biases, norms) are kept as well then, and burn keeps the table of its `Embedding`.
     #[default]
     Pass,
     /// From forward to backward of a micro-batch: gathered `m` times, held whole while a micro-batch is under way. Not

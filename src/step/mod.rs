@@ -22,6 +22,7 @@
 //! # Ok::<(), Error>(())
 //! ```
 
+mod carried_norm;
 mod closure;
 mod counters;
 mod loss;
@@ -30,12 +31,15 @@ mod report;
 #[expect(clippy::module_inception)]
 mod step;
 
+#[doc(hidden)]
+pub use carried_norm::ExpectedNorm;
 pub use counters::StepCounters;
 pub use loss::{Count, Loss};
 pub use noise::{GradientNoise, NoNoise};
 pub use report::RunReport;
 pub use step::{LossValue, NotFinite, Step};
 
+pub(crate) use carried_norm::CarriedNorm;
 pub(crate) use closure::{ClosureIdentity, StepFn};
 pub(crate) use loss::{LossParts, Weight};
 pub(crate) use noise::{NoisePart, NoiseState};

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
-use super::{GradientNoise, NoNoise, NoiseState, RunReport, StepCounters};
+use super::{CarriedNorm, GradientNoise, NoNoise, NoiseState, RunReport, StepCounters};
 use crate::tensor::PlainTensor;
 
 /// What a training step gives, whatever the model is spread over.
@@ -39,6 +39,8 @@ pub struct Step {
     pub not_finite: Option<NotFinite>,
     /// What is known of the noise of its gradient so far.
     pub(crate) noise: NoiseState,
+    /// What is known of its norm.
+    pub(crate) norm: Option<CarriedNorm>,
 }
 
 impl Step {
@@ -55,6 +57,7 @@ impl Step {
             skipped: false,
             not_finite: None,
             noise,
+            norm: None,
         }
     }
 

@@ -13,6 +13,7 @@ mod panel;
 mod product;
 mod product_parts;
 mod recycled;
+mod size;
 mod squares;
 mod tree;
 mod vectors;
@@ -32,6 +33,9 @@ pub(crate) use self::lent::{Lender, Returned};
 pub(crate) use self::product::{Multiplied, Product, Strided};
 pub(crate) use self::product_parts::{ProductPart, product_parts, run_parts};
 pub(crate) use self::recycled::{FROM, Pool, Room};
+#[doc(hidden)]
+pub use self::size::Norm;
+pub(crate) use self::size::{PartialNorm, sizes};
 pub(crate) use self::squares::{Look, Squares};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};

@@ -9,7 +9,8 @@ impl Step {
     /// Measures the gradient of the whole model, whatever it is spread over, and [clips](Clip) it: a number is the
     /// largest L2 norm. [`grad_norm`](Self::grad_norm) is then the norm before that. Collective over the ranks that
     /// share the model, over which it takes one small collective along each axis; replicas hold the same gradients and
-    /// communicate nothing, unless they are sharded (ZeRO): these take one as well.
+    /// communicate nothing. Of sharded ones (ZeRO) it comes with the step, where that of the step before was asked for
+    /// in the same way: no rank may change its gradients in between that the others leave as they are.
     ///
     /// In a step that measures the noise of its gradient
     /// ([`noise_scale_every`](crate::data_parallel::DataParallelConfig::with_noise_scale_every)) the same collectives
@@ -49,7 +50,8 @@ impl Step {
             NoiseState::Part(part) => part.squares / model.shards().map_or(1.0, |shards| shards.ranks() as f64),
             _ => 0.0,
         };
-        let (clipped, squares) = clip_and_sum(model, self.grads, &model.gradient_layout(), clip, squares)?;
+        let measured = (squares, self.norm.take());
+        let (clipped, squares) = clip_and_sum(model, self.grads, &model.gradient_layout(), clip, measured)?;
         if let NoiseState::Part(part) = self.noise {
             self.noise = match clip.measures() {
                 Norm::L2 => NoiseState::complete(part.micro_batches, squares, clipped.norm * clipped.norm, self.weight),

@@ -181,7 +181,7 @@ pub trait ParallelModule: Module + sealed::Sealed {
         self,
         optim: &mut ModuleOptimizer,
         lr: impl Into<ModuleLearningRate>,
-        step: Step,
+        mut step: Step,
     ) -> Result<Self, Error> {
         if !self.trains() {
             return Err(Error::Schedule {
@@ -193,6 +193,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
         if step.skipped {
             return Ok(self);
         }
+        // It holds the gradients, which are updated in place.
+        drop(step.norm.take());
         let (checked, split, groups) = (self.checked_optimizers().clone(), self.split_params(), self.groups());
         if self.shards().is_some() {
             let mut step = Some(ShardedStep { optim, lr: lr.into(), grads: step.grads, checked, split, groups });

@@ -150,7 +150,7 @@ impl<M: Module> Parallel<M> {
             Error::Graph { problem } if eager_would_do => Error::Graph {
                 problem: format!(
                     "{problem}; steps are captured because the replicas divide the parameters (`sharding` is \"parameters\"): \
-                     `engine` \"eager\" runs the model's own forward, and may hold more of them whole"
+                     `engine` \"eager\" runs the model's own forward, on a device with gradient checkpointing"
                 ),
             },
             error => error,
@@ -282,7 +282,7 @@ impl<M: Module> ParallelModule for Parallel<M> {
         let layout = with!(&self.wrapped, model => ParallelModule::gradient_layout(model));
         let Some(together) = &self.together else { return layout };
         let shards = self.shards().map(|shards| shards.control().clone());
-        GradientLayout { groups: [together.clone()].into_iter().chain(shards).collect(), ..layout }
+        GradientLayout { groups: shards.into_iter().chain([together.clone()]).collect(), ..layout }
     }
 
     fn shards(&self) -> Option<ShardComms> {

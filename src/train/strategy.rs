@@ -130,9 +130,9 @@ pub enum Engine {
     /// them.
     #[default]
     Auto,
-    /// By the model's own forward, at every step: shapes and decisions may change. For data parallelism alone. Of
-    /// divided parameters burn may keep more whole than is asked for, as [`Keep::Pass`](crate::sharding::Keep::Pass)
-    /// tells.
+    /// By the model's own forward, at every step: shapes and decisions may change. For data parallelism alone. Divided
+    /// parameters take a device with gradient checkpointing, as [`Keep::Pass`](crate::sharding::Keep::Pass) tells, or
+    /// another [`Keep`](crate::sharding::Keep).
     Eager,
     /// Captured as a graph once for each shape of the inputs, with random numbers that do not depend on the number of
     /// ranks; on the host, in an optimised build, faster than eager steps, by loops over several operations, and slower

@@ -7,7 +7,8 @@ use burn_parallel::sharding::Sharding;
 use burn_parallel::train::{Engine, Parallel};
 
 use crate::Dir;
-use crate::common::reference::{filled, optimizer, own};
+use crate::common::checkpointing::own_by;
+use crate::common::reference::{filled, optimizer};
 use crate::net::{Net, alone, train};
 
 const MESHES: [(usize, Sharding, Engine); 5] = [
@@ -21,7 +22,7 @@ const MESHES: [(usize, Sharding, Engine); 5] = [
 fn wrap(world: &Rank, model: &Net, (dp, sharding, engine): (usize, Sharding, Engine)) -> Result<Parallel<Net>, Error> {
     let mut strategy = Strategy::new().with_dp(dp).with_engine(engine);
     strategy.data.sharding = sharding;
-    own(model).parallelize(world, &strategy)
+    own_by(model, &strategy).parallelize(world, &strategy)
 }
 
 /// Under each of these from each other.

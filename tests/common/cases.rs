@@ -11,6 +11,7 @@ use burn_parallel::data_parallel::{Eager, Replica};
 use burn_parallel::graph::{TensorMapper, TensorTree};
 use burn_parallel::prelude::*;
 
+use super::checkpointing::{is_demanded, on_checkpointing};
 use super::fill::{Numbers, filled_from};
 use super::models::{Cnn, Lm, Mlp, Rnn, Tied, device};
 use super::reference::{Wholes, train};
@@ -67,9 +68,11 @@ impl<M: Module> Case<M> {
     }
 }
 
-/// A replica of a model, with leaves of its own.
+/// A replica of a model, with leaves of its own, on a device on which its settings go.
 pub fn wrap<M: Module>(rank: &Rank, model: &M, config: DataParallelConfig) -> Result<Replica<Eager<M>>, Error> {
-    model.clone().fork(&rank.device().autodiff()).train().data_parallel(rank, config)
+    let own = model.clone().fork(&rank.device().autodiff()).train();
+    let own = if is_demanded(&config) && rank.size() > 1 { on_checkpointing(own) } else { own };
+    own.data_parallel(rank, config)
 }
 
 fn case<M: Module>(seed: u64, make: impl Fn(&Device) -> M, loss: fn(&M, Batch) -> Tensor<1>) -> Case<M> {

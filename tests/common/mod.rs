@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses the part that it needs")]
 
 pub mod cases;
+pub mod checkpointing;
 pub mod dense;
 pub mod dir;
 pub mod failing;

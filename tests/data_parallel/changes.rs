@@ -11,6 +11,7 @@ use burn_parallel::prelude::*;
 use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Engine;
 
+use crate::common::checkpointing::{own_by, own_for};
 use crate::common::fill::{filled, filled_from};
 use crate::common::models::device;
 use crate::common::reference::{all_same, close, values};
@@ -167,12 +168,12 @@ fn a_model_that_changes_on_some_ranks_only_is_an_error_with_its_path() {
         for (odd, unfreezes) in cases {
             let outcome = launch::threads(world).timeout(Duration::from_secs(20)).run(|rank| {
                 let config = DataParallelConfig::new().with_sharding(sharding);
-                let mut model = layers().freeze_group(first()).data_parallel(&rank, config)?;
+                let mut model = own_for(&layers(), &config).freeze_group(first()).data_parallel(&rank, config)?;
                 way(&mut model, rows(0, share(&rank)))?;
                 if rank.rank() == odd {
                     match unfreezes {
                         true => model = model.unfreeze_group(first()),
-                        false => model[0] = head(2),
+                        false => model[0] = own_for(&head(2), &DataParallelConfig::new().with_sharding(sharding)),
                     }
                 }
                 way(&mut model, rows(1, share(&rank))).map(drop)
@@ -299,7 +300,8 @@ fn one_parameter_in_two_fields_stays_one_where_its_update_is_divided() {
         let strategy = Strategy::new().with_dp(WORLD).with_data(data).with_engine(engine);
         let losses = launch::threads(WORLD).timeout(Duration::from_secs(20)).run(|rank| {
             let layer = layer();
-            let mut model = Twice { b: layer.clone(), a: layer }.parallelize(&rank, &strategy)?;
+            let model = Twice { b: layer.clone(), a: layer };
+            let mut model = own_by(&model, &strategy).parallelize(&rank, &strategy)?;
             let (mut optim, mut losses) = (sgd(), Vec::new());
             for step in 0..3 {
                 let step = model.step(rows(step, share(&rank)), twice_loss)?;

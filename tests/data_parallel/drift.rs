@@ -8,6 +8,7 @@ use burn_parallel::comm::part;
 use burn_parallel::data_parallel::{Eager, Replica};
 use burn_parallel::prelude::*;
 
+use crate::common::checkpointing::{beside, own_for};
 use crate::common::reference::{difference, own, values};
 
 fn sgd() -> ModuleOptimizer {
@@ -77,10 +78,11 @@ fn the_gradient_of_an_input_stays_out_of_the_step() {
         for sharding in [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters] {
             let found = launch::threads(size).run(|rank| {
                 let config = DataParallelConfig::new().with_sharding(sharding);
-                let (mut model, mut optim) = (own(&model).data_parallel(&rank, config)?, sgd());
+                let own = own_for(&model, &config);
+                let (mut model, mut optim) = (own.data_parallel(&rank, config)?, sgd());
                 for step in 0..3 {
                     let mine = part(ROWS, size, rank.rank());
-                    let x = rows(step, mine.clone()).require_grad();
+                    let x = beside(&model, rows(step, mine.clone())).require_grad();
                     let of_input = x.grad(&loss(&model, x.clone()).backward()).expect("it is wanted");
                     assert!(of_input.abs().sum().into_scalar::<f32>() > 0.0);
                     let done = model.step(rows(step, mine), |model, x| loss(model, x))?;

@@ -68,19 +68,19 @@ fn sizes<M: Module>(model: &M) -> (isize, isize) {
     (all / LAYERS as isize, all)
 }
 
-/// How much more than before a step each of two ranks holds at the end of its forward.
+/// How much more than before a step each of two ranks holds at the end of its forward, with inputs on a device.
 fn after_forward<M: Module + Sync>(
     model: &M,
     width: usize,
     config: DataParallelConfig,
-    device: &Device,
+    inputs: &Device,
     loss: fn(&M, Tensor<2>) -> Tensor<1>,
 ) -> isize {
     let found = AtomicIsize::new(0);
     launch::threads(2)
         .run(|rank| {
-            let mut model = model.clone().fork(device).data_parallel(&rank, config.clone())?;
-            let x = Tensor::<2>::ones([2, width], device);
+            let mut model = model.clone().fork(inputs).data_parallel(&rank, config.clone())?;
+            let x = Tensor::<2>::ones([2, width], inputs);
             model.step(x.clone(), loss)?;
             rank.barrier()?;
             let before = held();
@@ -105,12 +105,12 @@ fn gathered<M: Module + Sync>(
     model: &M,
     width: usize,
     keep: Keep,
-    device: &Device,
+    inputs: &Device,
     loss: fn(&M, Tensor<2>) -> Tensor<1>,
 ) -> isize {
-    let with = |config| after_forward(model, width, config, device, loss);
     let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
-    with(divided) - with(DataParallelConfig::new())
+    let plain = after_forward(model, width, DataParallelConfig::new(), &checkpointed(), loss);
+    after_forward(model, width, divided, inputs, loss) - plain
 }
 
 fn checkpointed() -> Device {
@@ -127,6 +127,9 @@ fn two_groups_are_whole_with_gradient_checkpointing() {
     let (group, all) = sizes(&model);
     let pass = gathered(&model, WIDTH, Keep::Pass, &device, Encoder::loss);
     assert!(pass < 2 * group + FEW, "{pass} of groups of {group}");
+    // Inputs of another device are put beside the model.
+    let pass = gathered(&model, WIDTH, Keep::Pass, &Device::flex().autodiff(), Encoder::loss);
+    assert!(pass < 2 * group + FEW, "{pass} of groups of {group}, with inputs on another device");
     let micro_batch = gathered(&model, WIDTH, Keep::MicroBatch, &device, Encoder::loss);
     assert!(micro_batch > all - FEW, "{micro_batch} of {all}");
 }
@@ -184,9 +187,6 @@ fn two_groups_are_whole_by_default() {
         let found = with(2, Sharding::Parameters, Engine::Auto) - activations - all / 2;
         // Two groups, the gradients of two, and a gather and a reduction of one that are packed and taken apart.
         assert!(found < 8 * group, "{found} of groups of {group}");
-        let eager = with(2, Sharding::Parameters, Engine::Eager) - activations - all / 2;
-        // Of what burn keeps views nothing is gathered again.
-        assert!(eager > all - group, "{eager} of {all}: burn keeps no views any more, and the docs are to say so");
     }
     let _turn = crate::turn();
     let device = Device::flex().autodiff();
@@ -214,25 +214,17 @@ fn adapted_weights_are_not_kept() {
     assert!(pass - alone < 3 * group + FEW, "{} of groups of {group}", pass - alone);
 }
 
-/// Without it burn keeps what a product multiplies by, if that was made of a weight by an operation: a view of one's
-/// own, or that of a `Linear` whose input has more than two dims.
+/// So it is of views of one's own as well; without gradient checkpointing burn would keep them, so that is refused.
 #[test]
-fn views_of_weights_are_kept_without_gradient_checkpointing() {
+fn views_of_weights_are_not_kept() {
     let _turn = crate::turn();
-    let words = "burn has changed: docs/memory.md and the warning of `data_parallel` are to be as well";
-    let device = Device::flex().autodiff();
-    let model = Encoder::new(&device);
-    let (group, all) = sizes(&model);
-    let kept = gathered(&model, WIDTH, Keep::Pass, &device, Encoder::loss);
-    assert!(kept > all - group, "{kept} of {all}: {words}");
-    for (device, keeps) in [(device, true), (checkpointed(), false)] {
-        let model = Chain::new(&device);
-        let (group, all) = sizes(&model);
-        let turned = gathered(&model, 200, Keep::Pass, &device, Chain::turned);
-        assert_eq!(turned > all - group - FEW, keeps, "{turned} of {all}: {words}");
-        // As it is it is gathered again in any case.
-        let plain = gathered(&model, 200, Keep::Pass, &device, Chain::plain);
-        assert!(plain < 2 * group + FEW, "{plain} of groups of {group}");
+    let device = checkpointed();
+    let model = Chain::new(&device);
+    let (group, _) = sizes(&model);
+    let losses: [fn(&Chain, Tensor<2>) -> Tensor<1>; 2] = [Chain::turned, Chain::plain];
+    for loss in losses {
+        let found = gathered(&model, 200, Keep::Pass, &device, loss);
+        assert!(found < 2 * group + FEW, "{found} of groups of {group}");
     }
 }
 
@@ -240,7 +232,7 @@ fn views_of_weights_are_kept_without_gradient_checkpointing() {
 #[test]
 fn one_group_is_whole_where_ranks_say_what_they_want() {
     let _turn = crate::turn();
-    let device = Device::flex().autodiff();
+    let device = checkpointed();
     let model = Chain::new(&device);
     let (group, _) = sizes(&model);
     let divided = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_allow_unused_parameters(true);
@@ -254,7 +246,7 @@ fn one_group_is_whole_where_ranks_say_what_they_want() {
 fn memory_of_two_groups_stays_between_steps() {
     let _turn = crate::turn();
     const WIDE: usize = 600;
-    let device = Device::flex().autodiff();
+    let device = checkpointed();
     let layer = |_| LinearConfig::new(WIDE, WIDE).with_bias(false).init(&device);
     let model = Chain { layers: (0..LAYERS).map(layer).collect() };
     let (group, _) = sizes(&model);

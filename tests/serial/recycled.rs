@@ -133,11 +133,13 @@ fn training_asks_for_no_large_memory_after_its_first_steps() {
         .unwrap();
 }
 
-/// How often any thread asks for memory of this size in each of four steps of two ranks.
-fn asked(strategy: &Strategy, optimizer: fn() -> ModuleOptimizer, size: usize) -> Vec<usize> {
+/// How often any thread asks for memory of this size in each of four steps of two ranks, with or without gradient
+/// checkpointing.
+fn asked(strategy: &Strategy, checkpoints: bool, optimizer: fn() -> ModuleOptimizer, size: usize) -> Vec<usize> {
     SIZE.store(size, Relaxed);
     let asked = launch::threads(2).threads_per_rank(1).run(|rank| {
         let device = rank.device().autodiff();
+        let device = if checkpoints { device.gradient_checkpointing() } else { device };
         let mut model = Mlp::new(&device).parallelize(&rank, strategy)?;
         let mut optim = optimizer();
         let x = rows(&device);
@@ -170,7 +172,8 @@ fn gradients_are_averaged_without_a_copy() {
     let _turn = crate::turn();
     for sharding in [Sharding::None, Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters] {
         for size in [WHOLE, WHOLE / 2] {
-            let asked = asked(&dividing(sharding, Engine::Captured), || SgdConfig::new().init_fused(), size);
+            let strategy = dividing(sharding, Engine::Captured);
+            let asked = asked(&strategy, false, || SgdConfig::new().init_fused(), size);
             // Nothing is divided of replicas without ZeRO, nor gathered in their first step.
             let begins = size == WHOLE || sharding != Sharding::None;
             assert!(asked[2..] == [0, 0] && (asked[0] > 0) == begins, "{sharding}: asked for {size} bytes: {asked:?}");
@@ -186,10 +189,14 @@ fn rows_are_updated_where_they_lie() {
     let optimizers: [fn() -> ModuleOptimizer; 2] = [|| SgdConfig::new().init(), || SgdConfig::new().init_fused()];
     for optimizer in optimizers {
         for size in [WHOLE, WHOLE / 2] {
-            let of = |sharding| asked(&dividing(sharding, Engine::Eager), optimizer, size)[2..].to_vec();
-            let plain = of(Sharding::None);
-            for sharding in [Sharding::Optimizer, Sharding::Gradients, Sharding::Parameters] {
-                assert_eq!(of(sharding), plain, "{sharding}: pieces of {size} bytes in steps");
+            let of = |sharding, checkpoints| {
+                asked(&dividing(sharding, Engine::Eager), checkpoints, optimizer, size)[2..].to_vec()
+            };
+            for (sharding, checkpoints) in
+                [(Sharding::Optimizer, false), (Sharding::Gradients, false), (Sharding::Parameters, true)]
+            {
+                let plain = of(Sharding::None, checkpoints);
+                assert_eq!(of(sharding, checkpoints), plain, "{sharding}: pieces of {size} bytes in steps");
             }
         }
     }

@@ -11,6 +11,7 @@ use burn::prelude::*;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
+use crate::common::checkpointing::own_by;
 use crate::common::failing::says;
 use crate::common::models::{Numbers, device};
 use crate::common::reference::filled;
@@ -73,7 +74,7 @@ type Change = fn(&mut ModuleOptimizer, rank: usize, last: usize, step: usize) ->
 fn train(strategy: &Strategy, change: Change) -> Result<(), Error> {
     let ranks: usize = strategy.dp.unwrap() * strategy.pp * strategy.tp;
     let ran = launch::threads(ranks).timeout(Duration::from_secs(60)).run(|rank| {
-        let (mut model, mut optim) = (layers().parallelize(&rank, strategy)?, adamw());
+        let (mut model, mut optim) = (own_by(&layers(), strategy).parallelize(&rank, strategy)?, adamw());
         for step in 0..STEPS {
             let done = model.step(input(step), loss)?;
             if let Some(rate) = change(&mut optim, rank.rank(), ranks - 1, step) {
@@ -166,7 +167,7 @@ fn what_is_alike_goes_on() {
                 let biases = ParamGroup::from_predicate("bias");
                 let mut rates =
                     ModuleLrScheduler::new(ConstantLr::from(0.01)).with_group(biases, ConstantLr::from(0.1));
-                let (mut model, mut optim) = (layers().parallelize(&rank, &strategy)?, adamw());
+                let (mut model, mut optim) = (own_by(&layers(), &strategy).parallelize(&rank, &strategy)?, adamw());
                 for step in 0..STEPS {
                     if step == 2 {
                         optim = adamw().load_record(optim.to_record());
@@ -237,7 +238,7 @@ fn a_batch_of_other_dims_is_named() {
     let with = |strategy: &Strategy, at: usize| {
         let ranks: usize = strategy.pp * strategy.tp;
         let ran = launch::threads(ranks).timeout(Duration::from_secs(60)).run(|rank| {
-            let mut model = layers().parallelize(&rank, strategy)?;
+            let mut model = own_by(&layers(), strategy).parallelize(&rank, strategy)?;
             for step in 0..3 {
                 let rows = if (rank.rank(), step) == (ranks - 1, at) { 6 } else { 4 };
                 model.step(Numbers(step as u64).tensor::<2>([rows, 4], &device()), loss)?;

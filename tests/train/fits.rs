@@ -7,6 +7,7 @@ use burn_parallel::batch::{RankMemory, Trial, largest_that_fits, rows_within_on_
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
+use crate::common::checkpointing::own_by;
 use crate::common::models::{self, Cnn, Mlp, Numbers, device};
 use crate::common::reference::{Wholes, values};
 
@@ -86,7 +87,7 @@ fn every_rank_knows_what_it_needs() {
     ] {
         let found = launch::threads(2)
             .run(|rank| {
-                let mut model = Mlp::new(0.0, &device()).parallelize(&rank, &strategy)?;
+                let mut model = own_by(&Mlp::new(0.0, &device()), &strategy).parallelize(&rank, &strategy)?;
                 let mut need = |rows| {
                     let batch = (Numbers(1).tensor([rows, 6], &device()), Numbers(2).classes([rows], 4, &device()));
                     RankMemory::of(&mut model, 2, batch, |model, (x, y)| model.loss(x, y))

@@ -11,6 +11,7 @@ use burn_parallel::prelude::*;
 use burn_parallel::sharding::{Keep, Sharding};
 use burn_parallel::train::{Clip, Engine, Norm};
 
+use crate::common::checkpointing::own_by;
 use crate::common::models::{Numbers, device};
 use crate::common::reference::gradient_values;
 use crate::grad_norm::lm::{self, Batch, Kind, Lm, ROWS};
@@ -52,7 +53,7 @@ fn measured(
 ) -> Vec<[Result<GradientNoise, NoNoise>; 2]> {
     launch::threads(ranks)
         .run(|world| {
-            let mut model = whole.clone().fork(&device()).parallelize(&world, strategy)?;
+            let mut model = own_by(whole, strategy).parallelize(&world, strategy)?;
             let replica = model.mesh().coordinate("dp")?;
             let mut measured = |step, clip| {
                 let batch = lm::batch(step, &device());

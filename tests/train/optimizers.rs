@@ -16,6 +16,7 @@ use burn::tensor::{DType, Tensor};
 use burn_parallel::prelude::*;
 
 use crate::common::cases::{self, wrap};
+use crate::common::checkpointing::own_for;
 use crate::common::models::device;
 use crate::common::reference::{Wholes, all_same, own, values};
 use crate::grad_norm::lm::{Kind, Lm, loss};
@@ -106,7 +107,7 @@ fn rows_of_eager_replicas() {
     for level in LEVELS {
         let run = |rank: Rank| {
             let config = DataParallelConfig::new().with_sharding(level);
-            trained(own(&model).data_parallel(&rank, config)?, (rank.rank(), rank.size()))
+            trained(own_for(&model, &config).data_parallel(&rank, config)?, (rank.rank(), rank.size()))
         };
         check(&format!("{level} on 3 replicas"), &expected, &launch::threads(3).run(run).unwrap());
     }

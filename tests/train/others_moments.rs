@@ -11,6 +11,7 @@ use burn::tensor::Bytes;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
+use crate::common::checkpointing::own_by;
 use crate::common::failing::says;
 use crate::common::models::{Numbers, device};
 use crate::common::reference::{difference, filled, values};
@@ -56,7 +57,7 @@ fn state_of(rank: &Rank, optim: &ModuleOptimizer, of: usize) -> Result<Bytes, Er
 fn third_step(strategy: &Strategy, optimizer: fn() -> ModuleOptimizer, from: Whose) -> Result<(), Error> {
     let threads = launch::threads(strategy.dp.unwrap() * strategy.tp);
     let ran = threads.run(|rank| {
-        let mut model = layers().parallelize(&rank, strategy)?;
+        let mut model = own_by(&layers(), strategy).parallelize(&rank, strategy)?;
         let mut optim = optimizer();
         for number in 0..2 {
             let done = model.step(input(number), |layers: &Vec<Linear>, x| loss(layers, x))?;

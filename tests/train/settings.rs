@@ -13,6 +13,7 @@ use burn_parallel::pipeline_parallel::schedule::Timetable;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
+use crate::common::checkpointing::own_by;
 use crate::common::failing::says;
 use crate::common::models::{Numbers, Two, device, two};
 
@@ -398,7 +399,8 @@ fn steps_are_captured_where_parameters_are_divided() {
         (1, Sharding::Parameters, Engine::Auto, false),
     ] {
         let strategy = strategy(sharding, engine);
-        let wrapped = launch::threads(ranks).run(|rank| Ok(two().parallelize(&rank, &strategy)?.report().captured));
+        let wrapped = launch::threads(ranks)
+            .run(|rank| Ok(own_by(&two(), &strategy).parallelize(&rank, &strategy)?.report().captured));
         assert_eq!(wrapped.unwrap()[0], captured, "{ranks} {sharding} {engine:?}");
     }
     // What cannot be captured says what else there is, unless it was asked for.
@@ -415,7 +417,8 @@ fn steps_are_captured_where_parameters_are_divided() {
         assert_eq!(error.to_string().contains("`engine` \"eager\" runs the model's own forward"), advised, "{error}");
     }
     let strategy = strategy(Sharding::Parameters, Engine::Eager);
-    launch::threads(2).run(|rank| two().parallelize(&rank, &strategy)?.step(rows(0), reads).map(drop)).unwrap();
+    let eager = |rank: Rank| own_by(&two(), &strategy).parallelize(&rank, &strategy)?.step(rows(0), reads).map(drop);
+    launch::threads(2).run(eager).unwrap();
 }
 
 /// A store that gives something else than it was asked for.

@@ -10,6 +10,8 @@ use burn::prelude::*;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
+use crate::common::checkpointing::own_by;
+
 thread_local! {
     static WALKS: Cell<usize> = const { Cell::new(0) };
 }
@@ -76,7 +78,7 @@ fn walks(ranks: usize, strategy: &Strategy, norm: bool, micro_batches: usize) ->
         let device = world.device().autodiff();
         let norm = norm.then(|| BatchNormConfig::new(4).init(&device));
         let model = Counted(((0..4).map(|_| LinearConfig::new(4, 4).init(&device)).collect(), norm));
-        let mut model = model.parallelize(&world, strategy)?;
+        let mut model = own_by(&model, strategy).parallelize(&world, strategy)?;
         let mut optim: ModuleOptimizer = AdamConfig::new().init();
         let mut walks = [0; 2];
         for _ in 0..3 {

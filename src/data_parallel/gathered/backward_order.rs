@@ -1,8 +1,8 @@
 //! In which order groups are gathered again in a backward.
 //!
-//! What burn asks for again depends on the number of rows: `Linear` multiplies either by its weight, which burn asks
-//! for again, or by a view of it, which burn keeps without gradient checkpointing. Ranks with different numbers of rows
-//! would gather different groups. So all of them come to every group that the forward used, in the reverse of the order
+//! What burn asks for again depends on what has a gradient, and on how layers multiply: the ranks may detach different
+//! things, or have a loss that counts for nothing, and `Linear` goes by the number of rows. They would gather different
+//! groups. So all of them come to every group that the forward used, in the reverse of the order
 //! in which it used them last, and gather it there, whoever needs it, unless none does
 //! ([`is_needed`](super::Gatherer::is_needed)). The forward uses the same on all ranks. A group that it used several
 //! times, with others between, may be asked for as often on some ranks: all gather it, and keep it to the end of the

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use burn::module::Module;
 
 use super::Gatherer;
+use super::kept::problem_of_kept;
 use super::row_shard::last_visited;
 use crate::Error;
 use crate::params::{FoundParams, ParamRef};
@@ -70,7 +71,10 @@ fn problem_of(param: &ParamRef<'_>, gatherer: &Arc<Gatherer>) -> Option<String> 
         )),
         (Some(rows), true) => {
             let found = param.dims();
-            (found != rows.shard_dims()).then(|| problem_of_dims(&path, &found, rows))
+            match found == rows.shard_dims() {
+                true => problem_of_kept(param, gatherer.keep()),
+                false => Some(problem_of_dims(&path, &found, rows)),
+            }
         }
     }
 }

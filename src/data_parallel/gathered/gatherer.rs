@@ -125,7 +125,7 @@ impl Gatherer {
         let mut sizes: Vec<usize> =
             groups.iter().map(|(group, _)| group.iter().map(|place| bytes[*place]).sum()).collect();
         sizes.sort_unstable_by(|one, other| other.cmp(one));
-        // Where burn keeps views of more groups they go back to the system when it lets go of them.
+        // What burn keeps of more groups, as where one is used again, goes back to the system when it lets go of it.
         let gathered = (keep == Keep::Pass).then(|| Arc::new(Pool::keeping(sizes.iter().take(2).sum())));
         Self { comms, wants, keep, params, places, groups, numbers, group_of, gathered, stand_ins, state }
     }

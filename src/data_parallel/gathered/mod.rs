@@ -16,7 +16,8 @@
 //! as it does for gradient checkpointing, and its second computation is the second gather. Which of them burn computes
 //! again depends on the rows of a rank, so all ranks gather all of them ([`backward_order`]). Its backward hands the
 //! gradient of the whole to the reducer, which reduce-scatters it. What other operations make of a whole, a view above
-//! all, burn computes again only on a device with gradient checkpointing, and else keeps.
+//! all, burn computes again only on a device with gradient checkpointing, which is demanded therefore ([`kept`]), and
+//! else keeps. Small vectors are kept in any case.
 //!
 //! # Ranks without data
 //!
@@ -33,6 +34,7 @@ mod checked;
 mod gatherer;
 mod gathers;
 mod group_numbers;
+mod kept;
 mod leader;
 mod logical;
 mod merge;
@@ -45,5 +47,6 @@ mod wrap;
 pub(super) use assemble::{assemble, meta_whole, shards_of};
 pub(super) use checked::checked_params;
 pub(super) use gatherer::Gatherer;
+pub(super) use kept::{OnDeviceOf, is_of_two_devices, of_two_devices};
 pub(super) use logical::Logical;
 pub(super) use wrap::shard_parameters;

@@ -4,6 +4,10 @@
 //! gradient checkpointing: so the operations that use its output do not keep that for backward, but ask for it then.
 //! burn asks for it in this way only where the output is tracked; a frozen parameter is therefore tracked by a leaf of
 //! one element that stands for it, and its gradient is thrown away.
+//!
+//! Vectors are kept: burn needs biases and the parameters of norms when it computes activations again, and those of one
+//! layer need those of the layers before it, where residuals are added up. Gathering them again would be to gather the
+//! groups of all layers once more before backward comes to them.
 
 use std::fmt;
 use std::sync::Arc;
@@ -27,6 +31,9 @@ use crate::data_parallel::hook::{GradientArrival, anchor};
 use crate::params::with_autodiff;
 use crate::sharding::Keep;
 use crate::tensor::{PlainTensor, with_backend};
+
+/// Vectors of fewer bytes are kept from forward to backward.
+const VECTOR_BYTES: usize = 256 << 10;
 
 /// What is gathered: a parameter by its id.
 #[derive(Clone)]
@@ -54,9 +61,11 @@ pub(super) fn gather<const D: usize>(
     let plain = PlainTensor::from(shard.clone());
     let whole = source.gatherer.full_param(source.id, plain.clone())?;
     let Some(strategy) = shard.gradient_checkpointing_strategy() else { return whole.float() };
-    source.gatherer.used(source.id);
-    let keep = source.gatherer.keep();
-    if arrival.is_none() && keep != Keep::Pass {
+    let again =
+        source.gatherer.keep() == Keep::Pass && !(D == 1 && whole.elements() * whole.dtype().size() < VECTOR_BYTES);
+    if again {
+        source.gatherer.used(source.id);
+    } else if arrival.is_none() {
         return Ok(with_autodiff(whole.float()?, strategy));
     }
     let tracked = match arrival.is_some() {
@@ -64,7 +73,7 @@ pub(super) fn gather<const D: usize>(
         false => Tensor::<D>::zeros([1; D], &shard.device()).require_grad(),
     };
     let device = tracked.device().inner();
-    let again = GatherAgain { source: source.clone(), shard: plain, tracked: None };
+    let again = again.then(|| GatherAgain { source: source.clone(), shard: plain, tracked: None });
     with_backend!(device, B => match strategy {
         GradientCheckpointingStrategy::Disabled => record::<D, B, NoCheckpointing>(tracked, whole, again, arrival),
         GradientCheckpointingStrategy::Balanced => record::<D, B, BalancedCheckpointing>(tracked, whole, again, arrival),
@@ -74,30 +83,27 @@ pub(super) fn gather<const D: usize>(
 fn record<const D: usize, B: Backend, C: CheckpointStrategy>(
     tracked: Tensor<D>,
     whole: PlainTensor,
-    mut again: GatherAgain,
+    again: Option<GatherAgain>,
     arrival: Option<(GradientArrival, usize)>,
 ) -> Result<Tensor<D>, Error>
 where
     DispatchTensor: DispatchKindConversion<B> + DispatchKindConversion<Autodiff<B, C>>,
 {
     let wrong = |what: &str| Error::invalid("a sharded parameter", format!("its rows are {what}"));
-    let keep = again.source.gatherer.keep();
     let tracked = <DispatchTensor as DispatchKindConversion<Autodiff<B, C>>>::try_into_backend(tracked.into_dispatch());
     let Ok(BackendTensor::Float(tracked)) = tracked else { return Err(wrong("not on the device of the step")) };
     let Ok(BackendTensor::Float(whole)) = whole.into_backend::<B>() else { return Err(wrong("no floats")) };
-    again.tracked = Some(tracked.id());
     let order = arrival.as_ref().map_or(1, |(_, order)| *order);
     let state = arrival.map(|(arrival, _)| arrival);
     let nodes = [tracked.node(), anchor(order).node()];
-    let prepared = match keep {
-        Keep::Pass => Backward::<B, 2>::prepare::<BalancedCheckpointing>(Gather, nodes)
+    let prepared = Backward::<B, 2>::prepare::<BalancedCheckpointing>(Gather, nodes);
+    let prepared = match again {
+        Some(again) => prepared
             .memory_bound()
-            .retro_forward(RetroGather::<B>::new(again))
+            .retro_forward(RetroGather::<B>::new(GatherAgain { tracked: Some(tracked.id()), ..again }))
             .parents([&tracked])
             .stateful(),
-        Keep::MicroBatch | Keep::Step => {
-            Backward::<B, 2>::prepare::<BalancedCheckpointing>(Gather, nodes).compute_bound().stateful()
-        }
+        None => prepared.compute_bound().stateful(),
     };
     let output = match prepared {
         OpsKind::Tracked(prepared) => prepared.finish(state, whole),

@@ -3,13 +3,13 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use burn::backend::GradientCheckpointingStrategy;
 use burn::module::{Module, ModuleVisitor, Param, ParamId, Reparameterization, Reparameterizer};
 use burn::tensor::{DType, Device, Tensor};
 
 use super::adapters::{Adapters, take_adapters};
 use super::assemble::shards_of;
 use super::gatherer::{Gathered, Gatherer};
+use super::kept::check_kept;
 use super::row_shard::{GathererHandle, RowShard};
 use super::stand_in::stand_in;
 use crate::Error;
@@ -19,24 +19,16 @@ use crate::data_parallel::hook::HookGroup;
 use crate::data_parallel::reducer::Reducer;
 use crate::data_parallel::same_settings::agree_on_settings;
 use crate::data_parallel::structure::{Structure, broadcast_some};
-use crate::params::{
-    FoundParams, LazyParam, LeafKind, ShardedIds, leaf, one_device, own_buffers, share_ids, visit_params,
-};
-use crate::sharding::{Keep, Member, Pack, RankedParam, Rows, ShardComms, groups};
+use crate::params::{FoundParams, LazyParam, LeafKind, ShardedIds, leaf, one_device, own_buffers, share_ids};
+use crate::sharding::{Member, Pack, RankedParam, Rows, ShardComms, groups};
 use crate::tensor::PlainTensor;
-
-/// What burn does not give back.
-const KEPT: &str = "parameters are divided among the replicas, and gathered for each pass (`keep` is \"pass\"): on a device without \
-                    gradient checkpointing burn keeps the gathered weights of layers that multiply by a view of them, as `Linear` \
-                    does with inputs of three dims, from forward to backward. Make model and inputs on \
-                    `device.autodiff().gradient_checkpointing()`, or leave `engine` at \"auto\" in `parallelize`, to hold two groups at a time";
 
 /// Gives every rank its rows of rank 0's parameters, and all of rank 0's buffers. No rank but the first makes a lazy
 /// parameter, and none holds more than one of them whole at a time. Collective.
 ///
 /// # Errors
 /// [`Error::ModelMismatch`] if the ranks' modules differ in structure; [`Error::InvalidArgument`] if parameters are on
-/// several devices, or settings do not go together; those of [`Communicator`].
+/// several devices, settings do not go together, or burn would keep more than `keep` says; those of [`Communicator`].
 pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     module: M,
     group: &Communicator,
@@ -47,9 +39,7 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     agree_on_settings(&config, group)?;
     let (keep, different) = (config.keep, config.allow_unused_parameters);
     let device = one_device(&module, "data_parallel")?.unwrap_or_else(Device::flex);
-    if keep == Keep::Pass && group.rank() == 0 && keeps_views(&module) {
-        log::warn!("{KEPT}");
-    }
+    check_kept(&module, keep, group)?;
     Structure::unmade(&module).agree(group)?;
     let (module, _) = share_ids(module, group)?;
     let module = own_buffers(module);
@@ -76,16 +66,6 @@ pub(in crate::data_parallel) fn shard_parameters<M: Module>(
     gatherer.set_stand_ins(sharded.stand_ins);
     gatherer.set_shards(shards_of(&FoundParams::of(&module), &gatherer));
     Ok((module, reducer, gatherer))
-}
-
-/// Whether the parameters are on a device on which burn keeps views for backward.
-fn keeps_views<M: Module>(module: &M) -> bool {
-    let mut keeps = false;
-    visit_params(module, &mut |param| {
-        let strategy = param.device().gradient_checkpointing_strategy();
-        keeps |= strategy == Some(GradientCheckpointingStrategy::Disabled);
-    });
-    keeps
 }
 
 /// The parameters that have rows to be divided, in the order of the module.

@@ -6,14 +6,13 @@ use burn::module::{Module, ParamId};
 use burn::optim::GradientsParams;
 
 use super::combine::{NonFiniteGradient, NormReport};
-use super::measure::{PartialNorm, sizes};
 use super::{Clip, NonFinite};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::graph::{GradientLayout, gradients_params};
+use crate::graph::{GradientLayout, gradients_params, same_buffer};
 use crate::params::{take_gradients, visit_floats};
-use crate::step::NotFinite;
-use crate::tensor::PlainTensor;
+use crate::step::{CarriedNorm, NotFinite};
+use crate::tensor::{PartialNorm, PlainTensor, sizes};
 
 /// Gradients after [clipping](Clip).
 #[derive(Debug)]
@@ -40,24 +39,34 @@ pub(crate) fn clip<M: Module>(
     holding: &GradientLayout,
     clip: Clip,
 ) -> Result<Clipped, Error> {
-    clip_and_sum(module, grads, holding, clip, 0.0).map(|(clipped, _)| clipped)
+    clip_and_sum(module, grads, holding, clip, (0.0, None)).map(|(clipped, _)| clipped)
 }
 
-/// As [`clip`], and sums up what each rank has measured of its gradients before.
+/// As [`clip`], and sums up what each rank has measured of its gradients before. With the norm that came with the step,
+/// over the ranks that divide rows among themselves, if it did.
 pub(crate) fn clip_and_sum<M: Module>(
     module: &M,
     grads: GradientsParams,
     holding: &GradientLayout,
     clip: Clip,
-    squares: f64,
+    (squares, carried): (f64, Option<CarriedNorm>),
 ) -> Result<(Clipped, f64), Error> {
     if clip.max.is_nan() || clip.max <= 0.0 {
         let problem = format!("the largest norm is {}; it must be greater than 0", clip.max);
         return Err(Error::invalid("clip_grad_norm", problem));
     }
     let found = take(module, grads, holding.by_hand)?;
-    let mine = NormReport { squares, ..measure(&found, holding, &clip)? };
-    let known = holding.clipping.count(&holding.groups, || mine.over(&holding.groups, &clip))?;
+    let mut groups = holding.groups.clone();
+    let mine = match carried.filter(|carried| is_of(carried, &found, &clip)) {
+        // Those that hold the other rows have summed up the same squares.
+        Some(CarriedNorm { size, over, .. }) => {
+            groups.retain(|group| group.group() != over.group());
+            NormReport { size, squares: squares * over.size() as f64, non_finite: None }
+        }
+        None => NormReport { squares, ..measure(&found, holding, &clip)? },
+    };
+    let known = holding.clipping.count(&groups, || mine.over(&groups, &clip))?;
+    holding.clipping.expect(clip.expected());
     let mut norm = known.size.norm(clip.norm);
     let Some(non_finite) = known.non_finite else {
         let factor = clip.factor(norm);
@@ -78,6 +87,17 @@ pub(crate) fn clip_and_sum<M: Module>(
             Ok((Clipped { grads: GradientsParams::new(), norm, factor: 0.0, skipped }, f64::NAN))
         }
     }
+}
+
+/// Whether the norm that came with a step is the one that is asked for, and of these gradients: nobody has changed any
+/// since.
+fn is_of(carried: &CarriedNorm, found: &[FoundGradient], clip: &Clip) -> bool {
+    let place = |tensor: &PlainTensor| tensor.clone().into_flex().ok().map(|tensor| tensor.layout().start_offset());
+    let is_there = |gradient: &FoundGradient| {
+        let measured = carried.gradients.get(&gradient.id);
+        measured.is_some_and(|it| same_buffer(it, &gradient.value) && place(it) == place(&gradient.value))
+    };
+    carried.expected == clip.expected() && carried.gradients.len() == found.len() && found.iter().all(is_there)
 }
 
 /// The path of the first parameter whose gradient is not finite, and the rank that brought it, the same on all ranks:

@@ -1,9 +1,9 @@
 //! Combines the norms of the gradients that each rank holds.
 
-use super::measure::PartialNorm;
 use super::{Clip, Norm};
 use crate::Error;
 use crate::comm::Communicator;
+use crate::tensor::PartialNorm;
 
 /// The first gradient that is not finite: its place among the parameters of the model, and the rank that brought it.
 #[derive(Debug, Clone, Copy, PartialEq, PartialOrd)]

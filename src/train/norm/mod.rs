@@ -8,13 +8,14 @@
 mod by_hand;
 mod clip;
 mod combine;
-mod measure;
 mod options;
 
 pub use by_hand::HandSplit;
 pub use clip::Clipped;
 pub(crate) use clip::{clip, clip_and_sum};
-pub use options::{Clip, NonFinite, Norm};
+pub use options::{Clip, NonFinite};
+
+pub use crate::tensor::Norm;
 
 #[cfg(test)]
 mod tests;

@@ -1,14 +1,7 @@
 //! How a gradient is measured and clipped.
 
-/// How the size of a gradient is measured.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Norm {
-    /// The root of the sum of the squares of all elements.
-    #[default]
-    L2,
-    /// The largest magnitude.
-    Infinity,
-}
+use crate::step::ExpectedNorm;
+use crate::tensor::Norm;
 
 /// What becomes of a step whose gradient has an element that is NaN or infinite.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -59,6 +52,11 @@ impl Clip {
     /// The norm by which it measures.
     pub(crate) fn measures(&self) -> Norm {
         self.norm
+    }
+
+    /// What a step is to measure whose norm will be asked for as this one.
+    pub(super) fn expected(&self) -> ExpectedNorm {
+        ExpectedNorm { norm: self.norm, asked: [self.max, self.number()] }
     }
 
     /// Norm and choice as a number, for the other ranks.

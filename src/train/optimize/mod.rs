@@ -2,6 +2,7 @@
 
 mod given;
 mod joined;
+mod meeting;
 mod moments;
 mod optimizer_error;
 mod other_ranks;

@@ -13,6 +13,7 @@ use burn::module::{Module, ModuleVisitor, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
+use super::meeting::error_of;
 use super::moments::MomentDigests;
 use super::optimizer_error::optimizer_error;
 use crate::Error;
@@ -29,6 +30,17 @@ pub(super) struct Divided<'a> {
 /// The groups over which a parameter is split.
 pub(super) fn groups_of(param: &SplitParam) -> Vec<&Communicator> {
     param.over.iter().flat_map(|over| over.axes.iter().map(|(_, group)| group)).collect()
+}
+
+/// The groups over which any of these parameters are split.
+pub(super) fn holders(split: &[SplitParam]) -> Vec<&Communicator> {
+    let mut all: Vec<&Communicator> = Vec::new();
+    for group in split.iter().flat_map(groups_of) {
+        if all.iter().all(|known| known.group() != group.group()) {
+            all.push(group);
+        }
+    }
+    all
 }
 
 /// Parameters with the groups over which each is divided, those of the same groups together.
@@ -64,7 +76,7 @@ impl Divided<'_> {
         let all = self.gather(vec![first.world_rank() as u64, u64::from(moments.is_err()), number])?;
         let ranks: Vec<u64> = all.chunks_exact(3).map(|said| said[0]).collect();
         if let Some(failed) = all.chunks_exact(3).find(|said| said[1] != 0) {
-            return Err(self.error_of(failed[0], moments, first)?);
+            return Err(error_of(&self.groups, failed[0], moments.err())?);
         }
         let moments = moments?;
         let alike = first_alike(&all.chunks_exact(3).map(|said| said[2]).collect::<Vec<_>>());
@@ -86,28 +98,11 @@ impl Divided<'_> {
         Err(error)
     }
 
-    /// The error that a rank of the world has found, for all of them. Collective.
-    fn error_of(&self, rank: u64, own: Result<MomentDigests, Error>, group: &Communicator) -> Result<Error, Error> {
-        let said = own.err().filter(|_| group.world_rank() as u64 == rank).map(|error| match error {
-            Error::Optimizer { problem } => problem,
-            error => error.to_string(),
-        });
-        let said = said.unwrap_or_default().into_bytes();
-        let said = self.groups.iter().try_fold(said, |all, group| group.all_gather(all))?;
-        let said = String::from_utf8_lossy(&said);
-        // Those that are divided over other groups may have it of a rank already.
-        let told = said.starts_with(ON_RANK);
-        Ok(optimizer_error(if told { said.into() } else { format!("{ON_RANK}{rank} of the world {said}") }))
-    }
-
     /// The numbers of all ranks. Ranks whose optimizer is not new go on without: the name of the call tells them.
     fn gather(&self, mine: Vec<u64>) -> Result<Vec<u64>, Error> {
         self.groups.iter().try_fold(mine, |all, group| group.all_gather_agreed(all, agreed_number(NEW_OPTIMIZER)))
     }
 }
-
-/// Begins what another rank has found.
-const ON_RANK: &str = "on rank ";
 
 /// Places of equal numbers other than 0: of each but the first, with that.
 fn first_alike(numbers: &[u64]) -> Vec<(usize, usize)> {

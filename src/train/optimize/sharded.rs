@@ -8,10 +8,10 @@ use burn::optim::{GradientsParams, ModuleOptimizer};
 
 use super::given::update_of;
 use super::joined::{Joined, PartWithGradient};
+use super::meeting::{Meeting, fail_all, fail_here};
 use super::moments::MomentDigests;
-use super::other_ranks::{Divided, divided, groups_of};
+use super::other_ranks::{Divided, divided, groups_of, holders};
 use super::panicked::Updated;
-use super::split::fail_all;
 use super::update::update;
 use super::whole::{Dealt, OwnUpdate};
 use super::{moments, parts};
@@ -59,38 +59,43 @@ impl ShardedStep<'_> {
         let whole = checked.whole(optim, &ids, || {
             new = true;
             find_whole(optim, &shards, &split)
-        })?;
-        if new {
-            comms.meet_with_new_optimizer()?;
-        }
-        let (mut work, dealt) = Dealt::deal(shards, gradients, &whole, comms)?;
+        });
+        // The others wait for what this rank updates.
+        let fail = |error: Error| fail_here(&groups, error);
+        let fail_alike = |error: &Error| fail_all(&groups, error);
+        let whole = match new {
+            true => {
+                let over = std::iter::once(comms.next()).chain(holders(&split)).collect();
+                Meeting { over, groups: &groups }.outcome(whole)?
+            }
+            false => whole?,
+        };
+        let (mut work, dealt) = Dealt::deal(shards, gradients, &whole, comms).map_err(fail)?;
         let (parts, rest) = take_parts(&mut work, &whole, &split);
-        let (owned, joined) = Joined::join(parts, &split, &mut work.grads)?;
+        let (owned, joined) = Joined::join(parts, &split, &mut work.grads).map_err(fail)?;
         let ours: HashSet<ParamId> = owned.0.iter().map(|shard| shard.param.id()).collect();
         let all = ShardParams(owned.0.into_iter().chain(rest).collect());
-        // The others wait for what this rank updates.
-        let fail = |error: &Error| fail_all(&groups, error);
         if new {
             let moments = moments::check(optim, &all, held.iter().copied());
             let axes: HashMap<ParamId, Vec<&Communicator>> =
                 split.iter().map(|param| (param.id, groups_of(param))).collect();
-            let groups = |id: &ParamId| {
+            let divided_over = |id: &ParamId| {
                 let others = axes.get(id).into_iter().flatten().copied();
                 (*id, std::iter::once(comms.control()).chain(others).collect::<Vec<_>>())
             };
-            let divided = divided(held.iter().map(groups));
+            let divided = divided(held.iter().map(divided_over));
             let all_have = |moments, divided: &Divided<'_>| divided.check(moments, (&all, &work.grads));
-            divided.iter().fold(moments, all_have).inspect_err(fail)?;
+            divided.iter().fold(moments, all_have).inspect_err(fail_alike)?;
         }
         // Each rank has moments of its own rows.
         let compared = update_of(&lr, another.then_some(&MomentDigests::default()));
         let tried = new.then(|| Updated::of(&all, &work.grads));
-        let updated = update(all, optim, lr, work.grads, tried).inspect_err(fail)?;
+        let updated = update(all, optim, lr, work.grads, tried).map_err(fail)?;
         checked.remember(optim);
         checked.updates().record(compared);
         let (owned, rest): (Vec<_>, Vec<_>) = updated.0.into_iter().partition(|shard| ours.contains(&shard.param.id()));
-        let parts = joined.divide(owned)?;
-        let updated = dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms)?;
+        let parts = joined.divide(owned).map_err(fail)?;
+        let updated = dealt.collect(ShardParams(parts.into_iter().chain(rest).collect()), comms).map_err(fail)?;
         Ok(UpdatedShards { updated, unchanged })
     }
 }

@@ -9,8 +9,9 @@ use burn::tensor::Device;
 
 use super::given::update_of;
 use super::joined::Joined;
+use super::meeting::{Meeting, fail_all, fail_here};
 use super::moments::MomentDigests;
-use super::other_ranks::{divided, groups_of};
+use super::other_ranks::{divided, groups_of, holders};
 use super::own_parts::own_parts;
 use super::panicked::Updated;
 use super::update::update;
@@ -43,49 +44,50 @@ impl SplitStep<'_> {
     pub fn run<M: Module, L: Module>(self, model: M, local: impl Fn(&M) -> &L) -> Result<M, Error> {
         let Self { optim, lr, mut grads, checked, split, groups } = self;
         // The others may have updated theirs, and wait for this rank in this call or in the next step.
-        let fail = |error: &Error| fail_all(&groups, error);
+        let fail = |error: Error| fail_here(&groups, error);
+        let fail_alike = |error: &Error| fail_all(&groups, error);
         let ids: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
         let another = !checked.is_known(optim);
         let mut new = another;
         let whole = checked.whole(optim, &ids, || {
             new = true;
             parts::whole(optim, local(&model), &split)
-        })?;
+        });
+        let whole = match new {
+            true => Meeting { over: holders(&split), groups: &groups }.outcome(whole)?,
+            false => whole?,
+        };
         let parts = match whole.is_empty() {
             true => Vec::new(),
-            false => own_parts(local(&model), &whole, &split, &mut grads)?,
+            false => own_parts(local(&model), &whole, &split, &mut grads).map_err(fail)?,
         };
         if parts.is_empty() {
             let moments = match new {
-                true => check_moments(optim, local(&model), &grads, &split).inspect_err(fail)?,
+                true => check_moments(optim, local(&model), &grads, &split).inspect_err(fail_alike)?,
                 false => MomentDigests::default(),
             };
             let compared = update_of(&lr, another.then_some(&moments));
             let tried = new.then(|| Updated::of(local(&model), &grads));
-            let updated = update(model, optim, lr, grads, tried).inspect_err(fail)?;
+            let updated = update(model, optim, lr, grads, tried).map_err(fail)?;
             checked.remember(optim);
             checked.updates().record(compared);
             return Ok(updated);
         }
-        let (owned, joined) = Joined::join(parts, &split, &mut grads)?;
+        let (owned, joined) = Joined::join(parts, &split, &mut grads).map_err(fail)?;
         let all = WithOwned { owned, model };
         let moments = match new {
-            true => check_moments(optim, &all, &grads, &split).inspect_err(fail)?,
+            true => check_moments(optim, &all, &grads, &split).inspect_err(fail_alike)?,
             false => MomentDigests::default(),
         };
         let compared = update_of(&lr, another.then_some(&moments));
         let tried = new.then(|| Updated::of(&all, &grads));
-        let WithOwned { owned, model } = update(all, optim, lr, grads, tried).inspect_err(fail)?;
+        let WithOwned { owned, model } = update(all, optim, lr, grads, tried).map_err(fail)?;
         checked.remember(optim);
         checked.updates().record(compared);
-        let values = joined.divide(owned.0)?.into_iter().map(|part| (part.param.id(), part.param.value())).collect();
+        let divided = joined.divide(owned.0).map_err(fail)?;
+        let values = divided.into_iter().map(|part| (part.param.id(), part.param.value())).collect();
         Ok(params::replace_values(model, values))
     }
-}
-
-/// Fails the world of these groups, if others are in it.
-pub(super) fn fail_all(groups: &[Communicator], error: &Error) {
-    groups.iter().filter(|group| group.size() > 1).for_each(|group| group.fail(error.clone()));
 }
 
 /// Demands that an optimizer that is new here has moments of this rank's parts, and nothing else. Collective over the

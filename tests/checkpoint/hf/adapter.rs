@@ -11,6 +11,7 @@ use burn_parallel::sharding::Sharding;
 use burn_parallel::train::Engine;
 
 use crate::Dir;
+use crate::common::checkpointing::own_by;
 use crate::common::llama::Llama;
 use crate::common::models::Numbers;
 use crate::hf::golden::Name;
@@ -170,7 +171,8 @@ fn adapters_are_merged_wherever_their_factors_are() {
     let dir = Dir::fresh();
     let merged = |strategy: &Strategy, ranks: usize, to: &str| {
         let saved = launch::threads(ranks).run(|world| {
-            let model = adapted(&world.device().autodiff()).parallelize(&world, strategy)?.load(&mut base()?)?;
+            let model = own_by(&adapted(&world.device().autodiff()), strategy).parallelize(&world, strategy)?;
+            let model = model.load(&mut base()?)?;
             let config = SaveConfig::new(Mapping::llama()).with_piece_bytes(700).with_merged_adapters(SIZES.alpha);
             hf::save(&model, &world, dir.join(to), &config)
         });

@@ -12,6 +12,7 @@ use burn_parallel::prelude::*;
 use super::bytes::{row_bytes, state_bytes};
 use super::{config, optimizer, train, wrap};
 use crate::common::cases::{self, Batch, Case};
+use crate::common::checkpointing::beside;
 use crate::common::dense::Dense;
 use crate::common::fill::filled_from;
 use crate::common::reference::{all_same, paths, values};
@@ -117,7 +118,7 @@ fn evaluation_is_that_of_the_whole_model() {
             let mut optim = optimizer("adamw");
             for step in 0..3 {
                 let whole = model.assemble()?;
-                let batch = (case.input)(9, 0..4);
+                let batch = beside(&model, (case.input)(9, 0..4));
                 let loss = |tensor: Tensor<1>| tensor.inner().into_scalar::<f32>();
                 let expected = loss((case.loss)(&whole, batch.clone()));
                 // Products of tensors that lie elsewhere in memory may differ in the last bit.
@@ -144,8 +145,9 @@ fn a_loop_of_ones_own() {
                 let mut model = wrap(&rank, &case.model, config.clone())?;
                 let mut optim = optimizer("sgd");
                 for step in 0..3 {
-                    model.accumulate(Loss::mean((case.loss)(&model, (case.input)(step, 0..2)), 2))?;
-                    let loss = Loss::mean((case.loss)(&model, (case.input)(step, 2..5)), 3);
+                    let loss = Loss::mean((case.loss)(&model, beside(&model, (case.input)(step, 0..2))), 2);
+                    model.accumulate(loss)?;
+                    let loss = Loss::mean((case.loss)(&model, beside(&model, (case.input)(step, 2..5))), 3);
                     let grads = model.backward(loss)?;
                     let mut done = model.step_micro_batches(Vec::<Batch>::new(), |_, batch| batch.targets.sum())?;
                     done.grads = grads;
@@ -210,7 +212,7 @@ fn failures_end_all_ranks() {
     assert!(alone.contains("rank"), "{alone}");
     let alone = failure(&case, |rank, model| {
         if rank.rank() == 0 {
-            drop((case.loss)(&model, (case.input)(0, 0..2)));
+            drop((case.loss)(&model, beside(&model, (case.input)(0, 0..2))));
         }
         Ok(())
     });
@@ -219,7 +221,7 @@ fn failures_end_all_ranks() {
         match rank.rank() {
             2 => drop(model.backward_without_data()?),
             _ => {
-                let loss = (case.loss)(&model, (case.input)(0, 0..2));
+                let loss = (case.loss)(&model, beside(&model, (case.input)(0, 0..2)));
                 drop(model.backward(loss)?);
             }
         }
@@ -391,14 +393,19 @@ fn a_directory_is_saved_from_rows() {
     std::fs::remove_dir_all(&dir).unwrap();
 }
 
-/// Burn's `Linear` makes a matrix of its input where that has few rows, and then asks for its weight again in backward;
-/// else it keeps a view of it. Ranks with different numbers of rows gather the same all the same, also of layers that a
-/// forward uses several times.
+/// What burn asks for again in backward depends on what has a gradient, and with `Linear` on the number of rows: ranks
+/// whose inputs have different ones, and that detach what some layers give, gather the same all the same, also of
+/// layers that a forward uses several times.
 #[test]
-fn ranks_with_different_numbers_of_rows_gather_the_same() {
+fn ranks_with_different_backwards_gather_the_same() {
+    // Where there is one row all layers before the third have no gradient.
     let deep = |input: Tensor<3>, model: &Deep, order: &[usize]| {
-        let layers = order.iter().map(|place| &model.layers[*place]);
-        layers.fold(input, |x, layer| layer.forward(x).tanh().narrow(2, 0, 128)).powi_scalar(2).mean()
+        let detaches = input.dims()[0] == 1;
+        let forward = |x: Tensor<3>, (number, place): (usize, &usize)| {
+            let x = if detaches && number == 2 { x.detach() } else { x };
+            model.layers[*place].forward(x).tanh().narrow(2, 0, 128)
+        };
+        order.iter().enumerate().fold(input, forward).powi_scalar(2).mean()
     };
     let whole = Deep::new(&Device::flex().autodiff());
     // Dims of the inputs: 5 rows of 3 are a matrix of 15, 32 rows of 2 stay what they are.
@@ -492,26 +499,33 @@ fn a_loss_of_nothing_takes_part() {
 }
 
 /// What no backward has needed is not gathered again, and whether any does is asked in 8 bytes from each rank; once one
-/// does, it is. Of a `Linear` with many rows of three dims burn keeps a view; with few it asks for the weight.
+/// does, it is. A layer whose input has no gradient needs no weight in backward.
 #[test]
 fn what_no_backward_needs_is_not_gathered_again() {
     let whole = Deep::new(&Device::flex().autodiff());
-    let loss = |model: &Deep, x: Tensor<3>| {
-        model.layers.iter().fold(x, |x, layer| layer.forward(x).tanh().narrow(2, 0, 128)).powi_scalar(2).mean()
+    // Each layer has a loss of its own, and its input a gradient or none.
+    let loss = |model: &Deep, (x, apart): (Tensor<3>, bool)| {
+        let mut losses = Vec::new();
+        model.layers.iter().fold(x, |x, layer| {
+            let x = layer.forward(if apart { x.detach() } else { x }).tanh().narrow(2, 0, 128);
+            losses.push(x.clone().powi_scalar(2).mean());
+            x
+        });
+        Tensor::cat(losses, 0).sum()
     };
-    let input = |few: bool, seed: usize| {
-        let x = crate::common::dense::Dense::fractions(if few { &[5, 3, 128] } else { &[2, 32, 128] }, seed as u64);
-        x.tensor::<3>(&Device::flex().autodiff(), burn::tensor::DType::F32)
+    let input = |apart: bool, seed: usize| {
+        let x = Dense::fractions(&[2, 32, 128], seed as u64);
+        (x.tensor::<3>(&Device::flex().autodiff(), burn::tensor::DType::F32), apart)
     };
     // How many groups are gathered in each step, how often and with how many bytes the ranks ask for something, and
-    // what comes of it all. In the third step one of the ranks has few rows.
+    // what comes of it all. In the third step the layers of one of the ranks depend on each other.
     let run = |config: DataParallelConfig| {
         let ran = launch::threads(3).timeout(Duration::from_secs(20)).run(|rank| {
             let mut model = wrap(&rank, &whole, config.clone())?;
             let (mut optim, mut counts) = (optimizer("sgd"), Vec::new());
             for step in 0..4 {
                 let before = model.counters();
-                let done = model.step(input((step, rank.rank()) == (2, 1), 3 * step + rank.rank()), loss)?;
+                let done = model.step(input((step, rank.rank()) != (2, 1), 3 * step + rank.rank()), loss)?;
                 let counted = model.counters() - before;
                 let asked = counted.control.of("all_reduce");
                 counts.push([counted.parameters.of("all_gather").calls, asked.calls, asked.bytes]);

@@ -8,8 +8,8 @@ use burn::tensor::{DType, TensorData};
 use burn_parallel::prelude::*;
 use burn_parallel::train::{Engine, Parallel};
 
+use crate::common::checkpointing::{beside, own_by, own_for};
 use crate::common::models::device;
-use crate::common::reference::own;
 use crate::grad_norm::lm::{Kind, Lm, batch, loss};
 
 const MODEL: Kind = Kind { tied: true, frozen: false, dtype: DType::F32 };
@@ -54,7 +54,8 @@ fn texts_of_unequal_lengths_are_generated_together() {
         for (ranks, keep) in [(2, Keep::Pass), (3, Keep::Pass), (3, Keep::MicroBatch), (2, Keep::Step)] {
             launch::threads(ranks)
                 .run(|world| {
-                    let split = own(&model).parallelize(&world, &strategy(engine, keep))?;
+                    let strategy = strategy(engine, keep);
+                    let split = own_by(&model, &strategy).parallelize(&world, &strategy)?;
                     for _ in 0..2 {
                         let (mut text, wanted) = prompt(world.rank());
                         for turn in split.join(0..wanted) {
@@ -90,7 +91,8 @@ fn a_rank_that_stops_before_the_others_ends_all() {
             let error = launch::threads(ranks)
                 .timeout(Duration::from_secs(3))
                 .run(|world| {
-                    let mut split = own(&model).parallelize(&world, &strategy(engine, Keep::Pass))?;
+                    let strategy = strategy(engine, Keep::Pass);
+                    let mut split = own_by(&model, &strategy).parallelize(&world, &strategy)?;
                     let (text, wanted) = prompt(world.rank());
                     for _ in 0..wanted {
                         next(&split, &text)?;
@@ -113,9 +115,9 @@ fn a_forward_of_ones_own_ends_the_run_with_the_error() {
         .timeout(Duration::from_secs(3))
         .run(|world| {
             let data = DataParallelConfig::new().with_sharding(Sharding::Parameters);
-            let replica = own(&model).data_parallel(&world, data)?;
+            let replica = own_for(&model, &data).data_parallel(&world, data)?;
             if world.rank() == 1 {
-                replica.logits(tokens(&[1, 2]));
+                replica.logits(beside(&replica, tokens(&[1, 2])));
             }
             world.barrier()
         })

@@ -4,6 +4,8 @@ pub mod bytes;
 mod crash;
 mod gathered;
 mod generation;
+mod kept;
+mod norm;
 mod parity;
 mod replaced;
 mod rules;

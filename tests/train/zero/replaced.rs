@@ -10,8 +10,9 @@ use burn_parallel::data_parallel::{Eager, Replica};
 use burn_parallel::prelude::*;
 
 use super::config;
+use crate::common::checkpointing::{beside, checkpointing, own_for};
 use crate::common::models::{Numbers, device};
-use crate::common::reference::{all_same, filled, own, values};
+use crate::common::reference::{all_same, filled, values};
 
 /// Each layer is a group.
 const WIDTH: usize = 131;
@@ -36,7 +37,7 @@ type Way = fn(Model, Tensor<2>) -> Result<(), Error>;
 const WAYS: [(&str, Way); 5] = [
     ("step", |mut model, x| model.step(x, |layers, x| loss(layers, x)).map(drop)),
     ("backward", |mut model, x| {
-        let loss = loss(&model, x);
+        let loss = loss(&model, beside(&model, x));
         model.backward(loss).map(drop)
     }),
     ("no data", |mut model, _| {
@@ -55,8 +56,9 @@ fn changed(
 ) -> Error {
     let threads = launch::threads(3).timeout(Duration::from_secs(20));
     let ended = threads.run(|rank| {
-        let original = own(&layers());
-        let other = own(&layers()).data_parallel(&rank, config(Sharding::Parameters))?;
+        let original = own_for(&layers(), &config(Sharding::Parameters));
+        let other =
+            own_for(&layers(), &config(Sharding::Parameters)).data_parallel(&rank, config(Sharding::Parameters))?;
         let mut model = original.clone().data_parallel(&rank, config(Sharding::Parameters))?;
         model.step(input(0, rank.rank()), |layers, x| loss(layers, x))?;
         if changes(rank.rank()) {
@@ -121,11 +123,11 @@ fn rows_of_other_dims_are_refused_by_name() {
 fn a_new_layer_and_one_of_its_own_are_taken() {
     let run = |size: usize, config: DataParallelConfig| {
         let ran = launch::threads(size).timeout(Duration::from_secs(20)).run(|rank| {
-            let mut model = own(&layers()).data_parallel(&rank, config.clone())?;
+            let mut model = own_for(&layers(), &config).data_parallel(&rank, config.clone())?;
             let mut optim: ModuleOptimizer = SgdConfig::new().init();
             for step in 0..4 {
                 match step {
-                    1 => model[1] = filled(LinearConfig::new(WIDTH, WIDTH).init(&device())),
+                    1 => model[1] = filled(LinearConfig::new(WIDTH, WIDTH).init(&model[0].weight.base().device())),
                     2 => model[2] = model[2].clone(),
                     _ => {}
                 }
@@ -148,12 +150,13 @@ fn a_new_layer_and_one_of_its_own_are_taken() {
 fn a_layer_that_one_rank_alone_replaces_in_its_own_loop_is_named() {
     for place in 0..3 {
         let ended = launch::threads(2).timeout(Duration::from_secs(3)).run(|rank| {
-            let mut model = own(&layers()).data_parallel(&rank, config(Sharding::Parameters))?;
+            let config = config(Sharding::Parameters);
+            let mut model = own_for(&layers(), &config).data_parallel(&rank, config)?;
             for step in 0..3 {
                 if (step, rank.rank()) == (1, 1) {
-                    model[place] = filled(LinearConfig::new(WIDTH, WIDTH).init(&device()));
+                    model[place] = filled(LinearConfig::new(WIDTH, WIDTH).init(&checkpointing()));
                 }
-                let loss = loss(&model, input(step, rank.rank()));
+                let loss = loss(&model, beside(&model, input(step, rank.rank())));
                 model.backward(loss)?;
             }
             Ok(())

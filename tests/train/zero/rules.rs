@@ -11,8 +11,9 @@ use burn_parallel::train::NonFinite;
 
 use super::{LEVELS, config, optimizer, train, wrap};
 use crate::common::cases;
+use crate::common::checkpointing::{beside, own_for};
 use crate::common::models::{Numbers, device};
-use crate::common::reference::{all_same, own, values};
+use crate::common::reference::{all_same, values};
 use crate::panicking::breaking;
 
 /// burn's own step would update whole parameters by the gradients of rows.
@@ -64,7 +65,8 @@ fn a_clone_is_used_after_an_optimizer_was_refused() {
         .run(|rank| {
             let mut model = wrap(&rank, &case.model, config(Sharding::Parameters))?;
             let rows = 2 * rank.rank()..2 * rank.rank() + 2;
-            let batch = || (case.input)(0, rows.clone());
+            let batch = beside(&model, (case.input)(0, rows));
+            let batch = || batch.clone();
             // Twice: by the second the order of the groups is known, and they are gathered ahead.
             let first: Vec<f64> = (0..2).map(|_| (case.loss)(&model, batch()).into_scalar::<f32>().into()).collect();
             let done = model.step(batch(), |model, batch| (case.loss)(model, batch))?;
@@ -253,7 +255,7 @@ fn parameters_may_take_turns() {
     use crate::zero_captured::branches::{WIDTH, layers, loss};
     let run = |size: usize, config: DataParallelConfig, optim: &str| {
         let ran = launch::threads(size).run(|rank| {
-            let mut model = own(&layers()).data_parallel(&rank, config.clone())?;
+            let mut model = own_for(&layers(), &config).data_parallel(&rank, config.clone())?;
             let mut optim = optimizer(optim);
             for used in [[1, 0, 0, 0, 0], [0, 1, 0, 0, 1], [1, 1, 0, 0, 0]] {
                 let batch = (Numbers(3).tensor::<2>([2, WIDTH], &device()), used.map(|used| used == 1).to_vec());

@@ -11,6 +11,7 @@ use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
 use super::LEVELS;
+use crate::common::checkpointing::own_by;
 use crate::common::models::device;
 use crate::common::reference::{all_same, filled, own, values};
 use crate::grad_norm::lm::{Batch, Kind, Lm, ROWS, WORDS, batch};
@@ -49,7 +50,7 @@ fn sgd() -> ModuleOptimizer {
 fn every_split_of_a_batch_gives_the_same_gradients() {
     let model = Kind { tied: true, frozen: false, dtype: DType::F32 }.init(&device());
     let trained = |world: &Rank, strategy: &Strategy, parts: Vec<Range<usize>>| {
-        let mut model = own(&model).parallelize(world, strategy)?;
+        let mut model = own_by(&model, strategy).parallelize(world, strategy)?;
         let step = model.step_micro_batches(parts.into_iter().map(rows), smoothed)?;
         let (loss, weight) = (step.loss.item(), step.weight);
         let step = step.clip_grad_norm(&model, Clip::never())?;
@@ -119,7 +120,7 @@ fn parameters_that_some_ranks_use() {
         launch::threads(3).run(|world| {
             let strategy = Strategy::new().with_engine(engine);
             let strategy = strategy.with_data(DataParallelConfig::new().with_sharding(sharding));
-            let mut model = own(&model).parallelize(&world, &strategy)?;
+            let mut model = own_by(&model, &strategy).parallelize(&world, &strategy)?;
             let rank = world.rank();
             let step = model.step(x(rank), |model, x| model.loss(x, rank == 0))?;
             Ok(values(&model.optimize(&mut sgd(), 0.5, step)?.assemble()?))

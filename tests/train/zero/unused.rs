@@ -12,6 +12,7 @@ use burn_parallel::train::{Engine, Strategy};
 use proptest::prelude::{Just, ProptestConfig, prop_oneof, proptest};
 
 use super::{config, wrap};
+use crate::common::checkpointing::{beside, is_demanded, on_checkpointing, own_for};
 use crate::common::models::{Numbers, device};
 use crate::common::reference::{Wholes, all_same, optimizer, own, values};
 use crate::zero_captured::branches::{Batch, WIDTH, layers, loss, trains_like_one};
@@ -56,7 +57,7 @@ fn run(
 ) -> (Vec<f64>, Wholes) {
     let threads = launch::threads(ranks).timeout(Duration::from_secs(30));
     let ran = threads.run(|world| {
-        let mut model = own(&make()).data_parallel(&world, config.clone())?;
+        let mut model = own_for(&make(), config).data_parallel(&world, config.clone())?;
         let mut optim = optimizer();
         let mut losses = Vec::new();
         for (step, of_ranks) in orders.iter().enumerate() {
@@ -135,7 +136,7 @@ fn a_loop_of_ones_own_trains_like_one_device() {
     let ran = |size: usize, config: DataParallelConfig| {
         let threads = launch::threads(size).timeout(Duration::from_secs(30));
         let ran = threads.run(|world| {
-            let mut model = own(&layers()).data_parallel(&world, config.clone())?;
+            let mut model = own_for(&layers(), &config).data_parallel(&world, config.clone())?;
             let mut optim = optimizer();
             for (step, of_ranks) in orders.iter().enumerate() {
                 if size > 1 && world.rank() == 1 {
@@ -150,7 +151,7 @@ fn a_loop_of_ones_own_trains_like_one_device() {
                 let grads = loop {
                     let Some(batch) = next.take() else { break model.backward_without_data()? };
                     next = losses.next();
-                    let loss = ordered(&model, batch);
+                    let loss = ordered(&model, beside(&model, batch));
                     match next {
                         Some(_) => model.accumulate(loss)?,
                         None => break model.backward(loss)?,
@@ -171,7 +172,8 @@ fn a_loop_of_ones_own_trains_like_one_device() {
 }
 
 fn layers_of(layers: &[Linear], order: &[usize]) -> Tensor<2> {
-    order.iter().fold(Tensor::ones([1, WIDTH], &device()), |x, place| layers[*place].forward(x))
+    let device = layers[0].weight.base().device();
+    order.iter().fold(Tensor::ones([1, WIDTH], &device), |x, place| layers[*place].forward(x))
 }
 
 /// Experts that are split by hand over an axis of their own: the ranks that share a replica use the same ones, and wait
@@ -185,6 +187,7 @@ fn experts_that_are_split_by_hand_train_like_one_device() {
             let (replicas, group) = (mesh.axis("dp")?, mesh.axis("tp")?);
             let expert = |seed| ParallelFeedForwardConfig::new(96, 130).with_seed(Some(seed)).init(&group, &device());
             let experts: Vec<ParallelFeedForward> = (0..4).map(expert).collect::<Result<_, _>>()?;
+            let experts = if is_demanded(&config) { on_checkpointing(experts) } else { experts };
             let mut model = experts.data_parallel(&replicas, config.clone())?;
             let mut optim = optimizer();
             let mut losses = Vec::new();
@@ -218,7 +221,7 @@ fn ranks_evaluate_each_its_own() {
     launch::threads(3)
         .timeout(Duration::from_secs(30))
         .run(|world| {
-            let mut model = own(&layers()).data_parallel(&world, allowing(Keep::Pass))?;
+            let mut model = own_for(&layers(), &allowing(Keep::Pass)).data_parallel(&world, allowing(Keep::Pass))?;
             let mut optim = optimizer();
             for turn in 0..3 {
                 let whole = model.assemble()?;
@@ -257,7 +260,8 @@ fn a_block_is_gathered_once_for_all_that_use_it() {
         launch::threads(3)
             .timeout(Duration::from_secs(30))
             .run(|world| {
-                let mut model = own(&layers()).data_parallel(&world, allowing(Keep::Pass))?;
+                let mut model =
+                    own_for(&layers(), &allowing(Keep::Pass)).data_parallel(&world, allowing(Keep::Pass))?;
                 for _ in 0..2 {
                     let before = model.counters();
                     let batch = || (input(0, 0, 0), orders[world.rank()].to_vec());
@@ -295,7 +299,7 @@ fn failures_end_all_ranks() {
             Ok(())
         }),
         ("of a copy of it from before a step", |_, copy| {
-            drop(copy[3].forward(input(0, 0, 0)));
+            drop(copy[3].forward(beside(copy, input(0, 0, 0))));
             Ok(())
         }),
         ("it left", |_, _| Err(Error::user("it left"))),
@@ -303,7 +307,7 @@ fn failures_end_all_ranks() {
     for (words, otherwise) in cases {
         let began = Instant::now();
         let ended = launch::threads(3).timeout(Duration::from_secs(20)).run(|world| {
-            let mut model = own(&layers()).data_parallel(&world, allowing(Keep::Pass))?;
+            let mut model = own_for(&layers(), &allowing(Keep::Pass)).data_parallel(&world, allowing(Keep::Pass))?;
             let mut optim = optimizer();
             let mut copy = model.clone();
             for step in 0..2 {
@@ -344,7 +348,7 @@ fn the_error_names_the_setting() {
 #[test]
 fn a_rank_that_waits_in_another_way_is_told_so() {
     let ended = launch::threads(2).timeout(Duration::from_secs(3)).run(|world| {
-        let model = own(&layers()).data_parallel(&world, allowing(Keep::Pass))?;
+        let model = own_for(&layers(), &allowing(Keep::Pass)).data_parallel(&world, allowing(Keep::Pass))?;
         drop(layers_of(&model, if world.rank() == 0 { &[0] } else { &[0, 1] }));
         world.barrier()
     });

@@ -5,6 +5,7 @@ use burn::prelude::*;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
+use crate::common::checkpointing::own_by;
 use crate::common::models::{Numbers, device};
 use crate::common::reference::{Wholes, all_same, filled, optimizer, own, values};
 
@@ -67,7 +68,7 @@ pub fn trains_like_one(ranks: usize, replicas: usize, strategy: &Strategy, what:
     let (told, expected) = alone(replicas);
     let threads = launch::threads(ranks).timeout(std::time::Duration::from_secs(30));
     let ran = threads.run(|world| {
-        let mut model = own(&layers()).parallelize(&world, strategy)?;
+        let mut model = own_by(&layers(), strategy).parallelize(&world, strategy)?;
         let replica = model.mesh().coordinate("dp")?;
         let mut optim = optimizer();
         for (step, (loss_of_all, norm_of_all)) in told.iter().enumerate() {

@@ -9,6 +9,7 @@ use burn::tensor::FloatDType;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
 
+use crate::common::checkpointing::own_by;
 use crate::common::models::{Numbers, device};
 use crate::common::reference::{Whole, filled, values};
 
@@ -119,7 +120,8 @@ fn waiting_is_counted() {
             launch::threads(2)
                 .run(|world| {
                     let data = DataParallelConfig::new().with_sharding(Sharding::Parameters).with_keep(keep);
-                    let mut model = layers().parallelize(&world, &captured(data).with_engine(engine))?;
+                    let strategy = captured(data).with_engine(engine);
+                    let mut model = own_by(&layers(), &strategy).parallelize(&world, &strategy)?;
                     let x = Numbers(3).tensor::<2>([3, WIDTHS[0][0]], &device());
                     let late = world.rank() == 0 && engine == Engine::Eager;
                     let step = model.step(x, |model, x| {

@@ -2,9 +2,18 @@
 
 use burn::tensor::{DType, Tensor};
 
-use super::Norm;
+use super::{PlainTensor, magnitude};
 use crate::Error;
-use crate::tensor::{PlainTensor, magnitude};
+
+/// How the size of a gradient is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Norm {
+    /// The root of the sum of the squares of all elements.
+    #[default]
+    L2,
+    /// The largest magnitude.
+    Infinity,
+}
 
 /// A sum of squares above this is taken apart, so that no sum over the ranks overflows.
 const LARGE: f64 = 1e300;
@@ -12,7 +21,7 @@ const LARGE: f64 = 1e300;
 /// How large something is: under [`Norm::L2`] its sum of squares, `unit * unit * sum`, taken apart since that may
 /// overflow; under [`Norm::Infinity`] the `unit`.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct PartialNorm {
+pub(crate) struct PartialNorm {
     pub unit: f64,
     pub sum: f64,
 }
@@ -58,7 +67,7 @@ impl PartialNorm {
 ///
 /// # Errors
 /// [`Error::UnsupportedDType`] if one has no plain floats; [`Error::InvalidArgument`] if a device cannot be read.
-pub(super) fn sizes(tensors: &[&PlainTensor], norm: Norm) -> Result<Vec<PartialNorm>, Error> {
+pub(crate) fn sizes(tensors: &[&PlainTensor], norm: Norm) -> Result<Vec<PartialNorm>, Error> {
     if tensors.iter().all(|tensor| tensor.on_flex()) {
         return tensors.iter().map(|tensor| on_host(tensor, norm)).collect();
     }
