@@ -130,7 +130,7 @@ impl<E: StepEngine> Replica<E> {
             let measured = gradients.into_iter().map(|(id, sum)| (sum, !carrier.elsewhere.contains(id)));
             carrier.numbers(&measured.collect::<Vec<_>>())
         });
-        let ([loss, weight], noise, sizes) = total(&losses, sums.weight, noise, sizes, shards.replicas())?;
+        let Total { loss, weight, noise, sizes } = Total::of(&losses, sums.weight, noise, sizes, shards.replicas())?;
         let noise = noise.unwrap_or_else(|| NoiseState::None(turn.err().unwrap_or(NoNoise::Off)));
         self.steps += 1;
         let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
@@ -156,30 +156,42 @@ impl<E: StepEngine> Replica<E> {
     }
 }
 
-/// The mean loss over everything that made up the step and its weight, what the gradients say of their noise, if they
-/// were measured, and the sums of the numbers of their sizes.
-fn total(
-    losses: &[(Tensor<1>, f64)],
+/// What all replicas together know of a step.
+struct Total {
+    /// The mean loss over everything that made it up, and its weight.
+    loss: f64,
     weight: f64,
-    noise: Option<([f64; noise_meter::NUMBERS], f64)>,
+    /// What the gradients say of their noise, if they were measured.
+    noise: Option<NoiseState>,
+    /// The sums of the numbers of their sizes.
     sizes: Vec<f64>,
-    control: &Communicator,
-) -> Result<([f64; 2], Option<NoiseState>, Vec<f64>), Error> {
-    let sum: f64 = losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
-    let mut own = vec![sum, weight];
-    if let Some((noise, shared)) = noise {
-        own.push(shared);
-        own.extend(noise);
-    }
-    let numbers = own.len();
-    own.extend(sizes);
-    let mut sums = control.all_reduce(own, ReduceOp::Sum)?;
-    let sizes = sums.split_off(numbers);
-    match sums[..] {
-        [sum, weight] => Ok(([sum / weight, weight], None, sizes)),
-        [sum, weight, 0.0, ref noise @ ..] => Ok(([sum / weight, weight], Some(noise_meter::of_sums(noise)), sizes)),
-        [sum, weight, ..] => Ok(([sum / weight, weight], Some(NoiseState::None(NoNoise::BetweenStages)), sizes)),
-        _ => Err(Error::invalid("step", "the losses of the replicas came back incomplete")),
+}
+
+impl Total {
+    fn of(
+        losses: &[(Tensor<1>, f64)],
+        weight: f64,
+        noise: Option<([f64; noise_meter::NUMBERS], f64)>,
+        sizes: Vec<f64>,
+        control: &Communicator,
+    ) -> Result<Self, Error> {
+        let sum: f64 = losses.iter().map(|(loss, by)| loss.clone().into_scalar::<f64>() * by).sum();
+        let mut own = vec![sum, weight];
+        if let Some((noise, shared)) = noise {
+            own.push(shared);
+            own.extend(noise);
+        }
+        let numbers = own.len();
+        own.extend(sizes);
+        let mut sums = control.all_reduce(own, ReduceOp::Sum)?;
+        let sizes = sums.split_off(numbers);
+        let (loss, weight, noise) = match sums[..] {
+            [sum, weight] => (sum, weight, None),
+            [sum, weight, 0.0, ref noise @ ..] => (sum, weight, Some(noise_meter::of_sums(noise))),
+            [sum, weight, ..] => (sum, weight, Some(NoiseState::None(NoNoise::BetweenStages))),
+            _ => return Err(Error::invalid("step", "the losses of the replicas came back incomplete")),
+        };
+        Ok(Self { loss: loss / weight, weight, noise, sizes })
     }
 }
 
