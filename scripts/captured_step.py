@@ -79,6 +79,7 @@ def table(found, before):
         print(f"| {way} | " + " | ".join(cells) + " |")
     one = ["captured, operation by operation", "eager burn", "PyTorch", "PyTorch, compiled"]
     pairs = [("captured, fused", over) for over in one] + [(way, f"PyTorch, {way}") for way in WALL]
+    pairs += [("captured, fused", "each of two ranks, fused"), ("each of two replicas, fused", "captured, fused")]
     for way, over in pairs:
         if any(over in found[name] for name in names):
             ratios = (f"{found[name][way] / found[name][over]:.2f}" if over in found[name] else "-" for name in names)

@@ -4,6 +4,10 @@
 //! for 32 rows that takes as long as all the rest, and for 1024 a tenth of it, where the lines clash in the first
 //! cache. Here few rows are multiplied without packing, and for others such a matrix is put the right way round first,
 //! in [panels](Panel) that stay in the caches.
+//!
+//! Whatever parts a product is made in, its elements are the same to the last bit: ranks with other numbers of threads
+//! compute the same. So [which way](Way) a part is made depends on the whole product, `gemm` adds up as many terms at
+//! once as it does for any size, and no part is so small that it has another order for it.
 
 use std::cell::Cell;
 use std::ops::{Add, Range};
@@ -18,17 +22,18 @@ const MANY_ELEMENTS: usize = 64 * 1024;
 /// Bytes: of columns that begin so far apart, or a multiple of it, the first cache has no room for as many lines as
 /// `gemm` packs at once.
 const CLASHING: usize = 2048;
-/// The most rows and elements of a panel of a transposed matrix: as many as `gemm` adds up at once, and as fit into
-/// the second cache.
+/// The most terms that are added up at once. Of more than that, how many `gemm` takes depends on rows and columns.
 const DEPTH: usize = 512;
+/// Elements of a panel of a transposed matrix, but for some more columns: as many as fit into the second cache.
 const OF_PANEL: usize = 256 * 1024;
+/// Of fewer rows or columns than this `gemm` may add up in another order.
+pub(super) const UNIT: usize = 16;
 thread_local! {
     /// A panel's memory, which stays with the thread: that of steps is for what is there for longer.
     static PANEL: Cell<Vec<u64>> = const { Cell::new(Vec::new()) };
 }
 
-/// Gives work the memory of a panel of so many elements. What this thread does while it waits within that finds none,
-/// and takes memory of its own.
+/// Gives work the memory of a panel of so many elements.
 fn with_panel<T>(elements: usize, work: impl FnOnce(*mut T)) {
     let mut memory = PANEL.take();
     let words = (elements * size_of::<T>()).div_ceil(size_of::<u64>());
@@ -79,6 +84,26 @@ impl<T> Strided<T> {
     }
 }
 
+/// Ranges of about so many that are all of `whole`, in order, as large as each other but for less than two [`UNIT`]s, at
+/// whose multiples they begin; none is shorter than one, if `whole` is not.
+pub(super) fn spans(whole: usize, size: usize) -> impl Iterator<Item = Range<usize>> + Clone {
+    let units = whole / UNIT;
+    let number = whole.div_ceil(size.max(1)).min(units).max(usize::from(whole > 0));
+    let begin = move |place: usize| if place == number { whole } else { (place * units + number / 2) / number * UNIT };
+    (0..number).map(move |place| begin(place)..begin(place + 1))
+}
+
+/// How a product is made.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Way {
+    /// By `gemm` alone.
+    AsItLies,
+    /// Column by column, so that `gemm` reads the right matrix along its memory.
+    ByColumns,
+    /// In [panels](Panel) of the right matrix, which lies column by column.
+    ByPanels,
+}
+
 /// One product: of `rows x inner` by `inner x columns`.
 #[derive(Debug)]
 pub(crate) struct Product<T> {
@@ -97,42 +122,49 @@ impl<T: Multiplied> Product<T> {
         self.rows.saturating_mul(self.columns).saturating_mul(self.inner)
     }
 
+    /// The way in which it takes the least time.
+    pub(crate) fn way(&self) -> Way {
+        let Self { rows, inner, columns, ref right, .. } = *self;
+        let is_transposed = right.row == 1 && right.column.unsigned_abs() > 1;
+        let is_packed_slowly = is_transposed && columns * inner >= MANY_ELEMENTS && T::READ_AS_THEY_LIE;
+        let clashes = (right.column.unsigned_abs() * size_of::<T>()).is_multiple_of(CLASHING);
+        match is_packed_slowly {
+            true if clashes && rows >= FEW_ROWS.end => Way::ByPanels,
+            true if FEW_ROWS.contains(&rows) => Way::ByColumns,
+            _ => Way::AsItLies,
+        }
+    }
+
     /// Writes every element, or adds to it, on this thread, in rows that are so far apart. Without additions nothing is
-    /// read there.
+    /// read there. `way` is that of the whole product, of which this may be a part.
     ///
     /// # Safety
     /// The factors have their elements. `out` has a place for each element that nobody else has, and there is something
     /// in it if that is added to.
-    pub(crate) unsafe fn write(&self, out: *mut T, row_stride: usize) {
-        let Self { rows, inner, columns, ref right, .. } = *self;
-        if rows * columns == 0 {
+    pub(crate) unsafe fn write(&self, way: Way, out: *mut T, row_stride: usize) {
+        if self.rows * self.columns == 0 {
             return;
         }
-        let is_transposed = right.row == 1 && right.column.unsigned_abs() > 1;
-        let is_packed_slowly = is_transposed && columns * inner >= MANY_ELEMENTS && T::READ_AS_THEY_LIE;
-        let clashes = (right.column.unsigned_abs() * size_of::<T>()).is_multiple_of(CLASHING);
-        if is_packed_slowly && clashes && rows >= FEW_ROWS.end {
-            // SAFETY: as the caller says.
-            return unsafe { self.by_panels(out, row_stride) };
+        // SAFETY: as the caller says.
+        unsafe {
+            match way {
+                Way::AsItLies => self.gemm(out, [row_stride as isize, 1], self.adds),
+                Way::ByColumns => self.by_columns(out, row_stride),
+                Way::ByPanels => self.by_panels(out, row_stride),
+            }
         }
-        if is_packed_slowly && FEW_ROWS.contains(&rows) {
-            // SAFETY: the same.
-            return unsafe { self.by_columns(out, row_stride) };
-        }
-        // SAFETY: the same.
-        unsafe { self.gemm(out, [row_stride as isize, 1], self.adds) }
     }
 
-    /// As [`write`](Self::write), column by column, so that `gemm` reads the right matrix along its memory.
+    /// [`Way::ByColumns`].
     ///
     /// # Safety
     /// That of `write`.
     unsafe fn by_columns(&self, out: *mut T, row_stride: usize) {
         let Self { rows, inner, columns, left, right, adds } = *self;
-        let width = (OF_PANEL / rows).min(columns);
-        with_panel(rows * width, |first: *mut T| {
-            for begin in (0..columns).step_by(width) {
-                let columns = width.min(columns - begin);
+        let width = (OF_PANEL / rows).next_multiple_of(UNIT);
+        with_panel(rows * columns.min(width + UNIT), |first: *mut T| {
+            for span in spans(columns, width) {
+                let (begin, columns) = (span.start, span.len());
                 let right = right.turned().below(begin).turned();
                 let product = Product { rows, inner, columns, left, right, adds: false };
                 let by_column = Strided { first: first.cast_const(), row: 1, column: rows as isize };
@@ -159,18 +191,18 @@ impl<T: Multiplied> Product<T> {
         });
     }
 
-    /// As [`write`](Self::write), where the right matrix lies column by column.
+    /// [`Way::ByPanels`].
     ///
     /// # Safety
     /// That of `write`.
     unsafe fn by_panels(&self, out: *mut T, row_stride: usize) {
         let Self { rows, inner, columns, left, right, adds } = *self;
         let depth = DEPTH.min(inner);
-        let width = (OF_PANEL / depth).min(columns);
-        with_panel(depth * width, |first: *mut T| {
-            for column in (0..columns).step_by(width) {
+        let width = (OF_PANEL / depth).next_multiple_of(UNIT);
+        with_panel(depth * columns.min(width + UNIT), |first: *mut T| {
+            for span in spans(columns, width) {
                 for row in (0..inner).step_by(depth) {
-                    let columns = width.min(columns - column);
+                    let (column, columns) = (span.start, span.len());
                     let panel = Panel { first, rows: depth.min(inner - row), columns, apart: columns };
                     let product = Product {
                         rows,
@@ -205,30 +237,35 @@ impl<T: Multiplied> Product<T> {
     /// # Safety
     /// That of `write`.
     unsafe fn gemm(&self, out: *mut T, [row, column]: [isize; 2], adds: bool) {
-        let Self { rows, inner, columns, ref left, ref right, .. } = *self;
-        // SAFETY: as the caller says.
-        unsafe {
-            gemm::gemm(
-                rows,
-                columns,
-                inner,
-                out,
-                column,
-                row,
-                adds,
-                left.first,
-                left.column,
-                left.row,
-                right.first,
-                right.column,
-                right.row,
-                if adds { T::ONE } else { T::ZERO },
-                T::ONE,
-                false,
-                false,
-                false,
-                gemm::Parallelism::None,
-            );
+        let Self { rows, inner, columns, left, right, .. } = *self;
+        // Of nothing it writes zeros.
+        for begin in (0..inner.max(1)).step_by(DEPTH) {
+            let (left, right) = (left.turned().below(begin).turned(), right.below(begin));
+            let adds = adds || begin > 0;
+            // SAFETY: as the caller says, of some columns of the left matrix and the same rows of the right one.
+            unsafe {
+                gemm::gemm(
+                    rows,
+                    columns,
+                    DEPTH.min(inner - begin),
+                    out,
+                    column,
+                    row,
+                    adds,
+                    left.first,
+                    left.column,
+                    left.row,
+                    right.first,
+                    right.column,
+                    right.row,
+                    if adds { T::ONE } else { T::ZERO },
+                    T::ONE,
+                    false,
+                    false,
+                    false,
+                    gemm::Parallelism::None,
+                );
+            }
         }
     }
 }
@@ -263,7 +300,7 @@ mod tests {
             let before = if adds { numbers(rows * row_stride, 0.75) } else { vec![f32::NAN; rows * row_stride] };
             let mut out = before.clone();
             // SAFETY: all of them are that large.
-            unsafe { product.write(out.as_mut_ptr(), row_stride) };
+            unsafe { product.write(product.way(), out.as_mut_ptr(), row_stride) };
             for place in 0..rows * row_stride {
                 let (at, to) = (place / row_stride, place % row_stride);
                 if to >= columns {

@@ -307,12 +307,21 @@ fn products_that_are_swapped() {
     let worst = apart(&both(inputs, |(x, y, z, batch): (Tensor<3>, Tensor<3>, Tensor<3>, Tensor<3>)| {
         let turned = x.clone().matmul(y.clone()).swap_dims(1, 2);
         let flat: Tensor<2> = x.clone().abs().matmul(y.clone()).reshape([9, 14]).transpose();
+        // Of what is under other dims the product is kept, or those dims are.
+        let [under, other] = [0.5, 2.0].map(|factor| {
+            let product = (x.clone() * factor).matmul(y.clone());
+            (product.clone(), product.reshape([9, 14]))
+        });
         let (kept, read) = (x.clone().tanh().matmul(y.clone()), x.exp().matmul(y.clone()));
         let of_batch = batch.matmul(y.expand([3, 33, 14])).swap_dims(1, 2);
         vec![
             turned.clone(),
             turned + 1.0,
             flat.unsqueeze::<3>() * 2.0,
+            under.1.transpose().unsqueeze::<3>() * 2.0,
+            under.0,
+            other.1.clone().transpose().unsqueeze::<3>() * 2.0,
+            other.1.unsqueeze::<3>() + 1.0,
             kept.clone().swap_dims(1, 2) - kept.clone().swap_dims(1, 2).exp(),
             kept,
             read.swap_dims(1, 2).matmul(z),

@@ -12,4 +12,5 @@ mod fused;
 mod parity;
 mod products;
 mod shard;
+mod shared_factors;
 mod token_loss;

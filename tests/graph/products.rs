@@ -5,7 +5,7 @@ use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::prelude::*;
 use burn::tensor::{FloatDType, activation};
-use burn_parallel::graph::{CustomOps, Executor, Forward, capture_forward, capture_step};
+use burn_parallel::graph::{CustomOps, Executor, Forward, TensorTree, capture_forward, capture_step};
 
 use crate::common::fill::filled;
 use crate::common::models::*;
@@ -105,14 +105,22 @@ impl Block {
     }
 }
 
-/// Losses, gradients and parameters of each step.
 fn trains_as_eager_burn(what: &str, model: &Block, kind: Kind) {
     let batch = |step: usize| Numbers(step as u64).tensor::<3>([2, 7, WIDTH], &device());
-    let loss = |model: &Block, x| model.loss(x, kind);
-    let expected = alone(model, STEPS, batch, loss);
+    captured_as_alone(what, model, batch, |model, x| model.loss(x, kind));
+}
+
+/// Losses, gradients and parameters of each step.
+pub fn captured_as_alone<M: Module, I: TensorTree>(
+    what: &str,
+    model: &M,
+    batch: impl Fn(usize) -> I,
+    loss: impl Fn(&M, I) -> Tensor<1>,
+) {
+    let expected = alone(model, STEPS, &batch, &loss);
     for fusion in [true, false] {
         let (mut model, mut optim) = (own(model), optimizer());
-        let graph = capture_step(&model, batch(0), loss).unwrap();
+        let graph = capture_step(&model, batch(0), &loss).unwrap();
         let mut executor = Executor::new(graph, CustomOps::new().with_fusion(fusion)).unwrap();
         for (step, expected) in expected.iter().enumerate() {
             let found = executor.step(&model, batch(step)).unwrap();

@@ -251,6 +251,11 @@ mod tests {
     fn factors_that_are_there_and_factors_that_are_not() {
         assert_eq!(of_forward(FloatDType::F32, |[x, w, _]| x.matmul(w.transpose())), (vec![2], 0), "a view of one");
         assert_eq!(of_forward(FloatDType::F64, |[x, w, _]| x.matmul(w)), (vec![2], 0));
+        let views = |[x, w, _]: [Tensor<2>; 3]| {
+            let turned = w.transpose().reshape([2, 8]).transpose().reshape([4, 4]);
+            x.clone().matmul(turned.clone()) + x.matmul(turned.transpose()).exp()
+        };
+        assert_eq!(of_forward(FloatDType::F32, views), (vec![3], 0), "views of a view");
         assert_eq!(of_forward(FloatDType::F32, |[x, _, first]| x.matmul(first)), (vec![], 2), "the other product");
         assert_eq!(of_forward(FloatDType::F32, |[x, _, first]| x.matmul(first.transpose())), (vec![], 2));
         assert_eq!(of_forward(FloatDType::F32, |[x, w, _]| x.matmul(w.exp())), (vec![], 2), "made later");

@@ -130,7 +130,7 @@ impl<'a, T: Multiplied + Element + bytemuck::Pod> ProductBatch<'a, T> {
             // with something in it if that is added to; those of the part are nobody else's.
             unsafe {
                 let out = out.add(number * rows * columns + part.rows.start * columns + part.columns.start);
-                product.part(part).write(out, columns);
+                product.part(part).write(product.way(), out, columns);
             }
         }
     }
@@ -253,6 +253,56 @@ mod tests {
         let flipped = numbers([2, 6, 5], dtype).flip([1, 2]);
         compare("flipped", flipped, numbers([2, 5, 3], dtype));
         compare("expanded", numbers([1, 6, 1], dtype).expand([4, 6, 5]), numbers([4, 5, 3], dtype));
+    }
+
+    /// Products and sums of products of odd sizes, of batches and transposed factors, each in parts among those of the
+    /// others.
+    #[test]
+    fn several_at_once_on_several_threads() {
+        for dtype in [DType::F32, DType::F64] {
+            let swapped = |dims| numbers::<3>(dims, dtype).swap_dims(1, 2);
+            let terms: Vec<Vec<[Tensor<3>; 2]>> = vec![
+                vec![[numbers([3, 67, 130], dtype), numbers([3, 130, 131], dtype)]],
+                vec![[numbers([3, 67, 130], dtype), numbers([1, 130, 19], dtype)]],
+                vec![[numbers([1, 67, 130], dtype), swapped([2, 1001, 130])]],
+                vec![[swapped([1, 300, 253]), swapped([1, 65, 300])]],
+                vec![
+                    [numbers([1, 149, 120], dtype), swapped([1, 701, 120])],
+                    [swapped([1, 33, 149]), numbers([1, 33, 701], dtype)],
+                    [numbers([1, 149, 7], dtype), numbers([1, 7, 701], dtype)],
+                ],
+            ];
+            let sum = |terms: &Vec<[Tensor<3>; 2]>| {
+                terms.iter().map(|[left, right]| left.clone().matmul(right.clone())).reduce(|a, b| a + b).unwrap()
+            };
+            let expected: Vec<Tensor<3>> = terms.iter().map(sum).collect();
+            let flex = |tensor: &Tensor<3>| PlainTensor::from(tensor.clone()).into_flex().unwrap();
+            let factors: Vec<Vec<[FlexTensor; 2]>> =
+                terms.iter().map(|terms| terms.iter().map(|factors| factors.each_ref().map(flex)).collect()).collect();
+            let dims: Vec<[usize; 3]> = expected.iter().map(Tensor::dims).collect();
+            let mut alone: Vec<TensorData> = Vec::new();
+            for threads in [1, 2, 3, 5, 8] {
+                let made = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| {
+                    let pool = Pool::of_thread();
+                    let wanted = factors.iter().zip(&dims).map(|(factors, dims)| WantedProduct {
+                        factors: factors.iter().map(|[left, right]| [left, right]).collect(),
+                        dims,
+                        room: pool.room(dims.iter().product::<usize>() * dtype.size()),
+                    });
+                    multiply(wanted.collect(), dtype)
+                });
+                let made = made.into_iter().map(|made| PlainTensor::from_flex(made).float::<3>().unwrap());
+                for (number, (expected, made)) in expected.iter().zip(made).enumerate() {
+                    assert_eq!((made.dims(), made.dtype()), (expected.dims(), dtype));
+                    let worst = (made.clone() - expected.clone()).abs().max().into_scalar::<f64>();
+                    assert!(worst <= 1e-4, "{dtype:?}, {number} on {threads} threads: apart by {worst}");
+                    match threads {
+                        1 => alone.push(made.into_data()),
+                        _ => assert_eq!(made.into_data(), alone[number], "{dtype:?}, {number} on {threads} threads"),
+                    }
+                }
+            }
+        }
     }
 
     #[test]
