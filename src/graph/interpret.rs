@@ -79,15 +79,15 @@ impl Interpreter {
             let (out, left, right) = (&product.out, get(&product.lhs)?, get(&product.rhs)?);
             let factors = vec![[&left, &right]];
             let wanted = WantedProduct { factors, dims: &out.shape, room: memory.room(out) };
-            (out, multiply(vec![wanted], out.dtype))
+            (out, multiply(vec![wanted], out.dtype).remove(0))
         } else if let Some(cat) = cat(op).filter(|cat| assembles(cat)) {
             let (out, parts) = (&cat.out, cat.tensors.iter().map(get).collect::<Result<Vec<_>, _>>()?);
-            (out, vec![assemble(&parts, cat.dim, &out.shape, out.dtype, memory.room(out))])
+            (out, assemble(&parts, cat.dim, &out.shape, out.dtype, memory.room(out)))
         } else {
             self.backend.run(op.clone());
             return Ok(());
         };
-        made.into_iter().try_for_each(|made| self.backend.bind(out.id, PlainTensor::from_flex(made)))
+        self.backend.bind(out.id, PlainTensor::from_flex(made))
     }
 
     /// The value of a tensor, taken out if its status says so.

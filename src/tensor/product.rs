@@ -84,8 +84,8 @@ impl<T> Strided<T> {
     }
 }
 
-/// Ranges of about so many that are all of `whole`, in order, as large as each other but for less than two [`UNIT`]s, at
-/// whose multiples they begin; none is shorter than one, if `whole` is not.
+/// Ranges of about so many that are all of `whole`, in order, as large as each other but for less than two [`UNIT`]s,
+/// at whose multiples they begin; none is shorter than one, if `whole` is not.
 pub(super) fn spans(whole: usize, size: usize) -> impl Iterator<Item = Range<usize>> + Clone {
     let units = whole / UNIT;
     let number = whole.div_ceil(size.max(1)).min(units).max(usize::from(whole > 0));

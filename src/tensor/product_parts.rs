@@ -168,8 +168,8 @@ mod tests {
         assert_eq!([false, true].map(|several| most(3, 120 * LEAST, several)), [20 * LEAST, 10 * LEAST]);
     }
 
-    /// Into rows with something between them, and onto what is there: to the bit what one thread makes, on any number of
-    /// them. The last four are made by panels or column by column where the right factor is turned.
+    /// Into rows with something between them, and onto what is there: to the bit what one thread makes, on any number
+    /// of them. The last five are made by panels or column by column where the right factor is turned.
     fn compare<T: Multiplied + Send + bytemuck::Pod>(of: fn(f32) -> T) {
         let few = [[131, 129, 130], [1, 700, 3001], [128, 768, 128], [33, 1500, 64], [2100, 513, 17], [15, 5000, 256]];
         let many = [[17, 513, 257], [3, 1800, 2938], [517, 256, 19], [200, 512, 1025], [321, 1536, 450]];

@@ -12,6 +12,7 @@ use super::super::custom::CustomOps;
 use super::super::graph_error;
 use super::super::instruction::Item;
 use super::super::operation::{Class, build, matmul, reshape, swap_dims};
+use super::fusion_group::LONGEST;
 use super::multiply::{WantedProduct, multiplies, multiply};
 use crate::tensor::PlainTensor;
 
@@ -58,7 +59,8 @@ struct ProductGrouping {
     open: Option<OpenGroup>,
 }
 
-/// The program with products of one left factor as one operation each, if no other product is between them.
+/// The program with products of one left factor as one operation each, if no other product and no more than [`LONGEST`]
+/// places are between them: what a product gives is in memory until it is read.
 pub(super) fn products_grouped(items: Vec<Item>) -> Vec<Item> {
     let mut grouping = ProductGrouping::default();
     items.into_iter().for_each(|item| grouping.take(item));
@@ -74,7 +76,7 @@ impl ProductGrouping {
             Item::Run(op) => match matmul(&op).filter(|product| multiplies(product.out.dtype)) {
                 Some(product) => self.take_product(product.clone(), place),
                 None => {
-                    if matmul(&op).is_some() || Class::of(&op) == Class::Custom {
+                    if matches!(Class::of(&op), Class::Product | Class::Custom) {
                         self.close();
                     }
                     self.makers.extend(op.outputs().map(|out| (out.id, place)));
@@ -139,7 +141,8 @@ impl ProductGrouping {
     fn views_ahead(&self, product: &MatmulOpIr, left: &(TensorId, Vec<usize>)) -> Option<Vec<usize>> {
         let group = self.open.as_ref()?;
         let dtype = group.products.first()?.out.dtype;
-        if group.left != *left || group.products.len() == MOST || product.out.dtype != dtype {
+        let is_far = self.done.len() > group.place + LONGEST;
+        if group.left != *left || group.products.len() == MOST || product.out.dtype != dtype || is_far {
             return None;
         }
         let mut views = Vec::new();
@@ -176,6 +179,8 @@ mod tests {
     use burn::module::Module;
     use burn::nn::{Linear, LinearConfig};
     use burn::prelude::*;
+    use burn::tensor::module::conv1d;
+    use burn::tensor::ops::ConvOptions;
     use burn::tensor::{FloatDType, activation};
 
     use super::super::super::{Executor, capture_forward, capture_step};
@@ -210,7 +215,7 @@ mod tests {
             layers.iter().map(|layer| layer.forward(x.clone()).powi_scalar(2).mean()).reduce(|a, b| a + b).unwrap()
         };
         for bias in [false, true] {
-            // The gradients of weights are there one after the other.
+            // Products that give gradients of weights have another left factor each.
             assert_eq!(of_step(&layers(&[6, 2, 2], bias), each), (vec![3], 3), "queries, keys, values");
             assert_eq!(of_step(&layers(&[17, 17], bias), each), (vec![2], 2), "gate and up");
             assert_eq!(of_step(&layers(&[3; 6], bias), each), (vec![4, 2], 6), "not too many at once");
@@ -261,5 +266,22 @@ mod tests {
         assert_eq!(of_forward(FloatDType::F32, |[x, w, _]| x.matmul(w.exp())), (vec![], 2), "made later");
         assert_eq!(of_forward(FloatDType::F32, |[x, w, _]| x.transpose().matmul(w)), (vec![], 2), "another factor");
         assert_eq!(of_forward(FloatDType::BF16, |[x, w, _]| x.matmul(w)), (vec![], 2), "burn multiplies these");
+    }
+
+    #[test]
+    fn what_is_far_away_is_made_where_it_is_read() {
+        let behind = |others: usize| {
+            of_forward(FloatDType::F32, |[x, w, _]| {
+                let other = (0..others).fold(w.clone(), |other, _| other.sin());
+                x.matmul(w) + other
+            })
+        };
+        assert_eq!([behind(LONGEST - 1), behind(LONGEST)], [(vec![2], 0), (vec![], 2)]);
+        let behind_convolution = |[x, w, _]: [Tensor<2>; 3]| {
+            let options = ConvOptions::new([1], [0], [1], 1);
+            let other = conv1d(x.clone().unsqueeze(), w.clone().unsqueeze_dim(2), None, options);
+            x.matmul(w) + other.squeeze_dim(0)
+        };
+        assert_eq!(of_forward(FloatDType::F32, behind_convolution), (vec![], 2));
     }
 }
