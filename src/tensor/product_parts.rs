@@ -34,10 +34,7 @@ where
         return parts(usize::MAX).for_each(run);
     }
     let number = if several { 2 * OF_THREAD * threads } else { OF_THREAD * threads };
-    let parts: Vec<P> = parts((all / number).max(LEAST)).collect();
-    // Small ones some at a time.
-    let together = parts.len().div_ceil(2 * number);
-    parts.into_par_iter().with_min_len(together).for_each(run);
+    parts((all / number).max(LEAST)).collect::<Vec<P>>().into_par_iter().for_each(run);
 }
 
 /// The parts of a product of so many rows and columns: their longer side is halved until none takes more than `most`

@@ -1,6 +1,8 @@
 //! Products of tensors in host memory, several at a time and as sums of some, into memory that was used before and that
 //! nobody zeroes first. On several threads they are made in [parts](product_parts()), of all of them together.
 
+use std::ops::Range;
+
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{DType, Element, Shape};
 
@@ -144,12 +146,16 @@ fn multiply_as<T: Multiplied + Element + bytemuck::Pod>(sums: Vec<WantedProduct<
     let parts = |most| {
         batches.iter().flat_map(move |batch| {
             let parts = product_parts([batch.rows, batch.columns], batch.inner(), most);
-            (0..batch.number()).flat_map(move |number| parts.clone().map(move |part| (batch, number, part)))
+            // Small ones some at a time.
+            let (number, together) = (batch.number(), (most / batch.work().max(1)).max(1));
+            let numbers =
+                (0..number).step_by(together).map(move |first| first..number.min(first.saturating_add(together)));
+            numbers.flat_map(move |numbers| parts.clone().map(move |part| (batch, numbers.clone(), part)))
         })
     };
-    // SAFETY: parts have no element in common.
-    run_parts(all, batches.len() > 1, parts, |(batch, number, part): (&ProductBatch<'_, T>, _, _)| unsafe {
-        batch.write(number, &part)
+    run_parts(all, batches.len() > 1, parts, |(batch, numbers, part): (&ProductBatch<'_, T>, Range<usize>, _)| {
+        // SAFETY: parts have no element in common.
+        numbers.for_each(|number| unsafe { batch.write(number, &part) });
     });
     drop(batches);
     let made = |sum: WantedProduct<'_>| {
@@ -266,6 +272,7 @@ mod tests {
                 vec![[numbers([3, 67, 130], dtype), numbers([1, 130, 19], dtype)]],
                 vec![[numbers([1, 67, 130], dtype), swapped([2, 1001, 130])]],
                 vec![[swapped([1, 300, 253]), swapped([1, 65, 300])]],
+                vec![[numbers([1001, 8, 40], dtype), numbers([1001, 40, 9], dtype)]],
                 vec![
                     [numbers([1, 149, 120], dtype), swapped([1, 701, 120])],
                     [swapped([1, 33, 149]), numbers([1, 33, 701], dtype)],
