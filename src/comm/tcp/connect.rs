@@ -39,12 +39,11 @@ pub(super) fn connect(rendezvous: &Rendezvous) -> Result<Vec<Option<TcpStream>>,
     }
     streams.push(None);
     let host = rendezvous.hosted_by(rank, own);
-    let (mut clients, outcome) = host.receive(&listener, rank + 1..size, |client| {
+    let mut clients = host.receive(&listener, rank + 1..size, |client| {
         let other = client.blob != world[..];
         other.then(|| format!("rank {} was at another rendezvous than rank {rank}", client.rank))
-    });
-    host.reply(&mut clients, outcome.as_ref().map(|()| &[][..]));
-    outcome?;
+    })?;
+    host.reply(&mut clients, Ok(&[]));
     streams.extend(clients.into_iter().map(|client| Some(client.stream)));
     Ok(streams)
 }

@@ -96,24 +96,81 @@ fn another_secret() {
     assert_eq!(zero.join().unwrap().unwrap(), [b"zero".to_vec(), b"one".to_vec()]);
 }
 
+/// What rank 0 of 3 says, and others that do not go with it, of which each is so many of so many, and then rank 2,
+/// which comes when all of these have been told.
+fn contradict(others: &[(usize, usize)]) -> Vec<Result<Vec<Vec<u8>>, Error>> {
+    let port = free_port();
+    let come = |rank, size| thread::spawn(move || at(rank, size, port, LONG).all_gather(&blob(rank)));
+    let zero = come(0, 3);
+    let others: Vec<_> = others.iter().map(|(rank, size)| come(*rank, *size)).collect();
+    let mut said: Vec<_> = others.into_iter().map(|other| other.join().unwrap()).collect();
+    let began = Instant::now();
+    said.push(come(2, 3).join().unwrap());
+    assert!(began.elapsed() < LONG / 2, "who comes late is told at once");
+    said.push(zero.join().unwrap());
+    assert!(began.elapsed() < Duration::from_secs(8), "rank 0 waits for nobody else");
+    said
+}
+
 #[test]
 fn ranks_that_contradict_each_other() {
+    for said in contradict(&[(1, 3), (1, 3)]) {
+        fails(&said, &["two processes say that they are rank 1 of 3"]);
+    }
+    for said in contradict(&[(1, 2)]) {
+        fails(&said, &["rank 1 is of a world of 2 ranks, rank 0 of one of 3"]);
+    }
     let port = free_port();
-    // Rank 2 never comes, so that the second rank 1 does not come too late.
-    let results = meet(vec![at(0, 3, port, LONG), at(1, 3, port, LONG), at(1, 3, port, LONG)]);
-    results.iter().for_each(|result| fails(result, &["two processes say that they are rank 1 of 3"]));
-    let port = free_port();
-    let results = meet(vec![at(0, 3, port, LONG), at(1, 2, port, LONG)]);
-    results.iter().for_each(|result| fails(result, &["rank 1 is of a world of 2 ranks, rank 0 of one of 3"]));
     fails(&at(3, 3, port, LONG).all_gather(&[]), &["rank 3 does not exist in a world of 3"]);
     fails(&at(1, 2, port, LONG).all_gather(&vec![0; (1 << 20) + 1]), &["1048577 bytes"]);
 }
 
+/// A rank that has been greeted when another is refused is told as well.
+#[test]
+fn who_is_in_the_door_is_told_why_nobody_meets() {
+    let port = free_port();
+    let zero = thread::spawn(move || at(0, 3, port, LONG).all_gather(b"zero"));
+    let door = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let there = door.local_addr().unwrap().port();
+    let two = thread::spawn(move || at(2, 3, there, LONG).all_gather(b"two"));
+    let (mut outside, mut inside, mut greeting) = (door.accept().unwrap().0, connect(port), [0; 40]);
+    inside.read_exact(&mut greeting).unwrap();
+    let refused = ["rank 1 is of a world of 2 ranks, rank 0 of one of 3"];
+    fails(&at(1, 2, port, LONG).all_gather(b"one"), &refused);
+    outside.write_all(&greeting).unwrap();
+    let (mut from, mut to) = (outside.try_clone().unwrap(), inside.try_clone().unwrap());
+    let says = thread::spawn(move || std::io::copy(&mut from, &mut to));
+    std::io::copy(&mut inside, &mut outside).unwrap();
+    fails(&two.join().unwrap(), &refused);
+    fails(&zero.join().unwrap(), &refused);
+    drop((outside, says.join()));
+}
+
+/// Rank 0 tells those that come late for ten seconds, and never for longer than its time-out.
+#[test]
+fn nobody_waits_for_ranks_that_never_come() {
+    let waits = |timeout: Duration| {
+        let port = free_port();
+        let zero = thread::spawn(move || (Instant::now(), at(0, 3, port, timeout).all_gather(b"zero")));
+        let _ = at(1, 2, port, timeout).all_gather(b"one");
+        let (began, said) = zero.join().unwrap();
+        assert!(said.is_err());
+        began.elapsed()
+    };
+    let (short, long) = thread::scope(|scope| {
+        let long = scope.spawn(|| waits(4 * LONG));
+        (waits(2 * SHORT), long.join().unwrap())
+    });
+    assert!(long < LONG && short < Duration::from_secs(8), "{long:?}, {short:?}");
+}
+
 /// A connection to rank 0, which may not listen yet.
 fn connect(port: u16) -> TcpStream {
+    let began = Instant::now();
     loop {
-        if let Ok(stream) = TcpStream::connect(("127.0.0.1", port)) {
-            break stream;
+        match TcpStream::connect(("127.0.0.1", port)) {
+            Ok(stream) => break stream,
+            Err(why) => assert!(began.elapsed() < LONG, "nobody listens: {why}"),
         }
         thread::sleep(Duration::from_millis(5));
     }
@@ -175,6 +232,19 @@ fn a_stranger_in_the_place_of_rank_0() {
     fails(&at(1, 2, port, LONG).all_gather(&[]), &["do not share a secret"]);
 }
 
+/// Nobody waits for a rank 0 of another version to become one of this.
+#[test]
+fn rank_0_of_another_version() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let one = thread::spawn(move || at(1, 2, port, LONG).all_gather(&[]));
+    let began = Instant::now();
+    let mut stream = listener.accept().unwrap().0;
+    stream.write_all(&[&b"burnpar1"[..], &[0; 32]].concat()).unwrap();
+    fails(&one.join().unwrap(), &["rank 1 and rank 0", "are of two versions of burn-parallel"]);
+    assert!(began.elapsed() < LONG / 2);
+}
+
 /// Nothing is read, and no memory taken, for a rank that has not shown the secret: it is told no before it has sent
 /// what it announces.
 #[test]
@@ -201,7 +271,9 @@ fn connect_from(last: u8, port: u16) -> std::io::Result<TcpStream> {
     };
     // SAFETY: a new socket, and addresses that are there for the calls.
     unsafe {
-        let socket = OwnedFd::from_raw_fd(libc::socket(libc::AF_INET, libc::SOCK_STREAM, 0));
+        // Processes that other tests start meanwhile do not inherit it: they would have no descriptors left.
+        let kind = libc::SOCK_STREAM | libc::SOCK_CLOEXEC;
+        let socket = OwnedFd::from_raw_fd(libc::socket(libc::AF_INET, kind, 0));
         let len = size_of::<libc::sockaddr_in>() as u32;
         let fd = std::os::fd::AsRawFd::as_raw_fd(&socket);
         let (from, to) = (address(last, 0), address(1, port));

@@ -16,6 +16,8 @@ const AGAIN: Range<Duration> = Duration::from_millis(2)..Duration::from_millis(1
 
 pub(super) enum Refused {
     Secret,
+    /// The host speaks another version of the protocol.
+    Version,
     Gone(io::Error),
     /// Closed before the greeting: too many connected at once.
     Unheard(io::Error),
@@ -52,6 +54,12 @@ impl Rendezvous {
                 Refused::Secret => {
                     return Err(wrongly_given(format!(
                         "rank {} and rank {host} at {point} do not share a secret: set BURN_PARALLEL_SECRET alike on all ranks",
+                        self.rank
+                    )));
+                }
+                Refused::Version => {
+                    return Err(wrongly_given(format!(
+                        "rank {} and rank {host} at {point} are of two versions of burn-parallel: start one program on all ranks",
                         self.rank
                     )));
                 }
@@ -109,6 +117,9 @@ impl Rendezvous {
         let own = nonce();
         let mut greeting = [0; 40];
         stream.read_exact(&mut greeting).map_err(Refused::Unheard)?;
+        if greeting[..7] == MAGIC[..7] && greeting[7] != MAGIC[7] {
+            return Err(Refused::Version);
+        }
         if greeting[..8] != MAGIC {
             return Err(io::Error::other("whoever listens there is no rank of this program").into());
         }

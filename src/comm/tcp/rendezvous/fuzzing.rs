@@ -161,6 +161,7 @@ fn server_answers(rendezvous: &Rendezvous, mut dice: Dice<'_>) {
             drop(read_reply(&told, 4));
         }
         Err(Refused::Secret) => assert!(!honest || refuses, "rank 0 was taken for a server without the secret"),
+        Err(Refused::Version) => assert!(!greets, "rank 0 was taken for one of another version"),
         Err(Refused::Gone(_) | Refused::Unheard(_)) => assert!(!honest || !greets, "rank 0 was not understood"),
     }
 }

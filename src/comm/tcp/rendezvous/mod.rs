@@ -12,6 +12,9 @@
 //! be replayed, and the secret itself is never sent. A connection that is not from a rank that knows the secret is
 //! rejected and does no harm: each handshake runs on a thread of its own, for a few seconds at most, a few more at a
 //! time than there are ranks, and no memory is allocated for what it sends. The bytes are not encrypted.
+//!
+//! Where two ranks contradict each other, nobody meets. Rank 0 tells all that have come at once, and for some seconds
+//! more those that come late.
 
 mod acceptor;
 mod client;
@@ -31,6 +34,7 @@ pub(super) use self::acceptor::MAX_UNKNOWN;
 use crate::Error;
 use crate::comm::config::bounded;
 
+/// What both sides begin with: a name, and in the last byte the version of this protocol.
 const MAGIC: [u8; 8] = *b"burnpar2";
 /// Most bytes of a blob.
 const MAX_BLOB: usize = 1 << 20;
@@ -98,7 +102,8 @@ impl Rendezvous {
     /// # Errors
     /// [`Error::Transport`], which says on rank 0 who is missing, or that the address is in use, and on the others that
     /// rank 0 can't be reached; [`Error::InvalidArgument`], if what the ranks were given is wrong: on all, that a rank
-    /// came twice or from a world of another size; that rank 0 has another secret, or cannot listen there.
+    /// came twice or from a world of another size, which rank 0 tells for 10 s; that rank 0 has another secret or another
+    /// version of this protocol, or cannot listen there.
     pub fn all_gather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         if self.rank >= self.size {
             return Err(wrongly_given(format!("rank {} does not exist in a world of {}", self.rank, self.size)));

@@ -1,5 +1,6 @@
 //! The server side of the rendezvous: listens and accepts the other ranks.
 
+use std::collections::HashSet;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
@@ -12,6 +13,9 @@ use crate::Error;
 
 /// How long a handshake may take.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+/// How long a rank that has refused another waits for the others, to tell them: what starts a world starts its ranks
+/// within seconds.
+const LATE: Duration = Duration::from_secs(10);
 /// Most missing ranks that an error names.
 const NAMED: usize = 16;
 
@@ -41,50 +45,86 @@ impl Rendezvous {
                  of a rank; set BURN_PARALLEL_SECRET alike on all ranks"
             );
         }
-        let (mut clients, outcome) = self.receive(&listener, 1..self.size, |_| None);
+        let mut clients = self.receive(&listener, 1..self.size, |_| None)?;
         let mut blobs = vec![blob.to_vec()];
         blobs.extend(clients.iter_mut().map(|client| std::mem::take(&mut client.blob)));
-        self.reply(&mut clients, outcome.as_ref().map(|()| blobs.as_slice()));
-        outcome.map(|()| blobs)
+        self.reply(&mut clients, Ok(&blobs));
+        Ok(blobs)
     }
 
     /// Accepts connections until all ranks of `expected` have connected, and returns them in order of rank. `other`
-    /// gives a further objection to a client.
+    /// gives a further objection to a client. An error is told to all that have connected.
     pub(in crate::comm::tcp) fn receive(
         &self,
         listener: &TcpListener,
         expected: Range<usize>,
         other: impl Fn(&Client) -> Option<String>,
-    ) -> (Vec<Client>, Result<(), Error>) {
+    ) -> Result<Vec<Client>, Error> {
+        let cannot = |problem| rendezvous_error(format!("rank {} cannot listen: {problem}", self.rank));
+        listener.set_nonblocking(true).map_err(cannot)?;
         let mut come: Vec<Client> = Vec::new();
-        if let Err(problem) = listener.set_nonblocking(true) {
-            return (come, Err(rendezvous_error(format!("rank {} cannot listen: {problem}", self.rank))));
-        }
         let (mut acceptor, since) = (Acceptor::new(expected.len()), Instant::now());
         let outcome = loop {
             if come.len() == expected.len() {
-                break Ok(());
+                break None;
             }
             if since.elapsed() > self.timeout {
-                break Err(self.missing(expected, &come, &acceptor));
+                break Some(self.missing(expected.clone(), &come, &acceptor));
             }
-            match acceptor.welcome(listener, |stream| {
-                let own = self.clone();
-                move || own.handshake(stream)
-            }) {
+            match self.welcome(&mut acceptor, listener) {
                 Accepted::Nobody => {}
                 Accepted::Client(client) => {
                     let problem = self.objection(&client, &expected, &come).or_else(|| other(&client));
                     come.push(client);
                     if let Some(problem) = problem {
-                        break Err(wrongly_given(problem));
+                        break Some(wrongly_given(problem));
                     }
                 }
-                Accepted::Exhausted(problem) => break Err(rendezvous_error(problem)),
+                Accepted::Exhausted(problem) => break Some(rendezvous_error(problem)),
             }
         };
         come.sort_by_key(|client| client.rank);
-        (come, outcome)
+        let Some(why) = outcome else { return Ok(come) };
+        self.reply(&mut come, Err(&why));
+        if matches!(why, Error::InvalidArgument { .. }) {
+            let left = LATE.min(self.timeout.saturating_sub(since.elapsed()));
+            self.turn_away(listener, acceptor, (&expected, come, left), &why);
+        }
+        Err(why)
+    }
+
+    /// Tells the ranks that have not come yet why nobody meets, if they come in what is `left` of the time: each would
+    /// look for this rank in vain, for the whole of its time-out.
+    fn turn_away(
+        &self,
+        listener: &TcpListener,
+        mut acceptor: Acceptor,
+        (expected, come, left): (&Range<usize>, Vec<Client>, Duration),
+        why: &Error,
+    ) {
+        let (mut told, began) = (HashSet::new(), Instant::now());
+        told.extend(come.iter().map(|client| client.rank).filter(|rank| expected.contains(rank)));
+        if told.len() < expected.len() {
+            log::warn!("{why}; rank {} tells so for {left:.1?} the ranks that have not come yet", self.rank);
+        }
+        while told.len() < expected.len() && began.elapsed() < left {
+            match self.welcome(&mut acceptor, listener) {
+                Accepted::Nobody => {}
+                Accepted::Client(mut late) => {
+                    told.extend(Some(late.rank).filter(|rank| expected.contains(rank)));
+                    self.reply(std::slice::from_mut(&mut late), Err(why));
+                }
+                Accepted::Exhausted(_) => break,
+            }
+        }
+    }
+
+    /// Begins the handshakes of new connections, and waits a moment for one to finish.
+    fn welcome(&self, acceptor: &mut Acceptor, listener: &TcpListener) -> Accepted {
+        acceptor.welcome(listener, |stream| {
+            let own = self.clone();
+            move || own.handshake(stream)
+        })
     }
 
     /// Sends the result to the clients.
