@@ -70,6 +70,29 @@ fn latest(checkpoints: &mut Checkpointer) -> Result<Option<u64>, Error> {
     })
 }
 
+/// How often a checkpoint that is gone when it is read is followed by the one that is the latest then.
+const MOST_GONE: usize = 4;
+
+/// Reads the latest checkpoint, which was that of `step`: a run that saves there may remove it meanwhile. Returns the
+/// step of the one that was read, or that could not be. Collective.
+fn read_latest<T>(
+    checkpoints: &mut Checkpointer,
+    mut step: u64,
+    mut read: impl FnMut(&mut Checkpointer, u64) -> Result<T, Error>,
+) -> (u64, Result<T, Error>) {
+    for _ in 0..MOST_GONE {
+        let outcome = read(checkpoints, step);
+        let Err(Error::Checkpoint { .. }) = outcome else { return (step, outcome) };
+        match latest(checkpoints) {
+            Ok(Some(now)) if now != step => step = now,
+            Ok(_) => return (step, outcome),
+            Err(why) => return (step, Err(why)),
+        }
+    }
+    let outcome = read(checkpoints, step);
+    (step, outcome)
+}
+
 /// A checkpoint that a run goes on from.
 struct Origin<'a> {
     dir: &'a Path,
@@ -154,20 +177,19 @@ impl SaveFlags {
     }
 
     /// Goes on from a checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore` is
-    /// given the step of it. Returns how many steps were made already, and the checkpoints if the run saves there too.
+    /// given the step of it, and of another one if that is gone. Returns how many steps were made already, and the checkpoints if the run saves there too.
     /// Collective.
     pub fn resume(
         &self,
         world: &Communicator,
         folder: fn(&Path) -> PathBuf,
         (strategy, all): (&Strategy, usize),
-        restore: impl FnOnce(&mut Checkpointer, u64) -> Result<(), Error>,
+        mut restore: impl FnMut(&mut Checkpointer, u64) -> Result<(), Error>,
     ) -> Result<(usize, Option<Checkpointer>), Error> {
         let Some(Origin { dir, mut checkpoints, step }) = self.origin(world, folder, strategy)? else {
             return Ok((0, None));
         };
         let saves = self.saves_in(dir);
-        let there = checkpoints.steps()?;
         // Nothing is there yet: it begins.
         let Some(step) = step else {
             return match saves {
@@ -175,13 +197,21 @@ impl SaveFlags {
                 false => Err(refused(Error::user(nothing(dir)))),
             };
         };
-        if !there.contains(&step) {
+        let there = checkpoints.steps()?;
+        if self.resume_step.is_some() && !there.contains(&step) {
             let problem = format!("--resume-step {step}: --resume {dir:?} has checkpoints of steps [{}]", list(&there));
             return Err(refused(Error::user(problem)));
         }
+        let mut read = |checkpoints: &mut Checkpointer, step| {
+            let was = checkpoints.read_value::<usize>(step, STEPS)?;
+            restore(checkpoints, step).map(|()| was)
+        };
+        let (step, was) = match self.resume_step {
+            None => read_latest(&mut checkpoints, step, read),
+            Some(_) => (step, read(&mut checkpoints, step)),
+        };
         let steps = step as usize;
-        let was = checkpoints.read_value::<usize>(step, STEPS);
-        let was = was.and_then(|was| restore(&mut checkpoints, step).map(|()| was)).map_err(|why| match why {
+        let was = was.map_err(|why| match why {
             Error::Checkpoint { problem } => {
                 let others: Vec<u64> = there.iter().copied().filter(|other| *other != step).collect();
                 let advice = match others.is_empty() {

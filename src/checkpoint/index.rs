@@ -275,7 +275,14 @@ pub(super) fn index_text(dir: &Path) -> Result<Vec<u8>, Error> {
         }
         fs::read(&path).map_err(failed)
     };
-    let (text, sum) = (read(INDEX)?, read(INDEX_CHECKSUM)?);
+    let text = read(INDEX)?;
+    if !dir.join(INDEX_CHECKSUM).exists() {
+        return Err(file_problem(
+            &dir.join(INDEX_CHECKSUM),
+            "is not there, as it is in every checkpoint: if the directory is somebody else's, move it elsewhere; if it is a              checkpoint that lost the file, restore another one with `restore_step`",
+        ));
+    }
+    let sum = read(INDEX_CHECKSUM)?;
     if sum.trim_ascii() != checksum(&text).as_bytes() {
         return Err(wrong(dir, format!("is damaged: its checksum is not the one in {INDEX_CHECKSUM}")));
     }

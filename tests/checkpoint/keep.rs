@@ -106,6 +106,40 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
     assert_eq!(run.unwrap(), [Some(2)]);
 }
 
+/// What is called as a checkpoint and is none is not passed over, which could be one that was damaged: an error names
+/// it, and says what to do.
+#[test]
+fn what_somebody_has_in_the_place_of_the_latest_is_named() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let ours = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(1, TrainState::new(&mut model)).map(drop)
+    });
+    ours.unwrap();
+    let theirs = dir.path().join("step-000000009");
+    fs::create_dir(&theirs).unwrap();
+    fs::write(theirs.join("checkpoint.json"), "{}").unwrap();
+    let restored = || {
+        let run = launch::threads(2).run(|world| {
+            let mut model = AXES.wrap(&world, &net)?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
+            let latest = checkpoints.latest()?;
+            let restored = checkpoints.restore(TrainState::new(&mut model)).map_err(|why| why.to_string());
+            checkpoints.restore_step(1, TrainState::new(&mut model))?;
+            Ok((latest, restored.map(|restored| restored.unwrap().step)))
+        });
+        run.unwrap().swap_remove(0)
+    };
+    let (latest, refused) = restored();
+    assert_eq!(latest, Some(9));
+    let refused = refused.unwrap_err();
+    for words in ["step-000000009/checkpoint.json.xxh3: is not there", "move it elsewhere", "`restore_step`"] {
+        assert!(refused.contains(words), "`{words}` is missing in: {refused}");
+    }
+    fs::rename(&theirs, dir.path().join("theirs")).unwrap();
+    assert_eq!(restored(), (Some(1), Ok(1)));
+}
+
 /// Neither a save nor what it removes takes a directory that no save has made, whatever it is called.
 #[test]
 fn what_somebody_has_under_the_name_of_a_checkpoint_stays() {

@@ -5,6 +5,7 @@
 mod text;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -513,6 +514,41 @@ fn a_run_that_was_killed_goes_on_as_if_it_had_not_been() {
     assert_eq!(fs::read_dir(&again).unwrap().count(), 1);
     same_losses(&first, &run(&["--dp", "2"], &both), 0.0);
     refused(&["--keep", "2"], "--save");
+}
+
+/// A run that saves beside it removes the latest checkpoint while that is read: the next one is the latest.
+#[cfg(unix)]
+#[test]
+fn a_checkpoint_that_is_removed_meanwhile_is_followed_by_the_latest() {
+    let folder = Folder::new("removed");
+    let (saved, run) = (folder.path("saved"), ["--steps", "3", "--save-every", "1"]);
+    json(&folder, &[&run[..], &["--save", &saved]].concat());
+    let step = |number: u64| Path::new(&saved).join(format!("step-{number:09}"));
+    fs::rename(step(3), folder.path("later")).unwrap();
+    // Whoever reads the checksum of the second waits until it is written, each time into another pipe.
+    let (sum, pipe) = (step(2).join("checkpoint.json.xxh3"), folder.path("pipe"));
+    let text = fs::read(&sum).unwrap();
+    let next_pipe = || {
+        assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+        fs::rename(&pipe, &sum).unwrap();
+    };
+    next_pipe();
+    let goes_on = std::thread::scope(|scope| {
+        let goes_on = scope.spawn(|| tiny(&["--steps", "4", "--resume", &saved]));
+        // Once the directory is opened, and then the checkpoint is read.
+        let mut opened = fs::OpenOptions::new().write(true).open(&sum).unwrap();
+        next_pipe();
+        opened.write_all(&text).unwrap();
+        drop(opened);
+        let mut reads = fs::OpenOptions::new().write(true).open(&sum).unwrap();
+        fs::rename(folder.path("later"), step(3)).unwrap();
+        fs::remove_dir_all(step(2)).unwrap();
+        reads.write_all(&text).unwrap();
+        drop(reads);
+        goes_on.join().unwrap()
+    });
+    let stderr = String::from_utf8(goes_on.stderr).unwrap();
+    assert!(goes_on.status.success() && stderr.contains("goes on after step 3 of 4"), "{stderr}");
 }
 
 /// What a run is to go on from is not made where it is not, whatever starts the ranks.
