@@ -11,6 +11,8 @@ use rayon::prelude::*;
 
 use super::magnitude::{BLOCK, Magnitude, WIDE, is_finite, is_one_run};
 use super::squares::Look;
+#[cfg(test)]
+use super::squares::looked;
 use super::{Loops, PlainTensor, vectorized};
 
 impl PlainTensor {
@@ -26,7 +28,11 @@ impl PlainTensor {
         };
         let Ok(mut sum) = self.into_flex() else { unreachable!("the sum is in host memory") };
         match add_in_place::<true>(&mut sum, &term) {
-            Some(squares) => (Self::from_flex(sum), Some(squares)),
+            Some(squares) => {
+                #[cfg(test)]
+                looked::add(other.elements(), true);
+                (Self::from_flex(sum), Some(squares))
+            }
             None => (Self::from_flex(sum).add(other.clone()), None),
         }
     }
@@ -45,6 +51,8 @@ impl PlainTensor {
         let Ok(mut sum) = self.into_flex() else { unreachable!("the sum is in host memory") };
         match add_in_place::<false>(&mut sum, &term) {
             Some(squares) => {
+                #[cfg(test)]
+                looked::add(other.elements(), wanted);
                 // The squares of large elements of `f64` overflow.
                 let finite = if squares.is_finite() { Some(true) } else { is_finite(&term).ok() };
                 (Self::from_flex(sum), Look { squares: wanted.then_some(squares), finite })

@@ -36,6 +36,8 @@ pub(crate) use self::recycled::{FROM, Pool, Room};
 #[doc(hidden)]
 pub use self::size::Norm;
 pub(crate) use self::size::{PartialNorm, sizes};
+#[cfg(test)]
+pub(crate) use self::squares::looked;
 pub(crate) use self::squares::{Look, Squares};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};

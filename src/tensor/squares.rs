@@ -14,6 +14,26 @@ pub(crate) struct Look {
     pub finite: Option<bool>,
 }
 
+/// How many elements this thread has looked at, and of how many it was to sum up the squares: tests count them.
+#[cfg(test)]
+pub(crate) mod looked {
+    use std::cell::Cell;
+
+    thread_local! {
+        static ELEMENTS: Cell<[usize; 2]> = const { Cell::new([0; 2]) };
+    }
+
+    pub(in crate::tensor) fn add(elements: usize, squares: bool) {
+        let [all, squared] = ELEMENTS.get();
+        ELEMENTS.set([all + elements, squared + if squares { elements } else { 0 }]);
+    }
+
+    /// Those since the last call.
+    pub(crate) fn take() -> [usize; 2] {
+        ELEMENTS.take()
+    }
+}
+
 /// A sum of squares: of tensors in host memory, and of those on a device, which is read at the end.
 #[derive(Debug, Default)]
 pub(crate) struct Squares {
@@ -31,6 +51,8 @@ impl Squares {
             self.host += squares;
             return Ok(());
         }
+        #[cfg(test)]
+        looked::add(tensor.elements(), true);
         if tensor.on_flex() {
             self.host += magnitude::squares(&tensor.clone().into_flex()?, 1.0)?;
             return Ok(());
@@ -74,6 +96,8 @@ impl PlainTensor {
         let Some(tensor) = self.on_flex().then(|| self.clone().into_flex().ok()).flatten() else {
             return Look::default();
         };
+        #[cfg(test)]
+        looked::add(self.elements(), wanted);
         let squares = if wanted { magnitude::squares(&tensor, 1.0).ok() } else { None };
         // The squares of large elements of `f64` overflow.
         let finite = match squares {

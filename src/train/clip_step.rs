@@ -66,3 +66,64 @@ impl Step {
         Ok(self)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::nn::LinearConfig;
+    use burn::tensor::{Device, Tensor};
+
+    use crate::data_parallel::DataParallelConfig;
+    use crate::launch;
+    use crate::sharding::Sharding;
+    use crate::step::NoNoise;
+    use crate::tensor::looked;
+    use crate::train::{Clip, Engine, ParallelModule, Parallelize, Strategy};
+
+    /// Of the layer that is trained.
+    const ELEMENTS: usize = 3 * 5 + 5;
+
+    /// What each of eight steps of two micro-batches looks at, and squares, on each rank.
+    fn looks(ranks: usize, (sharding, engine): (Sharding, Engine), every: u64) -> Vec<Vec<[usize; 2]>> {
+        let data = DataParallelConfig::new().with_sharding(sharding).with_noise_scale_every(every);
+        let strategy = Strategy::new().with_engine(engine).with_data(data);
+        let run = launch::threads(ranks).run(|world| {
+            let device = Device::flex().autodiff();
+            let mut model = LinearConfig::new(3, 5).init(&device).parallelize(&world, &strategy)?;
+            let mut seen = Vec::new();
+            for number in 0..8 {
+                let rows = [2, 3].map(|rows| Tensor::<2>::ones([rows, 3], &device));
+                looked::take();
+                let step = model.step_micro_batches(rows, |model, x| model.forward(x).square().mean())?;
+                let step = step.clip_grad_norm(&model, Clip::never())?;
+                seen.push(looked::take());
+                let due = every > 0 && (number + 1) % every == 0;
+                assert!(step.noise().is_ok() == due || step.noise() == Err(NoNoise::NotFinite));
+            }
+            Ok(seen)
+        });
+        run.unwrap()
+    }
+
+    /// The noise takes the squares of the gradient of each micro-batch, in the steps that measure it; the others look at
+    /// no element more than those of a run without.
+    #[test]
+    fn steps_in_between_look_at_nothing_more() {
+        for (ranks, way, more) in [
+            (1, (Sharding::None, Engine::Auto), 2 * ELEMENTS),
+            (2, (Sharding::None, Engine::Auto), 0),
+            (2, (Sharding::None, Engine::Captured), 0),
+            (2, (Sharding::Gradients, Engine::Auto), 0),
+            (2, (Sharding::Parameters, Engine::Captured), 0),
+        ] {
+            let (without, with) = (looks(ranks, way, 0), looks(ranks, way, 4));
+            for (rank, (without, with)) in without.iter().zip(&with).enumerate() {
+                for number in 0..8 {
+                    let ([all, squared], [all_with, squared_with]) = (without[number], with[number]);
+                    let due = number % 4 == 3;
+                    let expected = if due { [all + more, squared + 2 * ELEMENTS] } else { [all, squared] };
+                    assert_eq!([all_with, squared_with], expected, "{way:?} x {ranks}, rank {rank}, step {number}");
+                }
+            }
+        }
+    }
+}
