@@ -105,4 +105,18 @@ mod tests {
         assert_eq!(batch.with_most(16).after_step(&noise, 1.0), 32, "what it has is kept");
         assert!(GrowBatch::new(0, 4).is_err() && GrowBatch::new(8, 4).is_err());
     }
+
+    /// A size is kept for so many steps, and a row of several items of the loss has as much less of the noise.
+    #[test]
+    fn it_waits_and_counts_rows() {
+        let mut noise = NoiseScale::new();
+        noise.add_estimate(GradientNoise { squared_norm: 1.0, trace: 100.0, micro_batches: 2, items: 8.0 });
+        let sizes = |patience: u64, items: f64| {
+            let mut batch = GrowBatch::new(2, 1000).unwrap().with_patience(patience);
+            (0..7).map(|_| batch.after_step(&noise, items)).collect::<Vec<_>>()
+        };
+        assert_eq!(sizes(3, 10.0), [2, 2, 4, 4, 4, 8, 8]);
+        assert_eq!(sizes(1, 10.0), [4, 8, 8, 8, 8, 8, 8]);
+        assert_eq!(sizes(1, 1.0), [4, 8, 16, 32, 64, 64, 64]);
+    }
 }

@@ -5,6 +5,12 @@ mod common {
     pub mod ports;
 }
 
+/// What the examples share.
+#[allow(dead_code)]
+#[path = "../../examples/common/mod.rs"]
+mod programs;
+
+mod batch;
 mod given;
 mod launchers;
 mod schedules;
