@@ -51,8 +51,10 @@ const LOSSES: [(&str, Products); 12] = [
         vec![first, with.by(1), second, third]
     }),
     ("one reads another as it is", |with| {
-        let first = with.by(0);
-        vec![with.by(1), with.x.clone().matmul(first.clone().swap_dims(1, 2)), with.x.clone().matmul(first)]
+        let by = |right: &Tensor<3>| with.weight(0).matmul(right.clone());
+        let first = by(&with.weight(1));
+        let second = by(&first);
+        vec![by(&with.weight(2)), by(&first.clone().swap_dims(1, 2)), by(&second), second, first]
     }),
     ("one weight, several uses", |with| {
         let turned = with.x.clone().matmul(with.weight(0).swap_dims(1, 2));
@@ -79,8 +81,10 @@ const LOSSES: [(&str, Products); 12] = [
         let flat = with.x.clone().reshape([1, BATCH * WIDTH, WIDTH]);
         let halves = with.x.clone().reshape([WIDTH, BATCH, WIDTH]);
         let by = |x: Tensor<3>, layer| x.matmul(with.weight(layer)).reshape([BATCH, WIDTH, WIDTH]);
-        let turned = with.weight(4).reshape([1, 1, WIDTH * WIDTH]).reshape([1, WIDTH, WIDTH]).swap_dims(1, 2);
-        vec![by(flat.clone(), 0), with.by(1), by(halves, 2), by(flat, 3), with.x.clone().matmul(turned)]
+        let first = by(flat.clone(), 0);
+        let turned = with.weight(4).swap_dims(1, 2).reshape([1, 1, WIDTH * WIDTH]).reshape([1, WIDTH, WIDTH]);
+        let turned = turned.swap_dims(1, 2);
+        vec![first, with.by(1), by(halves, 2), by(flat.clone(), 3), flat.matmul(turned).reshape([BATCH, WIDTH, WIDTH])]
     }),
     ("by turns", |with| {
         let (first, other) = (with.by(0), with.x.clone().exp() * 0.2);

@@ -181,7 +181,7 @@ mod tests {
     use burn::prelude::*;
     use burn::tensor::module::conv1d;
     use burn::tensor::ops::ConvOptions;
-    use burn::tensor::{FloatDType, activation};
+    use burn::tensor::{DType, FloatDType, Shape, activation};
 
     use super::super::super::{Executor, capture_forward, capture_step};
     use super::*;
@@ -261,6 +261,11 @@ mod tests {
             x.clone().matmul(turned.clone()) + x.matmul(turned.transpose()).exp()
         };
         assert_eq!(of_forward(FloatDType::F32, views), (vec![3], 0), "views of a view");
+        let narrow = |[x, w, _]: [Tensor<2>; 3]| {
+            let [half, by] = [&x, &w].map(|factor| factor.clone().cast(FloatDType::BF16));
+            half.matmul(by).cast(FloatDType::F32) + x.matmul(w.transpose())
+        };
+        assert_eq!(of_forward(FloatDType::F32, narrow), (vec![], 3), "one of burn's in between");
         assert_eq!(of_forward(FloatDType::F32, |[x, _, first]| x.matmul(first)), (vec![], 2), "the other product");
         assert_eq!(of_forward(FloatDType::F32, |[x, _, first]| x.matmul(first.transpose())), (vec![], 2));
         assert_eq!(of_forward(FloatDType::F32, |[x, w, _]| x.matmul(w.exp())), (vec![], 2), "made later");
@@ -283,5 +288,26 @@ mod tests {
             x.matmul(w) + other.squeeze_dim(0)
         };
         assert_eq!(of_forward(FloatDType::F32, behind_convolution), (vec![], 2));
+    }
+
+    /// What a pass has put between the start and the end of a collective stays there.
+    #[test]
+    fn an_operation_of_this_crate_ends_a_group() {
+        let tensor = |number| TensorIr::uninit(TensorId::new(number), Shape::from([4, 4]), DType::F32);
+        let item = |op| Item::Run(Box::new(op));
+        let product = |by, out| item(build::matmul(tensor(0), tensor(by), tensor(out)));
+        let collective = || {
+            let (inputs, outputs, scalars) = (vec![tensor(5)], vec![tensor(6)], Vec::new());
+            item(OperationIr::Custom(CustomOpIr { id: "collective".into(), inputs, outputs, scalars }))
+        };
+        let found = |items| {
+            let items = products_grouped(items);
+            counted(items.iter().filter_map(|item| match item {
+                Item::Run(op) => Some(&**op),
+                Item::Output(_) => None,
+            }))
+        };
+        assert_eq!(found(vec![collective(), product(1, 3), product(2, 4)]), (vec![2], 0));
+        assert_eq!(found(vec![product(1, 3), collective(), product(2, 4)]), (vec![], 2));
     }
 }
