@@ -79,6 +79,7 @@ mod reduction_state;
 mod register;
 mod replica;
 mod replica_backward;
+mod replica_step;
 mod replicate;
 mod same_settings;
 mod sampler;

@@ -18,6 +18,9 @@ use crate::grad_norm::lm::{self, Batch, Kind, Lm, ROWS};
 
 const KIND: Kind = Kind { tied: true, frozen: true, dtype: DType::F32 };
 
+/// How many steps measure.
+const STEPS: usize = 3;
+
 fn part(batch: &Batch, rows: Range<usize>) -> Batch {
     (batch.0.clone().narrow(0, rows.start, rows.len()), batch.1.clone().narrow(0, rows.start, rows.len()))
 }
@@ -44,13 +47,14 @@ fn all_parts(split: &BatchSplit) -> Vec<Range<usize>> {
     (0..split.replicas()).flat_map(|replica| split.micro_batches(replica)).collect()
 }
 
-/// What each rank measures in a step that clips nothing, and in one that does.
+/// What each rank measures in a step that clips nothing, in one that does, and in another, whose norm comes with the
+/// step where replicas divide rows.
 fn measured(
     whole: &Lm,
     strategy: &Strategy,
     ranks: usize,
     split: &BatchSplit,
-) -> Vec<[Result<GradientNoise, NoNoise>; 2]> {
+) -> Vec<[Result<GradientNoise, NoNoise>; STEPS]> {
     launch::threads(ranks)
         .run(|world| {
             let mut model = own_by(whole, strategy).parallelize(&world, strategy)?;
@@ -63,7 +67,8 @@ fn measured(
                 Ok::<_, Error>(done.clip_grad_norm(&model, clip)?.noise())
             };
             // Clipping comes after.
-            Ok([measured(0, Clip::never())?, measured(1, Clip::at(1e-3))?])
+            let clipped = || Clip::at(1e-3);
+            Ok([measured(0, Clip::never())?, measured(1, clipped())?, measured(2, clipped())?])
         })
         .unwrap()
 }
@@ -104,7 +109,7 @@ fn every_mesh_measures_what_one_device_does() {
         let ranks = axes.iter().product();
         let split = BatchSplit::of(&strategy, ranks, ROWS, Some(at_once)).unwrap();
         let found = measured(&whole, &strategy, ranks, &split);
-        for step in 0..2 {
+        for step in 0..STEPS {
             let expected = expected(&whole, &all_parts(&split), &lm::batch(step, &device()));
             for noise in &found {
                 assert_eq!(noise[step], found[0][step], "the same on all ranks");
@@ -151,7 +156,7 @@ fn replicas_that_divide_parameters_measure_what_one_device_does() {
             parts = parts.into_iter().flat_map(halves).collect();
         }
         let found = measured(&whole, &strategy, ranks, &split);
-        for step in 0..2 {
+        for step in 0..STEPS {
             let expected = expected(&whole, &parts, &lm::batch(step, &device()));
             for noise in &found {
                 assert_eq!(noise[step], found[0][step], "the same on all ranks");

@@ -2,7 +2,6 @@
 
 use std::ops::Range;
 
-use burn::module::Module;
 use burn::optim::{ModuleOptimizer, SgdConfig};
 use burn::tensor::DType;
 use burn_parallel::batch::{GradientNoise, NoNoise, NoiseScale};
@@ -10,6 +9,7 @@ use burn_parallel::comm::Counters;
 use burn_parallel::prelude::*;
 use burn_parallel::train::{Clip, Engine, Parallel};
 
+use crate::common::checkpointing::own_by;
 use crate::common::dir::Dir;
 use crate::common::models::device;
 use crate::grad_norm::lm::{self, Batch, Kind, Lm};
@@ -21,13 +21,15 @@ fn part(batch: &Batch, rows: Range<usize>) -> Batch {
 }
 
 /// Strategies over two ranks that measure every so many steps, each in a way of its own.
-fn ways(every: u64) -> [(&'static str, Strategy); 5] {
+fn ways(every: u64) -> [(&'static str, Strategy); 7] {
     let data = |sharding| DataParallelConfig::new().with_sharding(sharding).with_noise_scale_every(every);
     let strategy = |sharding| Strategy::new().with_data(data(sharding));
     [
         ("replicas", strategy(Sharding::None)),
         ("captured replicas", strategy(Sharding::None).with_engine(Engine::Captured)),
+        ("ZeRO 1", strategy(Sharding::Optimizer)),
         ("ZeRO 2", strategy(Sharding::Gradients)),
+        ("eager ZeRO 3", strategy(Sharding::Parameters).with_engine(Engine::Eager)),
         ("ZeRO 3", strategy(Sharding::Parameters).with_engine(Engine::Captured)),
         ("a split model", strategy(Sharding::None).with_tp(2, KIND.plan())),
     ]
@@ -63,7 +65,7 @@ fn steps_in_between_measure_nothing_and_cost_nothing() {
         launch::threads(2)
             .run(|world| {
                 let (_, strategy) = &ways(every)[place];
-                let mut model = whole.clone().fork(&device()).parallelize(&world, strategy)?;
+                let mut model = own_by(&whole, strategy).parallelize(&world, strategy)?;
                 let mut optim: ModuleOptimizer = SgdConfig::new().init();
                 let (mut noise, mut trained, mut sent) = (Vec::new(), Vec::new(), Vec::new());
                 for number in 0..STEPS {
@@ -106,7 +108,7 @@ fn a_run_that_goes_on_measures_in_the_same_steps() {
         let measured = |from: usize, to: usize| {
             launch::threads(2)
                 .run(|world| {
-                    let mut model = whole.clone().fork(&device()).parallelize(&world, &strategy)?;
+                    let mut model = own_by(&whole, &strategy).parallelize(&world, &strategy)?;
                     let mut checkpoints = Checkpointer::new(&world, dir.join(name), CheckpointConfig::new())?;
                     if from > 0 {
                         checkpoints.restore_step(from as u64, TrainState::new(&mut model))?;
@@ -138,7 +140,7 @@ fn ranks_without_data_know_whose_turn_it_is() {
     for (name, strategy) in ways(2).into_iter().filter(|(_, strategy)| strategy.tp == 1) {
         let found = launch::threads(2)
             .run(|world| {
-                let mut model = whole.clone().fork(&device()).parallelize(&world, &strategy)?;
+                let mut model = own_by(&whole, &strategy).parallelize(&world, &strategy)?;
                 let mut noise = NoiseScale::new();
                 let mut steps = Vec::new();
                 let batches: Vec<usize> = (0..3 + 3 * world.rank()).collect();

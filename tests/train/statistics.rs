@@ -123,3 +123,24 @@ fn an_eager_forward_before_a_capture_counts() {
         assert!((found - expected).abs() < 1e-6 * expected.abs(), "{found} {expected}");
     }
 }
+
+/// An eager forward between two captured steps counts for the second, which takes the statistics on from there.
+#[test]
+fn an_eager_forward_between_two_steps_counts() {
+    let model = Normed::new();
+    let after = |(ranks, strategy): (usize, Strategy)| -> Wholes {
+        let run = launch::threads(ranks).run(|world| {
+            let mut model = own(&model).parallelize(&world, &strategy)?;
+            model.step(rows(4, 1), |model, x| model.loss(x))?;
+            drop(model.local().norm.forward(rows(4, 7)));
+            model.step(rows(4, 2), |model, x| model.loss(x))?;
+            Ok(values(&model.assemble()?))
+        });
+        run.unwrap().swap_remove(0)
+    };
+    let expected = after((1, Strategy::new().with_engine(Engine::Eager)));
+    let [alone, split, _] = captured();
+    for strategy in [alone, split] {
+        all_same(&format!("{strategy:?}"), &expected, &after(strategy.clone()), 1e-5);
+    }
+}
