@@ -152,7 +152,8 @@ fn it_goes_with_the_step_of_parts_and_stages() {
 #[test]
 fn gradients_that_come_late_count() {
     let layer = filled(LinearConfig::new(3, 3).init(&device()));
-    let run = |act: fn(&Replica<Eager<Linear>>, Step, usize) -> Result<Step, Error>| {
+    type Clipped = fn(&Replica<Eager<Linear>>, Step, usize) -> Result<Step, Error>;
+    let run = |act: Clipped| {
         let ran = launch::threads(2).run(|rank| {
             let mut model = own(&layer).data_parallel(&rank, config(Sharding::Optimizer).with_bucket_bytes(16))?;
             let mut norms = Vec::new();
