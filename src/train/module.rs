@@ -176,7 +176,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// [`Error::Optimizer`], which names a parameter if the optimizer was tried on one by itself; [`Error::Schedule`]
     /// if the schedule of the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to
     /// live on. If the optimizer panics in an update, or has moments that do not fit, the world fails as well, since
-    /// the other ranks may have updated theirs.
+    /// the other ranks may have updated theirs; so it does if an optimizer is refused before, but where the ranks that
+    /// hold parts or rows of the parameters are all that there are, and all refuse it.
     fn optimize(
         self,
         optim: &mut ModuleOptimizer,

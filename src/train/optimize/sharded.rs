@@ -62,7 +62,7 @@ impl ShardedStep<'_> {
         });
         // The others wait for what this rank updates.
         let fail = |error: Error| fail_here(&groups, error);
-        let fail_alike = |error: &Error| fail_all(&groups, error);
+        let fail_alike = |error: Error| fail_all(&groups, error);
         let whole = match new {
             true => {
                 let over = std::iter::once(comms.next()).chain(holders(&split)).collect();
@@ -85,7 +85,7 @@ impl ShardedStep<'_> {
             };
             let divided = divided(held.iter().map(divided_over));
             let all_have = |moments, divided: &Divided<'_>| divided.check(moments, (&all, &work.grads));
-            divided.iter().fold(moments, all_have).inspect_err(fail_alike)?;
+            divided.iter().fold(moments, all_have).map_err(fail_alike)?;
         }
         // Each rank has moments of its own rows.
         let compared = update_of(&lr, another.then_some(&MomentDigests::default()));

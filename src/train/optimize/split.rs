@@ -45,7 +45,7 @@ impl SplitStep<'_> {
         let Self { optim, lr, mut grads, checked, split, groups } = self;
         // The others may have updated theirs, and wait for this rank in this call or in the next step.
         let fail = |error: Error| fail_here(&groups, error);
-        let fail_alike = |error: &Error| fail_all(&groups, error);
+        let fail_alike = |error: Error| fail_all(&groups, error);
         let ids: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
         let another = !checked.is_known(optim);
         let mut new = another;
@@ -63,7 +63,7 @@ impl SplitStep<'_> {
         };
         if parts.is_empty() {
             let moments = match new {
-                true => check_moments(optim, local(&model), &grads, &split).inspect_err(fail_alike)?,
+                true => check_moments(optim, local(&model), &grads, &split).map_err(fail_alike)?,
                 false => MomentDigests::default(),
             };
             let compared = update_of(&lr, another.then_some(&moments));
@@ -76,7 +76,7 @@ impl SplitStep<'_> {
         let (owned, joined) = Joined::join(parts, &split, &mut grads).map_err(fail)?;
         let all = WithOwned { owned, model };
         let moments = match new {
-            true => check_moments(optim, &all, &grads, &split).inspect_err(fail_alike)?,
+            true => check_moments(optim, &all, &grads, &split).map_err(fail_alike)?,
             false => MomentDigests::default(),
         };
         let compared = update_of(&lr, another.then_some(&moments));
