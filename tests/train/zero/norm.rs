@@ -1,7 +1,5 @@
 //! The norm of sharded replicas, which comes with what they tell each other at the end of a step.
 
-use std::time::Duration;
-
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn_parallel::prelude::*;
@@ -10,6 +8,7 @@ use burn_parallel::train::{Engine, NonFinite, Norm, Parallel};
 use super::{LEVELS, config, optimizer};
 use crate::common::cases;
 use crate::common::checkpointing::own_by;
+use crate::common::failing::{LONG, says};
 use crate::common::models::Lm;
 
 const STEPS: usize = 5;
@@ -34,7 +33,7 @@ type Act = fn(&Parallel<Lm>, Step, usize) -> Result<Step, Error>;
 /// The norm of each step, if it was asked for, and how many collectives it took up to there. Nothing learns.
 fn run(ranks: usize, strategy: &Strategy, act: Act) -> Result<Vec<(Option<f64>, u64)>, Error> {
     let case = cases::transformer();
-    let mut ran = launch::threads(ranks).timeout(Duration::from_secs(5)).run(|rank| {
+    let mut ran = launch::threads(ranks).timeout(LONG).run(|rank| {
         let mut model = own_by(&case.model, strategy).parallelize(&rank, strategy)?;
         let (mut optim, mut found) = (optimizer("sgd"), Vec::new());
         for number in 0..STEPS {
@@ -80,7 +79,7 @@ fn same(what: &str, found: Option<f64>, expected: Option<f64>) {
     assert!((a - b).abs() <= 1e-6 * b.abs(), "{what}: {a}, not {b}");
 }
 
-/// From the second step on it takes no collective of its own, and is what it is if it does.
+/// From the third step on it takes no collective of its own, and is what it is if it does.
 #[test]
 fn it_goes_with_the_step() {
     for (ranks, strategy) in ways() {
@@ -90,7 +89,7 @@ fn it_goes_with_the_step() {
         for (number, (without, calls)) in without.unwrap().into_iter().enumerate() {
             same(&format!("{strategy}, step {number}"), found[number].0, expected[number].0);
             assert_eq!(without, None);
-            assert_eq!(found[number].1, calls + u64::from(number == 0), "{strategy}, step {number}");
+            assert_eq!(found[number].1, calls + u64::from(number < 2), "{strategy}, step {number}");
             assert_eq!(expected[number].1, calls + 1, "{strategy}, step {number}");
         }
     }
@@ -130,7 +129,7 @@ fn it_is_that_of_the_gradients_that_there_are() {
                 same(&format!("{what}: {strategy}"), found[2].0, expected[2].0.map(|norm| 0.5 * norm));
             }
         }
-        // It is measured ahead only where it was asked for in the step before.
+        // It is measured ahead only where it was asked for in both steps before.
         let some = |model: &Parallel<Lm>, step: Step, number: usize| match number % 2 {
             0 => step.clip_grad_norm(model, Clip::never()),
             _ => Ok(step),
@@ -142,31 +141,60 @@ fn it_is_that_of_the_gradients_that_there_are() {
     }
 }
 
-/// What one rank does alone is an error on all.
+/// What one rank does alone is an error on all at once, which says what.
 #[test]
 fn a_rank_that_does_otherwise_ends_all() {
-    let acts: [(&str, Act); 3] = [
-        ("changes", |model, mut step, number| {
-            if (number, model.replica().0) == (2, 1) {
+    const AGAIN: [&str; 2] = ["another norm than the one of the step", "`model.clip_grad_norm(step.grads, ..)`"];
+    let acts: [(&str, &[&str], Act); 4] = [
+        ("changes", &AGAIN, |model, mut step, number| {
+            if (number, model.replica().0) == (3, 1) {
                 halve(model, &mut step);
             }
             step.clip_grad_norm(model, Clip::never())
         }),
-        ("clips", |model, step, number| {
-            let largest = if (number, model.replica().0) == (2, 1) { 2.0 } else { 1.0 };
+        ("clips", &AGAIN, |model, step, number| {
+            let largest = if (number, model.replica().0) == (3, 1) { 2.0 } else { 1.0 };
             step.clip_grad_norm(model, largest)
         }),
-        ("leaves it out", |model, step, number| match (number, model.replica().0) {
-            (2, 1) => Ok(step),
-            _ => step.clip_grad_norm(model, 1.0),
+        ("leaves it out", &["update number 4", "by no norm", "not at all on rank 1", "`clip_grad_norm` alike"], {
+            |model, step, number| match (number, model.replica().0) {
+                (3, 1) => Ok(step),
+                _ => step.clip_grad_norm(model, Clip::never()),
+            }
+        }),
+        ("clips earlier", &["clip alike on all ranks"], |model, step, number| {
+            step.clip_grad_norm(model, if (number, model.replica().0) == (1, 1) { 2.0 } else { 1.0 })
         }),
     ];
-    for (engine, level) in [(Engine::Eager, Sharding::Optimizer), (Engine::Captured, Sharding::Parameters)] {
-        let strategy = Strategy::new().with_dp(2).with_data(config(level)).with_engine(engine);
-        for (what, act) in acts {
-            let error = run(2, &strategy, act).expect_err(what);
-            assert!(!matches!(error, Error::RankFailed { .. }), "{what}, {strategy}: {error}");
+    for engine in [Engine::Eager, Engine::Captured] {
+        for level in LEVELS {
+            let strategy = Strategy::new().with_dp(2).with_data(config(level)).with_engine(engine);
+            for (what, words, act) in acts {
+                let error = run(2, &strategy, act).expect_err(what);
+                assert!(!matches!(error, Error::Timeout { .. }), "{what}, {strategy}: {error}");
+                says(&error, words);
+            }
         }
+    }
+}
+
+/// Ranks that change their gradients each as it likes clip by the gradients alone.
+#[test]
+fn a_rank_may_change_its_gradients_where_the_norm_is_of_these() {
+    for engine in [Engine::Eager, Engine::Captured] {
+        let strategy = Strategy::new().with_dp(2).with_data(config(Sharding::Optimizer)).with_engine(engine);
+        let expected = run(2, &strategy, by_hand).unwrap();
+        let found = run(2, &strategy, |model, mut step, number| {
+            if (number, model.replica().0) == (3, 1) {
+                halve(model, &mut step);
+            }
+            by_hand(model, step, number)
+        });
+        let found = found.unwrap();
+        (0..STEPS)
+            .filter(|number| *number != 3)
+            .for_each(|number| same("by hand", found[number].0, expected[number].0));
+        assert!(found[3].0 < expected[3].0);
     }
 }
 
