@@ -123,6 +123,8 @@ impl GrowthFlags {
             _ if steps < 64 => 1,
             _ => 4,
         };
+        // Few steps tell a trial what the run needs.
+        let every = if trial().is_some() { every.min(1) } else { every };
         let data = strategy.data.clone().with_noise_scale_every(every);
         strategy.with_data(data)
     }

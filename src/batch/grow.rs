@@ -34,16 +34,20 @@ pub struct GrowBatch {
     most: usize,
     patience: u64,
     since: u64,
+    /// How many steps had measured the noise when it has grown last.
+    #[serde(default)]
+    measured: u64,
 }
 
 impl GrowBatch {
-    /// Begins with so many rows, and doubles up to `most`. After each change it keeps a size for 100 steps at least.
+    /// Begins with so many rows, and doubles up to `most`. After each change it keeps a size for 100 steps that
+    /// [measure the noise](crate::data_parallel::DataParallelConfig::with_noise_scale_every) at least.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if there are no rows, or fewer at most.
     pub fn new(rows: usize, most: usize) -> Result<Self, Error> {
         match rows > 0 && most >= rows {
-            true => Ok(Self { rows, most, patience: 100, since: 0 }),
+            true => Ok(Self { rows, most, patience: 100, since: 0, measured: 0 }),
             false => {
                 let problem =
                     format!("a batch of {rows} rows cannot grow to {most}: take at least 1 row, and as many at most");
@@ -52,7 +56,8 @@ impl GrowBatch {
         }
     }
 
-    /// Sets how many steps a size is kept at least, so that averages of the noise are those of this size.
+    /// Sets how many steps that measure the noise a size is kept at least, so that averages of it are those of this
+    /// size.
     pub fn with_patience(mut self, steps: u64) -> Self {
         self.patience = steps.max(1);
         self
@@ -76,8 +81,9 @@ impl GrowBatch {
         self.since += 1;
         let doubled = self.rows.saturating_mul(2);
         let pays = noise.items().is_ok_and(|items| items >= doubled as f64 * items_per_row);
-        if self.since >= self.patience && doubled <= self.most && pays {
-            (self.rows, self.since) = (doubled, 0);
+        let measured = noise.steps().saturating_sub(self.measured);
+        if measured >= self.patience && doubled <= self.most && pays {
+            (self.rows, self.since, self.measured) = (doubled, 0, noise.steps());
         }
         self.rows
     }
@@ -99,24 +105,44 @@ mod tests {
         let mut noise = NoiseScale::new();
         let mut batch = GrowBatch::new(8, 100).unwrap().with_patience(0);
         assert_eq!(batch.after_step(&noise, 1.0), 8, "nothing is known yet");
-        noise.add_estimate(GradientNoise { squared_norm: 1.0, trace: 33.0, micro_batches: 2, items: 8.0 });
-        assert_eq!((0..4).map(|_| batch.after_step(&noise, 1.0)).collect::<Vec<_>>(), [16, 32, 32, 32]);
+        let estimate = GradientNoise { squared_norm: 1.0, trace: 33.0, micro_batches: 2, items: 8.0 };
+        let mut grown = || {
+            noise.add_estimate(estimate);
+            batch.after_step(&noise, 1.0)
+        };
+        assert_eq!([grown(), grown(), grown(), grown()], [16, 32, 32, 32]);
         assert_eq!(batch.steps_since(), 2);
         assert_eq!(batch.with_most(16).after_step(&noise, 1.0), 32, "what it has is kept");
         assert!(GrowBatch::new(0, 4).is_err() && GrowBatch::new(8, 4).is_err());
     }
 
-    /// A size is kept for so many steps, and a row of several items of the loss has as much less of the noise.
+    /// A size is kept for so many measurements, and a row of several items of the loss has as much less of the noise.
     #[test]
     fn it_waits_and_counts_rows() {
-        let mut noise = NoiseScale::new();
-        noise.add_estimate(GradientNoise { squared_norm: 1.0, trace: 100.0, micro_batches: 2, items: 8.0 });
         let sizes = |patience: u64, items: f64| {
-            let mut batch = GrowBatch::new(2, 1000).unwrap().with_patience(patience);
-            (0..7).map(|_| batch.after_step(&noise, items)).collect::<Vec<_>>()
+            let (mut noise, mut batch) = (NoiseScale::new(), GrowBatch::new(2, 1000).unwrap().with_patience(patience));
+            let mut size = || {
+                noise.add_estimate(GradientNoise { squared_norm: 1.0, trace: 100.0, micro_batches: 2, items: 8.0 });
+                batch.after_step(&noise, items)
+            };
+            (0..7).map(|_| size()).collect::<Vec<_>>()
         };
         assert_eq!(sizes(3, 10.0), [2, 2, 4, 4, 4, 8, 8]);
         assert_eq!(sizes(1, 10.0), [4, 8, 8, 8, 8, 8, 8]);
         assert_eq!(sizes(1, 1.0), [4, 8, 16, 32, 64, 64, 64]);
+    }
+
+    /// Steps that measure nothing say nothing of a size.
+    #[test]
+    fn patience_is_in_measurements() {
+        let (mut noise, mut batch) = (NoiseScale::new(), GrowBatch::new(8, 64).unwrap().with_patience(2));
+        let mut sizes = Vec::new();
+        for step in 0..12 {
+            if step % 3 == 2 {
+                noise.add_estimate(GradientNoise { squared_norm: 1.0, trace: 1e3, micro_batches: 2, items: 8.0 });
+            }
+            sizes.push(batch.after_step(&noise, 1.0));
+        }
+        assert_eq!(sizes, [8, 8, 8, 8, 8, 16, 16, 16, 16, 16, 16, 32]);
     }
 }

@@ -10,6 +10,12 @@ use crate::lock::lock;
 /// What ranks tell each other whose optimizer is new, where a model is divided.
 pub(crate) const NEW_OPTIMIZER: &str = "the moments of a new optimizer";
 
+/// What ranks that divide rows call which do not take the norm that came with the step.
+pub(crate) const ANOTHER_NORM: &str = "another norm than the one of the step";
+
+/// Names that are known before anybody gives them.
+const FIXED: [&str; 2] = [NEW_OPTIMIZER, ANOTHER_NORM];
+
 /// Most bytes of a name that is kept.
 const LONGEST: usize = 48;
 
@@ -41,9 +47,9 @@ pub(crate) fn keep(name: &str) -> u64 {
 
 /// The name of a number, if it was kept.
 pub(super) fn name(number: u64) -> Option<String> {
-    match number == self::number(NEW_OPTIMIZER) {
-        true => Some(NEW_OPTIMIZER.into()),
-        false => known().get(&number).map(|name| name.to_string()),
+    match FIXED.iter().find(|name| self::number(name) == number) {
+        Some(name) => Some((*name).into()),
+        None => known().get(&number).map(|name| name.to_string()),
     }
 }
 

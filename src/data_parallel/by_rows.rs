@@ -9,7 +9,7 @@
 //! 2. They make sure that all exchange the same in it. A replica that has none, or uses other parameters than others,
 //!    takes part in what it does not exchange itself with nothing of its own ([`RowShards::agree`]).
 //! 3. After the last one losses and weights are summed: the gradients are divided by the weight. Their norm goes with
-//!    that, if the one of the step before was asked for.
+//!    that, if it is likely to be asked for.
 
 use std::collections::HashMap;
 
@@ -28,7 +28,7 @@ use crate::distribution::RowShards;
 use crate::graph::{Compared, GradientSink, StepEngine, Updates, found_gradients};
 use crate::params::FoundParams;
 use crate::sharding::Sharding;
-use crate::step::{CarriedNorm, LossValue, NoNoise, NoiseState, Step, StepFn};
+use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
 use crate::tensor::{PlainTensor, TensorTree, rows};
 
 impl<E: StepEngine> Replica<E> {
@@ -136,8 +136,7 @@ impl<E: StepEngine> Replica<E> {
         let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
         let gradients: HashMap<ParamId, PlainTensor> =
             sums.gradients.into_iter().map(|(id, sum)| (id, sum.scale(factor))).collect();
-        let norm = carrier.and_then(|carrier| carrier.of_sums(&sizes, factor));
-        let norm = norm.map(|norm| CarriedNorm { gradients: gradients.clone(), ..norm });
+        let norm = carrier.and_then(|carrier| carrier.of_sums(&sizes, factor, gradients.clone()));
         let grads = found_gradients(&params, gradients);
         let counters = self.counters() - before;
         Ok(Step { outputs, counters, runs, norm, ..Step::new(LossValue::known(loss), weight, grads, noise) })

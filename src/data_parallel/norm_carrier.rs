@@ -9,12 +9,12 @@ use burn::module::ParamId;
 
 use crate::graph::StepEngine;
 use crate::sharding::ShardComms;
-use crate::step::{CarriedNorm, ExpectedNorm};
+use crate::step::{AskedNorm, CarriedNorm};
 use crate::tensor::{PartialNorm, PlainTensor, sizes};
 
-/// Measures the rows of this rank, if the norm of the step before was asked for.
+/// Measures the rows of this rank, if the norm is likely to be asked for.
 pub(super) struct NormCarrier {
-    expected: ExpectedNorm,
+    expected: AskedNorm,
     comms: ShardComms,
     /// The parameters that another rank counts.
     pub elsewhere: HashSet<ParamId>,
@@ -24,9 +24,10 @@ pub(super) struct NormCarrier {
 const NUMBERS: usize = 2;
 
 impl NormCarrier {
-    /// For the step that begins now.
+    /// For a step, on all ranks or on none: they expect what follows from the updates that they compare in it.
     pub fn of<E: StepEngine>(engine: &E, comms: Option<&ShardComms>) -> Option<Self> {
-        let (expected, comms) = (engine.clipping().take_expected()?, comms?.clone());
+        let comms = comms?.clone();
+        let expected = engine.checked_optimizers().updates().expected_norm()?;
         Some(Self { expected, comms, elsewhere: engine.gradient_layout().elsewhere })
     }
 
@@ -52,14 +53,13 @@ impl NormCarrier {
         numbers
     }
 
-    /// The norm by the sums over all replicas, of gradients that are multiplied by `factor` since they were measured.
-    /// The gradients themselves are the caller's to add.
-    pub fn of_sums(self, sums: &[f64], factor: f64) -> Option<CarriedNorm> {
+    /// The norm by the sums over all replicas, of gradients that are multiplied by `factor` since they were measured,
+    /// and go to the parameters of these ids.
+    pub fn of_sums(self, sums: &[f64], factor: f64, gradients: HashMap<ParamId, PlainTensor>) -> Option<CarriedNorm> {
         let norm = self.expected.norm;
         let sizes = sums.chunks_exact(NUMBERS).map(|numbers| PartialNorm { unit: numbers[0], sum: numbers[1] });
         let whole = sizes.reduce(|all, size| all.with(size, norm))?;
         let size = PartialNorm { unit: whole.unit * factor.abs(), ..whole };
-        let over = self.comms.control().clone();
-        size.is_finite().then(|| CarriedNorm { expected: self.expected, size, over, gradients: HashMap::new() })
+        size.is_finite().then(|| CarriedNorm { asked: self.expected, size, comms: self.comms, gradients })
     }
 }

@@ -12,7 +12,7 @@
 //! 2. the buckets, in order; what a rank has no gradient for counts as zero;
 //! 3. the *tail*: the losses are summed; and it is agreed which parameters were used anywhere, so that one that no rank
 //!    used gets no gradient at all, as on a single device, and which gradients came late. With sharded replicas it has
-//!    the norm as well, if that of the step before was asked for ([`NormCarrier`]).
+//!    the norm as well, if it is likely to be asked for ([`NormCarrier`]).
 //!
 //! *Late* is a gradient that arrives after its bucket was started. That takes a parameter that is used in a forward
 //! before the last backward and is then used again; it is summed in a collective of its own after the tail.
@@ -125,7 +125,8 @@ impl Reducer {
         }
         let tail = told.unwrap_or_else(|| tell(tail)).wait()?;
         let (tail, sizes) = tail.split_at(numbers);
-        let norm = carrier.and_then(|carrier| carrier.of_sums(sizes, 1.0));
+        // The gradients join it where their parameters are known.
+        let norm = carrier.and_then(|carrier| carrier.of_sums(sizes, 1.0, HashMap::new()));
         let (marks, sums) = tail.split_at(params);
         let (loss, noise) = match sums {
             [loss] => (loss / weight, None),

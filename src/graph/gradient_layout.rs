@@ -8,7 +8,6 @@ use burn::module::ParamId;
 
 use crate::comm::{Communicator, Counters};
 use crate::lock::lock;
-use crate::step::ExpectedNorm;
 
 /// How the parameters of a model lie over ranks.
 #[derive(Debug, Default)]
@@ -38,21 +37,9 @@ struct Done {
     skipped: AtomicU64,
     /// What was communicated for norms, by group.
     communicated: Mutex<BTreeMap<Arc<str>, Counters>>,
-    /// The norm that was asked for since the last step.
-    expected: Mutex<Option<ExpectedNorm>>,
 }
 
 impl ClipRecord {
-    /// Has the next step measure the norm that was asked for of this one.
-    pub fn expect(&self, norm: ExpectedNorm) {
-        *lock(&self.0.expected) = Some(norm);
-    }
-
-    /// The norm that a step is to measure, if that of the one before was asked for.
-    pub fn take_expected(&self) -> Option<ExpectedNorm> {
-        lock(&self.0.expected).take()
-    }
-
     /// Counts one more step that is skipped.
     pub fn skip(&self) {
         self.0.skipped.fetch_add(1, Relaxed);

@@ -12,6 +12,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use crate::Error;
 use crate::comm::Communicator;
 use crate::lock::lock;
+use crate::step::AskedNorm;
 
 /// So many updates are kept to be told: more than lie between two comparisons where inputs are on devices.
 const KEPT: usize = 128;
@@ -21,6 +22,8 @@ const KEPT: usize = 128;
 pub struct Update {
     /// The learning rate.
     pub rate: f64,
+    /// How the norm of the gradient was asked for.
+    pub asked: Option<AskedNorm>,
     /// If the optimizer was not the one of an earlier call: a number for the moments that it came with, of what this
     /// rank holds; 0 if there are none, or no other rank has the same.
     pub new_moments: Option<u64>,
@@ -52,11 +55,12 @@ struct History {
 impl Updates {
     pub fn record(&self, update: Update) {
         let mut history = lock(&self.0);
-        let [rate, is_new, moments] = [u64::from(update.compared_rate()), u64::from(update.is_new()), update.moments()];
+        let [max, options] = AskedNorm::words(update.asked);
+        let words = [u64::from(update.compared_rate()), max, options, u64::from(update.is_new()), update.moments()];
         let bytes = |words: &[u64]| words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>();
         history.digests = [
-            xxh3_64_with_seed(&bytes(&[rate, is_new]), history.digests[0]),
-            xxh3_64_with_seed(&bytes(&[rate, is_new, moments]), history.digests[1]),
+            xxh3_64_with_seed(&bytes(&words[..words.len() - 1]), history.digests[0]),
+            xxh3_64_with_seed(&bytes(&words), history.digests[1]),
         ];
         history.count += 1;
         if history.last.len() == KEPT {
@@ -68,6 +72,15 @@ impl Updates {
     /// A number for all updates, by which ranks compare them.
     pub fn digest(&self, compared: Compared) -> u64 {
         lock(&self.0).digests[compared as usize]
+    }
+
+    /// The norm that is likely to be asked for of the next step: as that of the last two, so that no step measures what
+    /// is asked for now and then, or in another way each time. Ranks with the same number expect the same.
+    pub fn expected_norm(&self) -> Option<AskedNorm> {
+        let history = lock(&self.0);
+        let mut last = history.last.iter().rev().map(|update| update.asked);
+        let (one, other) = (last.next()?, last.next()?);
+        one.filter(|_| one == other)
     }
 
     /// What differs between the updates of the ranks of a group, whose numbers do. Collective.
@@ -84,7 +97,7 @@ impl Updates {
 }
 
 impl Update {
-    const WORDS: usize = 3;
+    const WORDS: usize = 3 + AskedNorm::WORDS;
 
     /// The rate as ranks compare it: in 32 bits, since schedules that are computed on different processors may differ
     /// in the last bit of 64; and there is one that is no number.
@@ -101,12 +114,14 @@ impl Update {
     }
 
     fn words(&self) -> [u64; Self::WORDS] {
-        [self.rate.to_bits(), u64::from(self.is_new()), self.moments()]
+        let [max, options] = AskedNorm::words(self.asked);
+        [self.rate.to_bits(), max, options, u64::from(self.is_new()), self.moments()]
     }
 
     fn of_words(words: &[u64]) -> Option<Self> {
-        let &[rate, is_new, moments] = words else { return None };
-        Some(Self { rate: f64::from_bits(rate), new_moments: (is_new != 0).then_some(moments) })
+        let &[rate, max, options, is_new, moments] = words else { return None };
+        let asked = AskedNorm::of_words([max, options]);
+        Some(Self { rate: f64::from_bits(rate), asked, new_moments: (is_new != 0).then_some(moments) })
     }
 }
 
@@ -185,6 +200,14 @@ fn difference_of(updates: &[(u64, &Update)], compared: Compared) -> Option<Strin
             by_value(&rates)
         ));
     }
+    if updates.iter().any(|(_, update)| update.asked != first.asked) {
+        let said = |asked: Option<AskedNorm>| asked.map_or("not at all".into(), |asked| asked.to_string());
+        let clipped: Vec<(u64, String)> = updates.iter().map(|(rank, update)| (*rank, said(update.asked))).collect();
+        return Some(format!(
+            "the gradient was clipped differently: {}: all ranks that train one model call `clip_grad_norm` alike, or none",
+            by_value(&clipped)
+        ));
+    }
     if updates.iter().any(|(_, update)| update.is_new() != first.is_new()) {
         let said = |new: bool| if new { "a new one, or one with a state that was loaded" } else { "the one of before" };
         let kinds: Vec<(u64, String)> =
@@ -228,6 +251,7 @@ fn by_value(values: &[(u64, String)]) -> String {
 mod tests {
     use super::*;
     use crate::launch;
+    use crate::tensor::Norm;
 
     /// What comes of two ranks that have made these updates.
     fn compared(compared: Compared, updates: [&[Update]; 2]) -> Result<(), Error> {
@@ -245,14 +269,18 @@ mod tests {
 
     #[test]
     fn what_differs_is_told_with_the_ranks() {
-        let known = |rate| Update { rate, new_moments: None };
-        let new = |moments| Update { rate: 0.1, new_moments: Some(moments) };
+        let known = |rate| Update { rate, asked: None, new_moments: None };
+        let new = |moments| Update { rate: 0.1, asked: None, new_moments: Some(moments) };
+        let clipped = |max, norm, skips| Update { asked: Some(AskedNorm { norm, max, skips }), ..known(0.1) };
         let many = vec![known(0.1); 2 * KEPT];
         let late = [&many[..], &[known(0.2)]].concat();
         for (one, other, words) in [
             (&[known(0.1), known(0.1)][..], &[known(0.1), known(0.25)][..], "update number 2 of the model"),
             (&[known(0.1)], &[known(0.25)], "0.1 on rank 0; 0.25 on rank 1"),
             (&[known(f64::NAN)], &[known(0.1)], "NaN on rank 0; 0.1 on rank 1"),
+            (&[known(0.1)], &[clipped(1.0, Norm::L2, false)], "not at all on rank 0; to the L2 norm 1 on rank 1"),
+            (&[clipped(1.0, Norm::L2, false)], &[clipped(2.0, Norm::L2, false)], "L2 norm 2 on rank 1: all ranks"),
+            (&[clipped(1.0, Norm::L2, false)], &[clipped(1.0, Norm::Infinity, true)], "Infinity norm 1, skipping"),
             (&[known(0.1)], &[new(0)], "the one of before on rank 0; a new one"),
             (&[new(0)], &[new(3)], "different moments"),
             (&[known(0.1)], &[known(0.1), known(0.1)], "1 on rank 0; 2 on rank 1 times"),
@@ -265,10 +293,29 @@ mod tests {
         compared(Compared::Parts, [&[new(0)], &[new(3)]]).unwrap();
     }
 
+    /// What comes now and then, or in another way each time, is not expected.
+    #[test]
+    fn a_norm_is_expected_that_was_asked_for_twice() {
+        let (updates, asked) = (Updates::default(), |max| Some(AskedNorm { norm: Norm::L2, max, skips: false }));
+        for (now, expected) in [
+            (asked(1.0), None),
+            (asked(1.0), asked(1.0)),
+            (asked(2.0), None),
+            (asked(1.0), None),
+            (None, None),
+            (None, None),
+            (asked(1.0), None),
+            (asked(1.0), asked(1.0)),
+        ] {
+            updates.record(Update { rate: 0.1, asked: now, new_moments: None });
+            assert_eq!(updates.expected_norm(), expected);
+        }
+    }
+
     /// Schedules may round in another way on another processor, and numbers that are none have many forms.
     #[test]
     fn last_bits_are_no_difference() {
-        let known = |rate| [Update { rate, new_moments: None }];
+        let known = |rate| [Update { rate, asked: None, new_moments: None }];
         for (one, other) in [(0.1, 0.1f64.next_up()), (f64::NAN, -f64::NAN)] {
             compared(Compared::Replicas, [&known(one), &known(other)]).unwrap();
         }

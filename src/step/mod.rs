@@ -32,7 +32,7 @@ mod report;
 mod step;
 
 #[doc(hidden)]
-pub use carried_norm::ExpectedNorm;
+pub use carried_norm::AskedNorm;
 pub use counters::StepCounters;
 pub use loss::{Count, Loss};
 pub use noise::{GradientNoise, NoNoise};

@@ -6,7 +6,7 @@ use std::sync::{Arc, OnceLock};
 use burn::optim::GradientsParams;
 use burn::tensor::Tensor;
 
-use super::{CarriedNorm, GradientNoise, NoNoise, NoiseState, RunReport, StepCounters};
+use super::{AskedNorm, CarriedNorm, GradientNoise, NoNoise, NoiseState, RunReport, StepCounters};
 use crate::tensor::PlainTensor;
 
 /// What a training step gives, whatever the model is spread over.
@@ -41,6 +41,8 @@ pub struct Step {
     pub(crate) noise: NoiseState,
     /// What is known of its norm.
     pub(crate) norm: Option<CarriedNorm>,
+    /// How it was asked for, as far as ranks that train one model do that alike.
+    pub(crate) asked: Option<AskedNorm>,
 }
 
 impl Step {
@@ -58,6 +60,7 @@ impl Step {
             not_finite: None,
             noise,
             norm: None,
+            asked: None,
         }
     }
 

@@ -167,16 +167,18 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// # The same on all ranks
     /// The learning rate and the optimizer, with its settings and its state, must be the same on all ranks (of a state
     /// that is divided each has its part), and a new optimizer takes the place of the old one on all of them after the
-    /// same step. Rates, states, and when an optimizer is new, are compared: the next step is an [`Error::Optimizer`]
-    /// on all ranks if they differ, which names the ranks: the next of all for replicas; for the ranks of a split or a
-    /// pipeline, the next in which they compare inputs. Of rates by groups of parameters that is compared which
-    /// parameters of no group have; settings are not.
+    /// same step; and so must be how the gradient was [clipped](Step::clip_grad_norm). Rates, states, clipping, and
+    /// when an optimizer is new, are compared: the next step is an [`Error::Optimizer`] on all ranks if they differ,
+    /// which names the ranks: the next of all for replicas; for the ranks of a split or a pipeline, the next in which
+    /// they compare inputs. Of rates by groups of parameters that is compared which parameters of no group have;
+    /// settings are not.
     ///
     /// # Errors
     /// [`Error::Optimizer`], which names a parameter if the optimizer was tried on one by itself; [`Error::Schedule`]
     /// if the schedule of the pipeline has no backward pass. The model is lost with it: keep a clone of one that is to
     /// live on. If the optimizer panics in an update, or has moments that do not fit, the world fails as well, since
-    /// the other ranks may have updated theirs.
+    /// the other ranks may have updated theirs; so it does if an optimizer is refused before, but where the ranks that
+    /// hold parts or rows of the parameters are all that there are, and all refuse it.
     fn optimize(
         self,
         optim: &mut ModuleOptimizer,
@@ -195,15 +197,16 @@ pub trait ParallelModule: Module + sealed::Sealed {
         }
         // It holds the gradients, which are updated in place.
         drop(step.norm.take());
+        let (lr, asked, grads) = (lr.into(), step.asked, step.grads);
         let (checked, split, groups) = (self.checked_optimizers().clone(), self.split_params(), self.groups());
         if self.shards().is_some() {
-            let mut step = Some(ShardedStep { optim, lr: lr.into(), grads: step.grads, checked, split, groups });
+            let mut step = Some(ShardedStep { optim, lr, asked, grads, checked, split, groups });
             return self.update_shards(&mut |shards, comms| match step.take() {
                 Some(step) => step.run(shards, comms),
                 None => Ok(UpdatedShards::default()),
             });
         }
-        SplitStep { optim, lr: lr.into(), grads: step.grads, checked, split, groups }.run(self, Self::local)
+        SplitStep { optim, lr, asked, grads, checked, split, groups }.run(self, Self::local)
     }
 
     /// Gives all parameters the values that a store has under their paths. Each rank asks for what it holds only, and

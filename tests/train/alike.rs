@@ -9,7 +9,7 @@ use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamWConfig, ModuleOptimizer};
 use burn::prelude::*;
 use burn_parallel::prelude::*;
-use burn_parallel::train::Engine;
+use burn_parallel::train::{Clip, Engine};
 
 use crate::common::checkpointing::own_by;
 use crate::common::failing::says;
@@ -155,6 +155,34 @@ fn a_rank_that_leaves_out_an_update_is_found() {
         let error = refused(&strategy, |_, rank, last, step| ((rank, step) != (last, 1)).then_some(0.01));
         says(&error, &["equally often", "1 on rank", "2 on rank", "`optimize`"]);
     }
+}
+
+/// Replicas measure each for itself, and any of them may; they clip alike.
+#[test]
+fn a_replica_that_clips_in_another_way_is_named() {
+    let train = |clip: fn(usize, usize) -> Option<Clip>| {
+        let ran = launch::threads(2).timeout(Duration::from_secs(60)).run(|rank| {
+            let (mut model, mut optim) = (own_by(&layers(), &of(2)).parallelize(&rank, &of(2))?, adamw());
+            for number in 0..STEPS {
+                let step = model.step(input(number), loss)?;
+                let step = match clip(rank.rank(), number) {
+                    Some(clip) => step.clip_grad_norm(&model, clip)?,
+                    None => step,
+                };
+                model = model.optimize(&mut optim, 0.01, step)?;
+            }
+            Ok(())
+        });
+        ran.map(drop)
+    };
+    let error = train(|rank, number| (number == 1).then(|| Clip::at(1.0 + rank as f64))).unwrap_err();
+    says(
+        &error,
+        &["update number 2", "to the L2 norm 1 on rank 0; to the L2 norm 2 on rank 1", "`clip_grad_norm` alike"],
+    );
+    let error = train(|rank, number| (rank == 1 && number == 1).then(|| Clip::at(1.0))).unwrap_err();
+    says(&error, &["not at all on rank 0; to the L2 norm 1 on rank 1"]);
+    train(|rank, _| (rank == 0).then(Clip::never)).unwrap();
 }
 
 /// Rates of groups of parameters, another rate in each step, and a new optimizer on all ranks: what is alike.

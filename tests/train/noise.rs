@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::nn::{Linear, LinearConfig};
-use burn::optim::GradientsParams;
+use burn::optim::{GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::prelude::*;
 use burn::tensor::{DType, TensorData};
 use burn_parallel::batch::{BatchSplit, GradientNoise, NoNoise, NoiseScale};
@@ -17,9 +17,6 @@ use crate::common::reference::gradient_values;
 use crate::grad_norm::lm::{self, Batch, Kind, Lm, ROWS};
 
 const KIND: Kind = Kind { tied: true, frozen: true, dtype: DType::F32 };
-
-/// How many steps measure.
-const STEPS: usize = 3;
 
 fn part(batch: &Batch, rows: Range<usize>) -> Batch {
     (batch.0.clone().narrow(0, rows.start, rows.len()), batch.1.clone().narrow(0, rows.start, rows.len()))
@@ -47,28 +44,37 @@ fn all_parts(split: &BatchSplit) -> Vec<Range<usize>> {
     (0..split.replicas()).flat_map(|replica| split.micro_batches(replica)).collect()
 }
 
-/// What each rank measures in a step that clips nothing, in one that does, and in another, whose norm comes with the
-/// step where replicas divide rows.
+/// The last step's norm comes with it where replicas divide rows: those before were asked for in the same way.
+const MEASURED: usize = 4;
+
+/// What each rank measures in a step that clips nothing, and in some that do. Nothing learns.
 fn measured(
     whole: &Lm,
     strategy: &Strategy,
     ranks: usize,
     split: &BatchSplit,
-) -> Vec<[Result<GradientNoise, NoNoise>; STEPS]> {
+) -> Vec<[Result<GradientNoise, NoNoise>; MEASURED]> {
     launch::threads(ranks)
         .run(|world| {
             let mut model = own_by(whole, strategy).parallelize(&world, strategy)?;
             let replica = model.mesh().coordinate("dp")?;
-            let mut measured = |step, clip| {
+            let mut optim: ModuleOptimizer = SgdConfig::new().init();
+            let mut found = [Err(NoNoise::Off); MEASURED];
+            for (step, found) in found.iter_mut().enumerate() {
                 let batch = lm::batch(step, &device());
                 let rows = split.micro_batches(replica).into_iter().map(|rows| part(&batch, rows));
                 let done = model.step_micro_batches(rows, lm::loss)?;
                 assert!(matches!(done.noise(), Err(NoNoise::NoNorm | NoNoise::BetweenStages)));
-                Ok::<_, Error>(done.clip_grad_norm(&model, clip)?.noise())
-            };
-            // Clipping comes after.
-            let clipped = || Clip::at(1e-3);
-            Ok([measured(0, Clip::never())?, measured(1, clipped())?, measured(2, clipped())?])
+                // Clipping comes after.
+                let clip = if step == 0 { Clip::never() } else { Clip::at(1e-3) };
+                let done = done.clip_grad_norm(&model, clip)?;
+                *found = done.noise();
+                if strategy.data.sharding == Sharding::Optimizer && strategy.pp * strategy.tp == 1 {
+                    assert_eq!(done.counters.norm.total().calls, u64::from(step < 3), "step {step}");
+                }
+                model = model.optimize(&mut optim, 0.0, done)?;
+            }
+            Ok(found)
         })
         .unwrap()
 }
@@ -109,7 +115,7 @@ fn every_mesh_measures_what_one_device_does() {
         let ranks = axes.iter().product();
         let split = BatchSplit::of(&strategy, ranks, ROWS, Some(at_once)).unwrap();
         let found = measured(&whole, &strategy, ranks, &split);
-        for step in 0..STEPS {
+        for step in 0..MEASURED {
             let expected = expected(&whole, &all_parts(&split), &lm::batch(step, &device()));
             for noise in &found {
                 assert_eq!(noise[step], found[0][step], "the same on all ranks");
@@ -156,7 +162,7 @@ fn replicas_that_divide_parameters_measure_what_one_device_does() {
             parts = parts.into_iter().flat_map(halves).collect();
         }
         let found = measured(&whole, &strategy, ranks, &split);
-        for step in 0..STEPS {
+        for step in 0..MEASURED {
             let expected = expected(&whole, &parts, &lm::batch(step, &device()));
             for noise in &found {
                 assert_eq!(noise[step], found[0][step], "the same on all ranks");

@@ -116,6 +116,26 @@ fn a_panic_on_one_rank_is_an_error_on_all() {
     }
 }
 
+/// Ranks that refuse it all, but do not all meet, find it out apart, and have one error.
+#[test]
+fn an_optimizer_that_all_refuse_is_the_same_error_on_all() {
+    let hybrid = of([4, 1, 1], Sharding::Optimizer);
+    let data = hybrid.data.clone().with_sharding_ranks(2);
+    for strategy in [of([2, 1, 2], Sharding::None), of([1, 2, 2], Sharding::None), hybrid.with_data(data)] {
+        let replicas = strategy.dp.unwrap();
+        let errors = launch::threads(4).timeout(LONG).run(|world| {
+            let mut optim = breaking(&Arc::new(AtomicBool::new(true)));
+            let mut model = own_by(&KIND.init(&device()), &strategy).parallelize(&world, &strategy)?;
+            let step = model.step(share(0, model.replica().0, replicas), loss)?;
+            Ok(model.optimize(&mut optim, 0.1, step).err().unwrap())
+        });
+        let errors = errors.unwrap();
+        assert!(errors.iter().all(|error| *error == errors[0]), "{strategy}: {errors:?}");
+        let said = errors[0].to_string();
+        assert!(said.contains(PURPOSE) && said.contains("of the world"), "{strategy}: {said}");
+    }
+}
+
 /// In its first update an optimizer is tried out, and refused, where the others may meet without this rank.
 #[test]
 fn an_optimizer_that_one_rank_refuses_is_an_error_on_all() {

@@ -8,7 +8,7 @@ use burn::optim::GradientsParams;
 use super::combine::{NonFiniteGradient, NormReport};
 use super::{Clip, NonFinite};
 use crate::Error;
-use crate::comm::Communicator;
+use crate::comm::{ANOTHER_NORM, Communicator, agreed_number};
 use crate::graph::{GradientLayout, gradients_params, same_buffer};
 use crate::params::{take_gradients, visit_floats};
 use crate::step::{CarriedNorm, NotFinite};
@@ -42,8 +42,8 @@ pub(crate) fn clip<M: Module>(
     clip_and_sum(module, grads, holding, clip, (0.0, None)).map(|(clipped, _)| clipped)
 }
 
-/// As [`clip`], and sums up what each rank has measured of its gradients before. With the norm that came with the step,
-/// over the ranks that divide rows among themselves, if it did.
+/// As [`clip`], and sums up what each rank has measured of its gradients before. A norm that came with the step needs
+/// no collective over the ranks that divide rows among themselves.
 pub(crate) fn clip_and_sum<M: Module>(
     module: &M,
     grads: GradientsParams,
@@ -57,16 +57,21 @@ pub(crate) fn clip_and_sum<M: Module>(
     }
     let found = take(module, grads, holding.by_hand)?;
     let mut groups = holding.groups.clone();
-    let mine = match carried.filter(|carried| is_of(carried, &found, &clip)) {
+    let mine = match carried {
         // Those that hold the other rows have summed up the same squares.
-        Some(CarriedNorm { size, over, .. }) => {
-            groups.retain(|group| group.group() != over.group());
-            NormReport { size, squares: squares * over.size() as f64, non_finite: None }
+        Some(carried) if is_of(&carried, &found, &clip) => {
+            groups.retain(|group| group.group() != carried.comms.control().group());
+            NormReport { size: carried.size, squares: squares * carried.comms.ranks() as f64, non_finite: None }
         }
-        None => NormReport { squares, ..measure(&found, holding, &clip)? },
+        carried => {
+            if let Some(CarriedNorm { comms, .. }) = carried {
+                // Ranks that take the norm that came are found out where they go on.
+                comms.next().all_gather_agreed(vec![0u8], agreed_number(ANOTHER_NORM))?;
+            }
+            NormReport { squares, ..measure(&found, holding, &clip)? }
+        }
     };
     let known = holding.clipping.count(&groups, || mine.over(&groups, &clip))?;
-    holding.clipping.expect(clip.expected());
     let mut norm = known.size.norm(clip.norm);
     let Some(non_finite) = known.non_finite else {
         let factor = clip.factor(norm);
@@ -97,7 +102,7 @@ fn is_of(carried: &CarriedNorm, found: &[FoundGradient], clip: &Clip) -> bool {
         let measured = carried.gradients.get(&gradient.id);
         measured.is_some_and(|it| same_buffer(it, &gradient.value) && place(it) == place(&gradient.value))
     };
-    carried.expected == clip.expected() && carried.gradients.len() == found.len() && found.iter().all(is_there)
+    carried.asked == clip.asked() && carried.gradients.len() == found.len() && found.iter().all(is_there)
 }
 
 /// The path of the first parameter whose gradient is not finite, and the rank that brought it, the same on all ranks:

@@ -1,6 +1,6 @@
 //! How a gradient is measured and clipped.
 
-use crate::step::ExpectedNorm;
+use crate::step::AskedNorm;
 use crate::tensor::Norm;
 
 /// What becomes of a step whose gradient has an element that is NaN or infinite.
@@ -54,9 +54,14 @@ impl Clip {
         self.norm
     }
 
-    /// What a step is to measure whose norm will be asked for as this one.
-    pub(super) fn expected(&self) -> ExpectedNorm {
-        ExpectedNorm { norm: self.norm, asked: [self.max, self.number()] }
+    /// Whether it changes gradients that are finite.
+    pub(crate) fn clips(&self) -> bool {
+        self.max.is_finite()
+    }
+
+    /// What is remembered of a step whose norm is asked for like this.
+    pub(crate) fn asked(&self) -> AskedNorm {
+        AskedNorm { norm: self.norm, max: self.max, skips: self.non_finite == NonFinite::Skip }
     }
 
     /// Norm and choice as a number, for the other ranks.
@@ -73,7 +78,7 @@ impl Clip {
 
     /// What a gradient of this norm is multiplied by.
     pub(super) fn factor(&self, norm: f64) -> f64 {
-        if self.max.is_finite() { (self.max / (norm + 1e-6)).min(1.0) } else { 1.0 }
+        if self.clips() { (self.max / (norm + 1e-6)).min(1.0) } else { 1.0 }
     }
 }
 

@@ -36,11 +36,7 @@ impl Meeting<'_> {
         match mine {
             // Nobody waits for another, and the world goes on.
             Err(error) if all_are_here && !all.contains(&0) => Err(error),
-            mine => {
-                let error = error_of(&self.over, failed - 1, mine.err())?;
-                fail_all(self.groups, &error);
-                Err(error)
-            }
+            mine => Err(fail_all(self.groups, error_of(&self.over, failed - 1, mine.err())?)),
         }
     }
 }
@@ -53,19 +49,19 @@ pub(super) fn error_of(groups: &[&Communicator], rank: u64, own: Option<Error>) 
     Ok(on_rank(rank, &String::from_utf8_lossy(&said)))
 }
 
-/// Fails the world of these groups, if others are in it.
-pub(super) fn fail_all(groups: &[Communicator], error: &Error) {
-    groups.iter().filter(|group| group.size() > 1).for_each(|group| group.fail(error.clone()));
+/// Fails the world of these groups, if others are in it. Returns what all have then: ranks that do not meet may have
+/// failed it before, with an error of theirs.
+pub(super) fn fail_all(groups: &[Communicator], error: Error) -> Error {
+    groups.iter().filter(|group| group.size() > 1).fold(error, |error, group| group.fail_with(error))
 }
 
-/// The same with an error of this rank alone. Returns what all have then, which names the rank.
+/// The same with an error of this rank alone, which names the rank.
 pub(super) fn fail_here(groups: &[Communicator], error: Error) -> Error {
     let error = match (groups.iter().find(|group| group.size() > 1), error) {
         (Some(group), Error::Optimizer { problem }) => on_rank(group.world_rank() as u64, &problem),
         (_, error) => error,
     };
-    fail_all(groups, &error);
-    error
+    fail_all(groups, error)
 }
 
 /// What a rank has found, with the rank. Those that meet over other groups as well may have it of that one already.

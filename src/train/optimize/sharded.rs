@@ -19,11 +19,14 @@ use crate::Error;
 use crate::comm::Communicator;
 use crate::graph::{CheckedOptimizers, SplitParam};
 use crate::sharding::{ShardComms, ShardParam, ShardParams, UpdatedShards};
+use crate::step::AskedNorm;
 
 /// One step of an optimizer on this rank's rows.
 pub(in crate::train) struct ShardedStep<'a> {
     pub optim: &'a mut ModuleOptimizer,
     pub lr: ModuleLearningRate,
+    /// How the norm of the gradients was asked for.
+    pub asked: Option<AskedNorm>,
     /// Those of this rank's rows.
     pub grads: GradientsParams,
     pub checked: CheckedOptimizers,
@@ -41,7 +44,7 @@ impl ShardedStep<'_> {
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
     pub fn run(self, shards: ShardParams, comms: &ShardComms) -> Result<UpdatedShards, Error> {
-        let Self { optim, lr, mut grads, checked, split, groups } = self;
+        let Self { optim, lr, asked, mut grads, checked, split, groups } = self;
         let held: Vec<ParamId> = shards.0.iter().map(|shard| shard.param.id()).collect();
         let mut gradients = Vec::new();
         let mut with_gradient = |shard: &ShardParam| match shard.param.take_gradient(&mut grads) {
@@ -62,7 +65,7 @@ impl ShardedStep<'_> {
         });
         // The others wait for what this rank updates.
         let fail = |error: Error| fail_here(&groups, error);
-        let fail_alike = |error: &Error| fail_all(&groups, error);
+        let fail_alike = |error: Error| fail_all(&groups, error);
         let whole = match new {
             true => {
                 let over = std::iter::once(comms.next()).chain(holders(&split)).collect();
@@ -85,10 +88,10 @@ impl ShardedStep<'_> {
             };
             let divided = divided(held.iter().map(divided_over));
             let all_have = |moments, divided: &Divided<'_>| divided.check(moments, (&all, &work.grads));
-            divided.iter().fold(moments, all_have).inspect_err(fail_alike)?;
+            divided.iter().fold(moments, all_have).map_err(fail_alike)?;
         }
         // Each rank has moments of its own rows.
-        let compared = update_of(&lr, another.then_some(&MomentDigests::default()));
+        let compared = update_of(&lr, asked, another.then_some(&MomentDigests::default()));
         let tried = new.then(|| Updated::of(&all, &work.grads));
         let updated = update(all, optim, lr, work.grads, tried).map_err(fail)?;
         checked.remember(optim);

@@ -21,11 +21,14 @@ use crate::comm::Communicator;
 use crate::graph::{CheckedOptimizers, SplitParam};
 use crate::params;
 use crate::sharding::ShardParams;
+use crate::step::AskedNorm;
 
 /// One step of an optimizer on this rank's parts.
 pub(in crate::train) struct SplitStep<'a> {
     pub optim: &'a mut ModuleOptimizer,
     pub lr: ModuleLearningRate,
+    /// How the norm of the gradients was asked for.
+    pub asked: Option<AskedNorm>,
     pub grads: GradientsParams,
     pub checked: CheckedOptimizers,
     /// The parameters of which this rank holds parts.
@@ -42,10 +45,10 @@ impl SplitStep<'_> {
     /// # Errors
     /// [`Error::Optimizer`]; those of [`Communicator`](crate::comm::Communicator).
     pub fn run<M: Module, L: Module>(self, model: M, local: impl Fn(&M) -> &L) -> Result<M, Error> {
-        let Self { optim, lr, mut grads, checked, split, groups } = self;
+        let Self { optim, lr, asked, mut grads, checked, split, groups } = self;
         // The others may have updated theirs, and wait for this rank in this call or in the next step.
         let fail = |error: Error| fail_here(&groups, error);
-        let fail_alike = |error: &Error| fail_all(&groups, error);
+        let fail_alike = |error: Error| fail_all(&groups, error);
         let ids: HashSet<ParamId> = split.iter().map(|param| param.id).collect();
         let another = !checked.is_known(optim);
         let mut new = another;
@@ -63,10 +66,10 @@ impl SplitStep<'_> {
         };
         if parts.is_empty() {
             let moments = match new {
-                true => check_moments(optim, local(&model), &grads, &split).inspect_err(fail_alike)?,
+                true => check_moments(optim, local(&model), &grads, &split).map_err(fail_alike)?,
                 false => MomentDigests::default(),
             };
-            let compared = update_of(&lr, another.then_some(&moments));
+            let compared = update_of(&lr, asked, another.then_some(&moments));
             let tried = new.then(|| Updated::of(local(&model), &grads));
             let updated = update(model, optim, lr, grads, tried).map_err(fail)?;
             checked.remember(optim);
@@ -76,10 +79,10 @@ impl SplitStep<'_> {
         let (owned, joined) = Joined::join(parts, &split, &mut grads).map_err(fail)?;
         let all = WithOwned { owned, model };
         let moments = match new {
-            true => check_moments(optim, &all, &grads, &split).inspect_err(fail_alike)?,
+            true => check_moments(optim, &all, &grads, &split).map_err(fail_alike)?,
             false => MomentDigests::default(),
         };
-        let compared = update_of(&lr, another.then_some(&moments));
+        let compared = update_of(&lr, asked, another.then_some(&moments));
         let tried = new.then(|| Updated::of(&all, &grads));
         let WithOwned { owned, model } = update(all, optim, lr, grads, tried).map_err(fail)?;
         checked.remember(optim);

@@ -1,19 +1,15 @@
 //! Steps of sharded replicas of which somebody changes the gradients, or asks for another norm than before.
 
-use std::time::Duration;
-
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::optim::GradientsParams;
 use burn::prelude::*;
 use burn_parallel::prelude::*;
 use burn_parallel::train::{Engine, Norm, Parallel};
 
-use super::super::config;
-use super::{by_hand, run, run_in, same, ways};
+use super::super::{LEVELS, config};
+use super::{by_hand, run, same, ways};
+use crate::common::failing::says;
 use crate::grad_norm::lm::Lm;
-
-/// Ranks that do different things wait in vain for each other.
-const SHORT: Duration = Duration::from_secs(5);
 
 /// What a loop of one's own does to the gradients of a step, given its number.
 type Change = fn(&Parallel<Lm>, &mut Step, usize);
@@ -107,30 +103,59 @@ fn it_is_the_norm_that_is_asked_for() {
 /// What a rank does with a step, given its number.
 type Way = fn(&Parallel<Lm>, Step, usize) -> Result<Step, Error>;
 
-/// What one rank does alone is an error on all.
+/// What one rank does alone is an error on all at once, which says what.
 #[test]
 fn a_rank_that_does_otherwise_ends_all() {
-    let acts: [(&str, Way); 3] = [
-        ("changes", |model, mut step, number| {
-            if (number, model.replica().0) == (2, 1) {
+    const AGAIN: [&str; 2] = ["another norm than the one of the step", "`model.clip_grad_norm(step.grads, ..)`"];
+    let acts: [(&str, &[&str], Way); 4] = [
+        ("changes", &AGAIN, |model, mut step, number| {
+            if (number, model.replica().0) == (3, 1) {
                 halve(model, &mut step);
             }
             step.clip_grad_norm(model, Clip::never())
         }),
-        ("clips", |model, step, number| {
-            let largest = if (number, model.replica().0) == (2, 1) { 2.0 } else { 1.0 };
+        ("clips", &AGAIN, |model, step, number| {
+            let largest = if (number, model.replica().0) == (3, 1) { 2.0 } else { 1.0 };
             step.clip_grad_norm(model, largest)
         }),
-        ("leaves it out", |model, step, number| match (number, model.replica().0) {
-            (2, 1) => Ok(step),
-            _ => step.clip_grad_norm(model, 1.0),
+        ("leaves it out", &["update number 4", "by no norm", "not at all on rank 1", "`clip_grad_norm` alike"], {
+            |model, step, number| match (number, model.replica().0) {
+                (3, 1) => Ok(step),
+                _ => step.clip_grad_norm(model, Clip::never()),
+            }
+        }),
+        ("clips earlier", &["clip alike on all ranks"], |model, step, number| {
+            step.clip_grad_norm(model, if (number, model.replica().0) == (1, 1) { 2.0 } else { 1.0 })
         }),
     ];
-    for (engine, level) in [(Engine::Eager, Sharding::Optimizer), (Engine::Captured, Sharding::Parameters)] {
-        let strategy = Strategy::new().with_dp(2).with_data(config(level)).with_engine(engine);
-        for (what, act) in acts {
-            let error = run_in((2, 1), SHORT, &strategy, act).expect_err(what);
-            assert!(!matches!(error, Error::RankFailed { .. }), "{what}, {strategy}: {error}");
+    for engine in [Engine::Eager, Engine::Captured] {
+        for level in LEVELS {
+            let strategy = Strategy::new().with_dp(2).with_data(config(level)).with_engine(engine);
+            for (what, words, act) in acts {
+                let error = run(2, &strategy, act).expect_err(what);
+                assert!(!matches!(error, Error::Timeout { .. }), "{what}, {strategy}: {error}");
+                says(&error, words);
+            }
         }
+    }
+}
+
+/// Ranks that change their gradients each as it likes clip by the gradients alone.
+#[test]
+fn a_rank_may_change_its_gradients_where_the_norm_is_of_these() {
+    for engine in [Engine::Eager, Engine::Captured] {
+        let strategy = Strategy::new().with_dp(2).with_data(config(Sharding::Optimizer)).with_engine(engine);
+        let expected = run(2, &strategy, by_hand).unwrap();
+        let found = run(2, &strategy, |model: &_, mut step: Step, number| {
+            if (number, model.replica().0) == (3, 1) {
+                halve(model, &mut step);
+            }
+            by_hand(model, step, number)
+        });
+        let found = found.unwrap();
+        for number in [0, 1, 2, 4] {
+            same("by hand", found[number].0, expected[number].0);
+        }
+        assert!(found[3].0 < expected[3].0);
     }
 }
