@@ -95,7 +95,7 @@ fn is_of_a_save(dir: &Path) -> bool {
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if one is.
-pub(super) fn is_free(root: &Path, step: u64) -> Result<(), Error> {
+pub(super) fn check_free(root: &Path, step: u64) -> Result<(), Error> {
     let (dir, aside) = (root.join(name_of(step)), root.join(format!(".{}.{REPLACED}", name_of(step))));
     for (path, is_ours) in [(dir, is_checkpoint as fn(&Path) -> bool), (aside, is_of_a_save)] {
         if path.symlink_metadata().is_ok() && !is_ours(&path) {

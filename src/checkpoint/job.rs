@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::agree::{attempt, gather, together};
 use super::config::CheckpointConfig;
 use super::contents::{Contents, ParamScalars, Snapshot};
-use super::directory::{clean_up, is_free, name_of, prune};
+use super::directory::{clean_up, check_free, name_of, prune};
 use super::index::{INDEX, INDEX_CHECKSUM, Index, StoredFile, StoredSlice, StoredTensor, checksum};
 use super::opened::Opened;
 use super::order::{index_checksum, ordered, put_down_order};
@@ -110,8 +110,8 @@ impl Save<'_> {
         if !root.is_dir() {
             return Err(file_problem(root, "is not there any more: bring it back, or open another `Checkpointer`"));
         }
-        opened.is_alone()?;
-        is_free(root, snapshot.step)?;
+        opened.check_alone()?;
+        check_free(root, snapshot.step)?;
         clean_up(root)?;
         // That the run has gone back to an earlier step: what it writes is the latest as soon as it is there.
         put_down_order(root, &snapshot.own_steps.all(), Some(snapshot.step))?;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::agree::{attempt, together};
-use super::directory::{checkpoint_of, is_draft, is_free, names, put_back};
+use super::directory::{checkpoint_of, is_draft, check_free, names, put_back};
 use super::file_problem;
 use super::order::index_checksum;
 use crate::Error;
@@ -74,7 +74,7 @@ impl Opened {
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if one has, which names what it has made; if the directory cannot be read.
-    pub(super) fn is_alone(&self) -> Result<(), Error> {
+    pub(super) fn check_alone(&self) -> Result<(), Error> {
         let committed = lock(&self.committed);
         let theirs = |name: &String| match (checkpoint_of(&self.root.join(name)), self.there.get(name)) {
             (Some(step), _) if committed.contains(&step) => false,
@@ -103,10 +103,10 @@ impl Opened {
     /// Gives a draft, that of the checkpoint of this step, its name. On rank 0.
     ///
     /// # Errors
-    /// As [`is_alone`](Self::is_alone), [`is_free`] and [`Draft::commit`].
+    /// As [`check_alone`](Self::check_alone), [`check_free`] and [`Draft::commit`].
     pub(super) fn commit(&self, draft: &Draft, step: u64) -> Result<(), Error> {
-        self.is_alone()?;
-        is_free(&self.root, step)?;
+        self.check_alone()?;
+        check_free(&self.root, step)?;
         lock(&self.committed).insert(step);
         draft.commit()
     }
