@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::config::CheckpointConfig;
+use super::draft_lock::Writer;
 use super::fault;
 use super::file_problem;
 use super::index::{INDEX, INDEX_CHECKSUM};
@@ -68,8 +69,8 @@ pub(super) fn steps(root: &Path) -> Result<Vec<u64>, Error> {
 /// Of which checkpoint a save, or a removal, has left something under a hidden name while it runs, and what.
 fn left(name: &str) -> Option<(&str, &str)> {
     let (hidden, what) = name.strip_prefix('.')?.rsplit_once('.')?;
-    // Each draft has a name of its own.
-    let of = if what == DRAFT { hidden.split('.').next().unwrap_or_default() } else { hidden };
+    // Each draft has a name of its own, and keeps it while it is removed.
+    let of = if what == REPLACED { hidden } else { hidden.split('.').next().unwrap_or_default() };
     (step_of(of).is_some() && [DRAFT, REPLACED, REMOVED].contains(&what)).then_some((of, what))
 }
 
@@ -124,33 +125,54 @@ pub(super) fn put_back(root: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Removes what runs that were killed have left half written or half removed, and nothing else.
+/// Removes what runs that have ended have left half written or half removed, and nothing else; of whom a draft is,
+/// `writer` knows. What cannot be removed is a warning in the log.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] if the system refuses.
-pub(super) fn clean_up(root: &Path) -> Result<(), Error> {
+/// [`Error::Checkpoint`] if the system refuses to look.
+pub(super) fn clean_up(root: &Path, writer: impl Fn(&str) -> Writer) -> Result<(), Error> {
     put_back(root)?;
-    for name in names(root)?.iter().filter(|name| left(name).is_some()) {
-        let path = root.join(name);
-        if is_of_a_save(&path) {
-            log::info!("removes {}, which a save that was ended has left", path.display());
-            remove(&path)?;
-        } else {
+    for name in names(root)? {
+        let Some((_, what)) = left(&name) else { continue };
+        let path = root.join(&name);
+        let (_held, removed) = match what {
+            DRAFT => match writer(&name) {
+                Writer::Ended(held) => (held, name.replace(DRAFT, REMOVED)),
+                Writer::Lives | Writer::Unknown => continue,
+            },
+            _ => (None, name.clone()),
+        };
+        if !is_of_a_save(&path) {
             log::warn!("{} is called as what a save leaves, and has something else in it: it stays", path.display());
+            continue;
+        }
+        log::info!("removes {}, which a save that was ended has left", path.display());
+        if let Err(error) = remove(&path, &root.join(removed)) {
+            log::warn!("what a save that was ended has left stays: {error}");
         }
     }
     Ok(())
 }
 
-fn remove(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(path) {
+/// Removes a directory under the name `removed`: from then on nobody finds it who still writes into it, and none that
+/// looks whole lacks files.
+fn remove(path: &Path, removed: &Path) -> Result<(), Error> {
+    let is_gone = |outcome: io::Result<()>, path| match outcome {
         Err(why) if why.kind() != io::ErrorKind::NotFound => Err(failed(path, &why)),
         _ => Ok(()),
+    };
+    if path != removed {
+        if is_of_a_save(removed) {
+            is_gone(fs::remove_dir_all(removed), removed)?;
+        }
+        is_gone(fs::rename(path, removed), path)?;
+        fault::point("removing");
     }
+    is_gone(fs::remove_dir_all(removed), removed)
 }
 
 /// Removes the checkpoints that are not to be kept, of all in the order in which they were written; what saves have not
-/// made stays. One is renamed first, so that none that looks whole lacks files.
+/// made stays.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses.
@@ -166,12 +188,7 @@ pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Re
             continue;
         }
         let removed: PathBuf = root.join(format!(".{}.{REMOVED}", name_of(*step)));
-        if is_of_a_save(&removed) {
-            remove(&removed)?;
-        }
-        fs::rename(&path, &removed).map_err(|why| failed(&path, &why))?;
-        fault::point("removing");
-        remove(&removed)?;
+        remove(&path, &removed)?;
     }
     Ok(())
 }

@@ -2,13 +2,14 @@
 
 use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::agree::{attempt, gather, together};
 use super::config::CheckpointConfig;
 use super::contents::{Contents, ParamScalars, Snapshot};
-use super::directory::{clean_up, check_free, name_of, prune};
+use super::directory::{check_free, name_of, prune};
 use super::index::{INDEX, INDEX_CHECKSUM, Index, StoredFile, StoredSlice, StoredTensor, checksum};
 use super::opened::Opened;
 use super::order::{index_checksum, ordered, put_down_order};
@@ -102,7 +103,7 @@ impl Save<'_> {
     }
 
     /// Makes the draft, on rank 0, and returns what [holds](Opened::begin) it.
-    fn begin(&self, draft: &Draft) -> Result<Option<File>, Error> {
+    fn begin(&self, draft: &Draft) -> Result<Option<Arc<File>>, Error> {
         let Self { snapshot, opened, .. } = *self;
         let root = &opened.root;
         snapshot.progress.check()?;
@@ -112,10 +113,12 @@ impl Save<'_> {
         }
         opened.check_alone()?;
         check_free(root, snapshot.step)?;
-        clean_up(root)?;
+        opened.clean_up()?;
         // That the run has gone back to an earlier step: what it writes is the latest as soon as it is there.
         put_down_order(root, &snapshot.own_steps.all(), Some(snapshot.step))?;
-        opened.begin(draft)
+        let held = opened.begin(draft)?.map(Arc::new);
+        held.iter().for_each(|held| snapshot.progress.holds(held));
+        Ok(held)
     }
 
     /// Writes into the draft and gives it its name. Returns the bytes that this rank wrote; `None` if an optimizer of
