@@ -14,7 +14,7 @@ use super::index::{INDEX, INDEX_CHECKSUM, Index, StoredFile, StoredSlice, Stored
 use super::opened::Opened;
 use super::order::{index_checksum, ordered, put_down_order};
 use super::plan::{TensorKey, WritePlan, add_scalars};
-use super::write::{Changed, Outcome, file_name, write};
+use super::write::{Changed, Outcome, check_files, file_name, write};
 use super::{checkpoint_error, fault, file_problem};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
@@ -164,6 +164,7 @@ impl Save<'_> {
         write(INDEX, &text)?;
         write(INDEX_CHECKSUM, (checksum(&text) + "\n").as_bytes())?;
         fault::point("index written");
+        check_files(&index.files, &draft.made_in).map_err(|why| opened.lost(draft, why))?;
         snapshot.progress.check()?;
         opened.commit(draft, snapshot.step)?;
         fault::point("committed");

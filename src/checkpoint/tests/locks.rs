@@ -2,18 +2,20 @@
 
 use std::cell::RefCell;
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::rc::Rc;
 
-use super::{goes_on, helper, model};
+use super::{goes_on, helper, model, values};
+use crate::Error;
 use crate::checkpoint::draft_lock::{Lock, lock_of};
 use crate::checkpoint::fault::{self, STALL};
 use crate::checkpoint::opened::Opened;
 use crate::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use crate::data_parallel::{DataParallel, DataParallelConfig};
-use crate::launch;
+use crate::launch::{self, Rank};
 use crate::tensor_file::killed::Dir;
+use crate::train::ParallelModule;
 
 /// Starts a run that stays in the middle of its first save.
 fn another_in_a_save(dir: &Dir) -> Child {
@@ -46,6 +48,11 @@ fn a_run_that_is_killed_in_a_save_is_not_in_the_way_of_others() {
         run.unwrap();
         assert_eq!(goes_on(&dir, "half written"), 1);
     }
+}
+
+fn drafts(dir: &Path) -> Vec<PathBuf> {
+    let paths = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    paths.filter(|path| path.to_string_lossy().ends_with(".unfinished")).collect()
 }
 
 fn lock_held(dir: &Path) -> File {
@@ -105,4 +112,40 @@ fn a_draft_is_removed_under_its_lock_and_another_name() {
         Ok(())
     });
     run.unwrap();
+}
+
+/// A program that knows no locks may do so.
+#[test]
+fn a_draft_of_which_a_file_is_gone_is_no_checkpoint() {
+    let dir = Dir::new();
+    let save = |world: &Rank, step| {
+        let mut wrapped = model(step).data_parallel(world, DataParallelConfig::new())?;
+        Checkpointer::new(world, &dir.0, CheckpointConfig::new().with_keep_last(1))?
+            .save(step, TrainState::new(&mut wrapped))
+            .map(drop)
+    };
+    let deeds: [fn(&Path); 2] = [
+        |file| fs::remove_file(file).unwrap(),
+        |file| File::options().write(true).open(file).unwrap().set_len(8).unwrap(),
+    ];
+    for deed in deeds {
+        let run = launch::threads(2).run(|world| {
+            save(&world, 1)?;
+            let path = dir.0.clone();
+            if world.rank() == 0 {
+                fault::at("index written", move || deed(&drafts(&path)[0].join("rank-00000.safetensors")));
+            }
+            let said = save(&world, 2).unwrap_err().to_string();
+            let mut wrapped = model(100).data_parallel(&world, DataParallelConfig::new())?;
+            let mut checkpoints = Checkpointer::new(&world, &dir.0, CheckpointConfig::new())?;
+            checkpoints.restore(TrainState::new(&mut wrapped))?;
+            assert!(values(wrapped.local()).iter().all(|value| *value == 1.0));
+            Ok::<_, Error>(said)
+        });
+        let said = run.unwrap();
+        assert!(
+            said[0] == said[1] && said[0].contains("rank-00000.safetensors: is not there as it was written"),
+            "{said:?}"
+        );
+    }
 }
