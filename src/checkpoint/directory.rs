@@ -87,7 +87,9 @@ fn is_checkpoint(dir: &Path) -> bool {
 /// Whether it is that, or what a save that was ended has left or half removed: there is nothing in it but what saves
 /// make.
 fn is_of_a_save(dir: &Path) -> bool {
-    let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name);
+    // Under such a name NFS keeps a file that was removed while somebody had it open.
+    let of_nfs = |name: &str| name.starts_with(".nfs");
+    let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name) || of_nfs(name);
     let is_known = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|it| it.file_name().to_str().is_some_and(is_made));
     is_checkpoint(dir) || fs::read_dir(dir).is_ok_and(|mut entries| entries.all(is_known))
 }
@@ -175,12 +177,13 @@ fn remove(path: &Path, removed: &Path) -> Result<(), Error> {
 /// made stays.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] if the system refuses.
+/// [`Error::Checkpoint`] with the first that cannot be removed; the others are.
 pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Result<(), Error> {
     let Some(last) = config.keep_last else { return Ok(()) };
     let old = &steps[..steps.len().saturating_sub(last.max(1))];
     // Nothing is kept as a multiple of 0.
     let keeps = |step: u64| config.keep_every.is_some_and(|every| every > 0 && step.is_multiple_of(every));
+    let mut outcome = Ok(());
     for step in old.iter().filter(|step| !keeps(**step)) {
         let path = root.join(name_of(*step));
         if !is_checkpoint(&path) {
@@ -188,9 +191,9 @@ pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Re
             continue;
         }
         let removed: PathBuf = root.join(format!(".{}.{REMOVED}", name_of(*step)));
-        remove(&path, &removed)?;
+        outcome = outcome.and(remove(&path, &removed));
     }
-    Ok(())
+    outcome
 }
 
 #[cfg(test)]

@@ -85,6 +85,7 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
     for left in [".step-000000002.unfinished", ".step-000000001.replaced", ".step-000000000.removed"] {
         fs::create_dir(at(left)).unwrap();
         fs::write(at(left).join("rank-00000.safetensors"), "half").unwrap();
+        fs::write(at(left).join(".nfs0000000000a1b2c300000001"), "").unwrap();
     }
     let others = ["step-9", "step-000000009", "notes", ".other.unfinished"];
     others.into_iter().for_each(|other| fs::create_dir(at(other)).unwrap());
@@ -104,6 +105,25 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
     let run = launch::threads(1).run(|world| Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.latest());
     // The one that was written last.
     assert_eq!(run.unwrap(), [Some(2)]);
+}
+
+/// It is in the way of the removal of one checkpoint, and not of the others'.
+#[test]
+fn what_somebody_has_where_a_checkpoint_is_removed_stays() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let theirs = dir.path().join(".step-000000002.removed");
+    fs::create_dir(&theirs).unwrap();
+    fs::write(theirs.join("notes.txt"), "of somebody").unwrap();
+    let run = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new().with_keep_last(1))?;
+        for step in 1..6 {
+            checkpoints.save(step, TrainState::new(&mut model))?;
+        }
+        checkpoints.steps()
+    });
+    assert_eq!(run.unwrap(), vec![vec![2, 5]; 2]);
+    assert_eq!(fs::read(theirs.join("notes.txt")).unwrap(), b"of somebody");
 }
 
 /// Neither a save nor what it removes takes a directory that no save has made, whatever it is called.

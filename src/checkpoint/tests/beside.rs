@@ -79,4 +79,9 @@ fn a_checkpoint_that_is_removed_while_it_is_read_is_followed_by_the_latest() {
     let of_step: Restore = |checkpoints, state| checkpoints.restore_step(11, state).map(Some);
     let (said, tries) = restored_beside(&dir.0, &[(12, 12)], of_step);
     assert!(said.unwrap_err().contains("removed or replaced while it was read") && tries == 1);
+    // One that never was is not said to be removed.
+    let of_none: Restore = |checkpoints, state| checkpoints.restore_step(12345, state).map(Some);
+    let said = restored_beside(&dir.0, &[], of_none).0.unwrap_err();
+    assert!(said.contains("is no checkpoint that can be read") && !said.contains("removed"), "{said}");
+    assert!(said.contains("checkpoint.json: cannot be read: No such file"), "{said}");
 }
