@@ -1,9 +1,10 @@
 //! A save that runs in the background, and the wait for it.
 
+use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, Weak};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -12,12 +13,15 @@ use super::directory::name_of;
 use super::job::Saved;
 use crate::Error;
 use crate::comm::panic_message;
+use crate::lock::lock;
 
 /// What a save and whoever waits for it tell each other.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Progress {
     written: Arc<AtomicU64>,
     given_up: Arc<AtomicBool>,
+    /// The lock of its draft.
+    held: Arc<Mutex<Weak<File>>>,
 }
 
 impl Progress {
@@ -35,6 +39,25 @@ impl Progress {
             false => Ok(()),
             true => Err(checkpoint_error("the save took too long and was given up")),
         }
+    }
+
+    /// That the save holds this lock, until it ends or is given up.
+    pub(super) fn holds(&self, held: &Arc<File>) {
+        *lock(&self.held) = Arc::downgrade(held);
+        if self.check().is_err() {
+            self.let_go();
+        }
+    }
+
+    /// Nobody wants the save any more: what it has written is the next one's to remove.
+    fn give_up(&self) {
+        self.given_up.store(true, Ordering::SeqCst);
+        self.let_go();
+    }
+
+    fn let_go(&self) {
+        // That of a disk that is gone may fail, and keeps nobody.
+        let _ = lock(&self.held).upgrade().map(|held| held.unlock());
     }
 }
 
@@ -98,7 +121,7 @@ impl Running {
             }
             let now = written();
             if now == before {
-                progress.given_up.store(true, Ordering::SeqCst);
+                progress.give_up();
                 return Err(checkpoint_error(format!(
                     "rank {rank}: the save of {} into {} has written {now} bytes, and none in the last {time_out:?}: does the \
                      disk still answer? BURN_PARALLEL_TIMEOUT_S gives it more time; open another `Checkpointer` to go on",

@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::config::CheckpointConfig;
+use super::draft_lock::Writer;
 use super::fault;
 use super::file_problem;
 use super::index::{INDEX, INDEX_CHECKSUM};
@@ -68,8 +69,8 @@ pub(super) fn steps(root: &Path) -> Result<Vec<u64>, Error> {
 /// Of which checkpoint a save, or a removal, has left something under a hidden name while it runs, and what.
 fn left(name: &str) -> Option<(&str, &str)> {
     let (hidden, what) = name.strip_prefix('.')?.rsplit_once('.')?;
-    // Each draft has a name of its own.
-    let of = if what == DRAFT { hidden.split('.').next().unwrap_or_default() } else { hidden };
+    // Each draft has a name of its own, and keeps it while it is removed.
+    let of = if what == REPLACED { hidden } else { hidden.split('.').next().unwrap_or_default() };
     (step_of(of).is_some() && [DRAFT, REPLACED, REMOVED].contains(&what)).then_some((of, what))
 }
 
@@ -86,7 +87,9 @@ fn is_checkpoint(dir: &Path) -> bool {
 /// Whether it is that, or what a save that was ended has left or half removed: there is nothing in it but what saves
 /// make.
 fn is_of_a_save(dir: &Path) -> bool {
-    let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name);
+    // Under such a name NFS keeps a file that was removed while somebody had it open.
+    let of_nfs = |name: &str| name.starts_with(".nfs");
+    let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name) || of_nfs(name);
     let is_known = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|it| it.file_name().to_str().is_some_and(is_made));
     is_checkpoint(dir) || fs::read_dir(dir).is_ok_and(|mut entries| entries.all(is_known))
 }
@@ -95,7 +98,7 @@ fn is_of_a_save(dir: &Path) -> bool {
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if one is.
-pub(super) fn is_free(root: &Path, step: u64) -> Result<(), Error> {
+pub(super) fn check_free(root: &Path, step: u64) -> Result<(), Error> {
     let (dir, aside) = (root.join(name_of(step)), root.join(format!(".{}.{REPLACED}", name_of(step))));
     for (path, is_ours) in [(dir, is_checkpoint as fn(&Path) -> bool), (aside, is_of_a_save)] {
         if path.symlink_metadata().is_ok() && !is_ours(&path) {
@@ -124,41 +127,63 @@ pub(super) fn put_back(root: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// Removes what runs that were killed have left half written or half removed, and nothing else.
+/// Removes what runs that have ended have left half written or half removed, and nothing else; of whom a draft is,
+/// `writer` knows. What cannot be removed is a warning in the log.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] if the system refuses.
-pub(super) fn clean_up(root: &Path) -> Result<(), Error> {
+/// [`Error::Checkpoint`] if the system refuses to look.
+pub(super) fn clean_up(root: &Path, writer: impl Fn(&str) -> Writer) -> Result<(), Error> {
     put_back(root)?;
-    for name in names(root)?.iter().filter(|name| left(name).is_some()) {
-        let path = root.join(name);
-        if is_of_a_save(&path) {
-            log::info!("removes {}, which a save that was ended has left", path.display());
-            remove(&path)?;
-        } else {
+    for name in names(root)? {
+        let Some((_, what)) = left(&name) else { continue };
+        let path = root.join(&name);
+        let (_held, removed) = match what {
+            DRAFT => match writer(&name) {
+                Writer::Ended(held) => (held, name.replace(DRAFT, REMOVED)),
+                Writer::Lives | Writer::Unknown => continue,
+            },
+            _ => (None, name.clone()),
+        };
+        if !is_of_a_save(&path) {
             log::warn!("{} is called as what a save leaves, and has something else in it: it stays", path.display());
+            continue;
+        }
+        log::info!("removes {}, which a save that was ended has left", path.display());
+        if let Err(error) = remove(&path, &root.join(removed)) {
+            log::warn!("what a save that was ended has left stays: {error}");
         }
     }
     Ok(())
 }
 
-fn remove(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir_all(path) {
+/// Removes a directory under the name `removed`: from then on nobody finds it who still writes into it, and none that
+/// looks whole lacks files.
+fn remove(path: &Path, removed: &Path) -> Result<(), Error> {
+    let is_gone = |outcome: io::Result<()>, path| match outcome {
         Err(why) if why.kind() != io::ErrorKind::NotFound => Err(failed(path, &why)),
         _ => Ok(()),
+    };
+    if path != removed {
+        if is_of_a_save(removed) {
+            is_gone(fs::remove_dir_all(removed), removed)?;
+        }
+        is_gone(fs::rename(path, removed), path)?;
+        fault::point("removing");
     }
+    is_gone(fs::remove_dir_all(removed), removed)
 }
 
 /// Removes the checkpoints that are not to be kept, of all in the order in which they were written; what saves have not
-/// made stays. One is renamed first, so that none that looks whole lacks files.
+/// made stays.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] if the system refuses.
+/// [`Error::Checkpoint`] with the first that cannot be removed; the others are.
 pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Result<(), Error> {
     let Some(last) = config.keep_last else { return Ok(()) };
     let old = &steps[..steps.len().saturating_sub(last.max(1))];
     // Nothing is kept as a multiple of 0.
     let keeps = |step: u64| config.keep_every.is_some_and(|every| every > 0 && step.is_multiple_of(every));
+    let mut outcome = Ok(());
     for step in old.iter().filter(|step| !keeps(**step)) {
         let path = root.join(name_of(*step));
         if !is_checkpoint(&path) {
@@ -166,14 +191,9 @@ pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Re
             continue;
         }
         let removed: PathBuf = root.join(format!(".{}.{REMOVED}", name_of(*step)));
-        if is_of_a_save(&removed) {
-            remove(&removed)?;
-        }
-        fs::rename(&path, &removed).map_err(|why| failed(&path, &why))?;
-        fault::point("removing");
-        remove(&removed)?;
+        outcome = outcome.and(remove(&path, &removed));
     }
-    Ok(())
+    outcome
 }
 
 #[cfg(test)]

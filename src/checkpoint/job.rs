@@ -2,18 +2,19 @@
 
 use std::fs::File;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use super::agree::{attempt, gather, together};
 use super::config::CheckpointConfig;
 use super::contents::{Contents, ParamScalars, Snapshot};
-use super::directory::{clean_up, is_free, name_of, prune};
+use super::directory::{check_free, name_of, prune};
 use super::index::{INDEX, INDEX_CHECKSUM, Index, StoredFile, StoredSlice, StoredTensor, checksum};
 use super::opened::Opened;
 use super::order::{index_checksum, ordered, put_down_order};
 use super::plan::{TensorKey, WritePlan, add_scalars};
-use super::write::{Changed, Outcome, file_name, write};
+use super::write::{Changed, Outcome, check_files, file_name, write};
 use super::{checkpoint_error, fault, file_problem};
 use crate::Error;
 use crate::comm::{Communicator, ReduceOp};
@@ -102,7 +103,7 @@ impl Save<'_> {
     }
 
     /// Makes the draft, on rank 0, and returns what [holds](Opened::begin) it.
-    fn begin(&self, draft: &Draft) -> Result<Option<File>, Error> {
+    fn begin(&self, draft: &Draft) -> Result<Option<Arc<File>>, Error> {
         let Self { snapshot, opened, .. } = *self;
         let root = &opened.root;
         snapshot.progress.check()?;
@@ -110,12 +111,14 @@ impl Save<'_> {
         if !root.is_dir() {
             return Err(file_problem(root, "is not there any more: bring it back, or open another `Checkpointer`"));
         }
-        opened.is_alone()?;
-        is_free(root, snapshot.step)?;
-        clean_up(root)?;
+        opened.check_alone()?;
+        check_free(root, snapshot.step)?;
+        opened.clean_up()?;
         // That the run has gone back to an earlier step: what it writes is the latest as soon as it is there.
         put_down_order(root, &snapshot.own_steps.all(), Some(snapshot.step))?;
-        opened.begin(draft)
+        let held = opened.begin(draft)?.map(Arc::new);
+        held.iter().for_each(|held| snapshot.progress.holds(held));
+        Ok(held)
     }
 
     /// Writes into the draft and gives it its name. Returns the bytes that this rank wrote; `None` if an optimizer of
@@ -161,6 +164,7 @@ impl Save<'_> {
         write(INDEX, &text)?;
         write(INDEX_CHECKSUM, (checksum(&text) + "\n").as_bytes())?;
         fault::point("index written");
+        check_files(&index.files, &draft.made_in).map_err(|why| opened.lost(draft, why))?;
         snapshot.progress.check()?;
         opened.commit(draft, snapshot.step)?;
         fault::point("committed");

@@ -49,6 +49,7 @@ mod config;
 mod contents;
 mod cover;
 mod directory;
+mod draft_lock;
 mod fault;
 mod index;
 mod job;

@@ -2,20 +2,26 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, File};
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::agree::{attempt, together};
-use super::directory::{checkpoint_of, is_draft, is_free, names, put_back};
-use super::file_problem;
+use super::directory::{check_free, checkpoint_of, clean_up, is_draft, names, put_back};
+use super::draft_lock::{Lock, Writer, lock_of, machine, writer_of};
 use super::order::index_checksum;
+use super::{fault, file_problem};
 use crate::Error;
 use crate::comm::Communicator;
 use crate::comm::tcp::nonce;
 use crate::lock::lock;
 use crate::params::share_text;
 use crate::tensor_file::Draft;
+
+/// How often a run makes a draft: others may ask for its lock at the moment, and so may have the first.
+const TRIES: u32 = 1000;
+
+/// What is said of what another run has made.
+const MADE: &str = "was made since this one opened the directory, and not by it";
 
 /// The directory, and on rank 0 what was in it when it was opened: of checkpoints with the checksum of their index.
 #[derive(Debug, Clone)]
@@ -61,52 +67,79 @@ impl Opened {
         Ok(Draft::new(dir, true)?.called(&self.own))
     }
 
-    /// Makes a draft, which is [held](is_held) until what is returned is dropped. On rank 0.
+    /// Makes a draft, which is this run's until what is returned is dropped; nothing where the system has no such locks.
+    /// On rank 0.
     ///
     /// # Errors
-    /// As [`Draft::begin`].
+    /// As [`Draft::begin`]; [`Error::Checkpoint`] if others do not let go of it.
     pub(super) fn begin(&self, draft: &Draft) -> Result<Option<File>, Error> {
-        draft.begin()?;
-        Ok(File::open(&draft.made_in).ok().filter(|dir| dir.try_lock().is_ok()))
+        for _ in 0..TRIES {
+            draft.begin()?;
+            fault::point("draft begun");
+            match lock_of(&draft.made_in) {
+                // Who had the lock before may have removed it.
+                Lock::Own(held) if draft.made_in.is_dir() => return Ok(Some(held)),
+                Lock::Refused => return Ok(None),
+                Lock::Own(_) | Lock::Anothers | Lock::Gone => {}
+            }
+        }
+        Err(file_problem(&draft.made_in, "is locked, or removed, by others again and again: end them"))
+    }
+
+    /// What is known of the run that a draft is of.
+    fn writer(&self, name: &str) -> Writer {
+        match name.contains(&self.own) {
+            true => Writer::Ended(None),
+            false => match writer_of(&self.root.join(name)) {
+                // What was there before is taken for what a killed run has left.
+                Writer::Unknown if self.there.contains_key(name) => Writer::Ended(None),
+                writer => writer,
+            },
+        }
+    }
+
+    /// Removes what runs that have ended have left half written or half removed. On rank 0.
+    ///
+    /// # Errors
+    /// As [`clean_up`].
+    pub(super) fn clean_up(&self) -> Result<(), Error> {
+        clean_up(&self.root, |name| self.writer(name))
     }
 
     /// That no other run has saved here since, or does now. On rank 0.
     ///
     /// # Errors
     /// [`Error::Checkpoint`] if one has, which names what it has made; if the directory cannot be read.
-    pub(super) fn is_alone(&self) -> Result<(), Error> {
+    pub(super) fn check_alone(&self) -> Result<(), Error> {
         let committed = lock(&self.committed);
         let theirs = |name: &String| match (checkpoint_of(&self.root.join(name)), self.there.get(name)) {
             (Some(step), _) if committed.contains(&step) => false,
             // It may have taken the place of one that was there.
             (Some(step), Some(before)) => *before != index_checksum(&self.root, step),
             (Some(_), None) => true,
-            (None, None) => is_draft(name) && !name.contains(&self.own) && is_held(&self.root.join(name)),
-            (None, Some(_)) => false,
+            (None, _) => is_draft(name) && !matches!(self.writer(name), Writer::Ended(_)),
         };
         let Some(name) = names(&self.root)?.into_iter().find(theirs) else { return Ok(()) };
-        let instead = match is_draft(&name) {
-            true => {
-                "end the other one. If it was killed in the middle of a save, remove that, or open this directory again"
+        let (is, instead) = match (is_draft(&name), self.there.contains_key(&name)) {
+            (true, true) => ("is being written", ""),
+            (true, false) => {
+                (MADE, ". If it was killed in the middle of a save, remove that, or open this directory again")
             }
-            false => "end the other one and open this directory again",
+            (false, _) => (MADE, " and open this directory again"),
         };
-        Err(file_problem(
-            &self.root,
-            format!(
-                "another run saves here: `{name}` was made since this one opened the directory, and not by it. Give each run a \
-                 directory of its own, or {instead}"
-            ),
-        ))
+        let problem = format!(
+            "another run saves here: `{name}` {is}. Give each run a directory of its own, or end the other one{instead}"
+        );
+        Err(file_problem(&self.root, problem))
     }
 
     /// Gives a draft, that of the checkpoint of this step, its name. On rank 0.
     ///
     /// # Errors
-    /// As [`is_alone`](Self::is_alone), [`is_free`] and [`Draft::commit`].
+    /// As [`check_alone`](Self::check_alone), [`check_free`] and [`Draft::commit`].
     pub(super) fn commit(&self, draft: &Draft, step: u64) -> Result<(), Error> {
-        self.is_alone()?;
-        is_free(&self.root, step)?;
+        self.check_alone()?;
+        check_free(&self.root, step)?;
         lock(&self.committed).insert(step);
         draft.commit()
     }
@@ -125,24 +158,4 @@ impl Opened {
             ),
         )
     }
-}
-
-/// Names a machine, from one start to the next; empty if it has no such name.
-fn machine() -> String {
-    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    id.split('-').take(2).collect()
-}
-
-/// Whether a run may be writing this draft still. It holds a lock on it, which the system lets go when the process
-/// ends; that is known on the same machine alone.
-fn is_held(draft: &Path) -> bool {
-    let is_here = || {
-        let (name, machine) = (draft.file_name()?.to_str()?, machine());
-        (!machine.is_empty() && name.contains(&format!(".{machine}-"))).then_some(())
-    };
-    is_here().is_none()
-        || match File::open(draft) {
-            Ok(dir) => dir.try_lock().is_err(),
-            Err(why) => why.kind() != io::ErrorKind::NotFound,
-        }
 }

@@ -62,20 +62,36 @@ impl<'a> JointReading<'a> {
         if !matches!(why, Error::Checkpoint { .. }) {
             return Unread::Other(why);
         }
-        match self.is_gone() {
-            Ok(false) => Unread::Other(why),
-            Ok(true) => Unread::Gone(file_problem(
-                &self.dir,
-                "is not there, or was removed or replaced while it was read, by a run that saves here and keeps the last \
-                 checkpoints alone: restore the latest, or have that run keep more of them (`with_keep_last`)",
-            )),
-            Err(lost) => Unread::Other(lost),
-        }
+        let is = match self.is_gone() {
+            Ok(Gone::No) => return Unread::Other(why),
+            Ok(Gone::Before) => "is no checkpoint that can be read: `Checkpointer::steps` has those that there are",
+            Ok(Gone::Meanwhile) => {
+                "was removed or replaced while it was read, by a run that saves here and keeps the last checkpoints alone: \
+                 restore the latest, or have that run keep more of them (`with_keep_last`)"
+            }
+            Err(lost) => return Unread::Other(lost),
+        };
+        Unread::Gone(file_problem(&self.dir, format!("{is} ({why})")))
     }
 
-    fn is_gone(&self) -> Result<bool, Error> {
-        let is_same = || self.dir.is_dir() && index_checksum(self.root, self.step) == self.checksum;
-        let gone = self.group.rank() == 0 && self.root.is_dir() && !is_same();
-        Ok(self.group.broadcast(vec![u64::from(gone)], 0)?[0] > 0)
+    fn is_gone(&self) -> Result<Gone, Error> {
+        let gone = match index_checksum(self.root, self.step) {
+            _ if self.group.rank() > 0 || !self.root.is_dir() => Gone::No,
+            // What is there and has no checksum is damaged.
+            None if self.checksum.is_none() && !self.dir.is_dir() => Gone::Before,
+            now if self.dir.is_dir() && now == self.checksum => Gone::No,
+            _ => Gone::Meanwhile,
+        };
+        let told = self.group.broadcast(vec![gone as u64], 0)?[0];
+        Ok([Gone::No, Gone::Before].into_iter().find(|it| *it as u64 == told).unwrap_or(Gone::Meanwhile))
     }
+}
+
+/// Whether a checkpoint is gone that is being read.
+#[derive(Clone, Copy)]
+enum Gone {
+    No,
+    /// It was not there to begin with.
+    Before,
+    Meanwhile,
 }

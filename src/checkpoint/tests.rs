@@ -19,6 +19,9 @@ use crate::tensor_file::killed::{self, Dir, killed, two_ranks};
 use crate::train::ParallelModule;
 
 mod beside;
+// Elsewhere it is not known whether a process of this machine has ended.
+#[cfg(target_os = "linux")]
+mod locks;
 
 /// Where a rank in a process of its own saves.
 const DIR: &str = "BURN_PARALLEL_TEST_CHECKPOINTS";

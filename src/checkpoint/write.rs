@@ -1,6 +1,7 @@
 //! A rank's file: the slices that it writes, one behind the other.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
@@ -9,10 +10,10 @@ use burn::module::ParamId;
 use burn::tensor::Device;
 
 use super::contents::{Contents, ParamScalars, Slice, SliceValue};
-use super::index::{BLOCK_BYTES, checksum};
+use super::index::{BLOCK_BYTES, StoredFile, checksum};
 use super::moments::stored;
 use super::plan::{PlannedTensor, TensorKey, WritePlan};
-use super::{checkpoint_error, fault, unreadable};
+use super::{checkpoint_error, fault, file_problem, unreadable};
 use crate::Error;
 use crate::optim::{MOST_AT_ONCE, StateNames, portions};
 use crate::tensor::PlainTensor;
@@ -29,6 +30,22 @@ pub(super) fn file_name(rank: usize) -> String {
 /// Whether that is the name of the file of some rank.
 pub(super) fn is_file_of_rank(name: &str) -> bool {
     name.starts_with("rank-") && name.ends_with(".safetensors")
+}
+
+/// That the files of ranks are in a directory, as long as they were written.
+///
+/// # Errors
+/// [`Error::Checkpoint`] with the first that is not.
+pub(super) fn check_files(files: &[StoredFile], dir: &Path) -> Result<(), Error> {
+    for file in files {
+        let path = dir.join(&file.name);
+        if !fs::metadata(&path).is_ok_and(|found| found.len() == file.bytes) {
+            let problem =
+                format!("is not there as it was written, with {} bytes: somebody else has changed it", file.bytes);
+            return Err(file_problem(&path, problem));
+        }
+    }
+    Ok(())
 }
 
 /// What came of a rank's file.

@@ -9,9 +9,9 @@ use crate::Dir;
 use crate::common::reference::values;
 use crate::net::{Axes, Net};
 
-const AXES: Axes = Axes::new(2, 1, 1);
+pub(crate) const AXES: Axes = Axes::new(2, 1, 1);
 
-fn names(dir: &Dir) -> Vec<String> {
+pub(crate) fn names(dir: &Dir) -> Vec<String> {
     let mut names: Vec<String> =
         fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
@@ -85,6 +85,7 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
     for left in [".step-000000002.unfinished", ".step-000000001.replaced", ".step-000000000.removed"] {
         fs::create_dir(at(left)).unwrap();
         fs::write(at(left).join("rank-00000.safetensors"), "half").unwrap();
+        fs::write(at(left).join(".nfs0000000000a1b2c300000001"), "").unwrap();
     }
     let others = ["step-9", "step-000000009", "notes", ".other.unfinished"];
     others.into_iter().for_each(|other| fs::create_dir(at(other)).unwrap());
@@ -104,86 +105,6 @@ fn what_a_killed_save_left_is_removed_and_what_is_not_ours_stays() {
     let run = launch::threads(1).run(|world| Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.latest());
     // The one that was written last.
     assert_eq!(run.unwrap(), [Some(2)]);
-}
-
-/// What is called as a checkpoint and is none is not passed over, which could be one that was damaged: an error names
-/// it, and says what to do.
-#[test]
-fn what_somebody_has_in_the_place_of_the_latest_is_named() {
-    let (dir, net) = (Dir::fresh(), Net::new());
-    let ours = launch::threads(2).run(|world| {
-        let mut model = AXES.wrap(&world, &net)?;
-        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(1, TrainState::new(&mut model)).map(drop)
-    });
-    ours.unwrap();
-    let theirs = dir.path().join("step-000000009");
-    fs::create_dir(&theirs).unwrap();
-    fs::write(theirs.join("checkpoint.json"), "{}").unwrap();
-    let restored = || {
-        let run = launch::threads(2).run(|world| {
-            let mut model = AXES.wrap(&world, &net)?;
-            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
-            let latest = checkpoints.latest()?;
-            let restored = checkpoints.restore(TrainState::new(&mut model)).map_err(|why| why.to_string());
-            checkpoints.restore_step(1, TrainState::new(&mut model))?;
-            Ok((latest, restored.map(|restored| restored.unwrap().step)))
-        });
-        run.unwrap().swap_remove(0)
-    };
-    let (latest, refused) = restored();
-    assert_eq!(latest, Some(9));
-    let refused = refused.unwrap_err();
-    for words in ["step-000000009/checkpoint.json.xxh3: is not there", "move it elsewhere", "`restore_step`"] {
-        assert!(refused.contains(words), "`{words}` is missing in: {refused}");
-    }
-    fs::rename(&theirs, dir.path().join("theirs")).unwrap();
-    assert_eq!(restored(), (Some(1), Ok(1)));
-}
-
-/// Neither a save nor what it removes takes a directory that no save has made, whatever it is called.
-#[test]
-fn what_somebody_has_under_the_name_of_a_checkpoint_stays() {
-    let (dir, net) = (Dir::fresh(), Net::new());
-    let at = |step: u64| dir.path().join(format!("step-{step:09}"));
-    for step in [1, 2, 4] {
-        fs::create_dir(at(step)).unwrap();
-        fs::write(at(step).join("notes.txt"), "of somebody").unwrap();
-    }
-    // As another program calls its own.
-    fs::write(at(1).join("checkpoint.json"), "{}").unwrap();
-    fs::write(at(3), "no directory").unwrap();
-    let aside = dir.path().join(".step-000000005.replaced");
-    fs::rename(at(4), &aside).unwrap();
-    let before = names(&dir);
-    let config = CheckpointConfig::new().with_keep_last(1);
-    let refused = launch::threads(2).run(|world| {
-        let mut model = AXES.wrap(&world, &net)?;
-        let mut checkpoints = Checkpointer::new(&world, dir.path(), config.clone())?;
-        let mut refused = Vec::new();
-        for step in [1, 2, 3, 5] {
-            refused.push(checkpoints.save(step, TrainState::new(&mut model)).unwrap_err().to_string());
-            checkpoints.save_async(step, TrainState::new(&mut model))?;
-            refused.push(checkpoints.wait().unwrap_err().to_string());
-        }
-        world.barrier()?;
-        assert_eq!(names(&dir), before);
-        world.barrier()?;
-        for step in [7, 8] {
-            checkpoints.save(step, TrainState::new(&mut model))?;
-        }
-        Ok(refused)
-    });
-    let refused = refused.unwrap();
-    assert_eq!(refused[0], refused[1]);
-    let places = [at(1), at(2), at(3), aside.clone()];
-    for (said, place) in refused[0].chunks(2).zip(&places) {
-        assert!(said[0] == said[1] && said[0].contains(&format!("{}: is in the place", place.display())), "{said:?}");
-        assert!(said[0].contains("move it elsewhere"), "{said:?}");
-    }
-    assert_eq!(names(&dir).len(), before.len() + 1);
-    for place in [at(1), at(2), aside] {
-        assert_eq!(fs::read(place.join("notes.txt")).unwrap(), b"of somebody");
-    }
 }
 
 /// A run that has gone back is gone on with, though the one before has come further: from its first save on, whenever

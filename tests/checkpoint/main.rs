@@ -18,6 +18,7 @@ mod python;
 mod reads;
 mod room;
 mod sealed;
+mod somebody;
 mod strict;
 mod tied;
 mod two_runs;

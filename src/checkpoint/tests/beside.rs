@@ -1,43 +1,19 @@
-//! Runs beside each other in one directory: one that was killed, and one that removes what the other reads.
+//! Runs beside each other in one directory: one removes what the other reads.
 
 use std::cell::Cell;
-use std::fs;
 use std::path::Path;
 use std::rc::Rc;
 
 use burn::nn::Linear;
 
-use super::{goes_on, helper, model, values};
+use super::{model, values};
 use crate::Error;
-use crate::checkpoint::fault::{self, STALL};
+use crate::checkpoint::fault;
 use crate::checkpoint::{CheckpointConfig, Checkpointer, Restored, TrainState};
 use crate::data_parallel::{DataParallel, DataParallelConfig, Eager, Replica};
 use crate::launch;
 use crate::tensor_file::killed::Dir;
 use crate::train::ParallelModule;
-
-/// What another run has begun since this one opened the directory is in the way of a save as long as it lives.
-#[test]
-fn a_run_that_is_killed_in_a_save_is_not_in_the_way_of_others() {
-    let dir = Dir::new();
-    let run = launch::threads(1).run(|world| {
-        let mut checkpoints = Checkpointer::new(&world, &dir.0, CheckpointConfig::new())?;
-        let mut wrapped = model(1).data_parallel(&world, DataParallelConfig::new())?;
-        let mut other = helper(&dir, None).env(STALL, "half written").spawn().unwrap();
-        let writes = |draft: fs::DirEntry| draft.path().join("rank-00000.safetensors").exists();
-        while !fs::read_dir(&dir.0).unwrap().any(|draft| draft.is_ok_and(writes)) {
-            assert!(other.try_wait().unwrap().is_none(), "it is to be killed");
-            std::thread::sleep(std::time::Duration::from_millis(1));
-        }
-        let refused = checkpoints.save(1, TrainState::new(&mut wrapped)).unwrap_err().to_string();
-        assert!(refused.contains("another run saves here"), "{refused}");
-        other.kill().unwrap();
-        other.wait().unwrap();
-        checkpoints.save(1, TrainState::new(&mut wrapped)).map(drop)
-    });
-    run.unwrap();
-    assert_eq!(goes_on(&dir, "half written"), 1);
-}
 
 /// Saves a step as another run does, which keeps no other. The first has a number beside its values.
 fn another_saves(dir: &Path, step: u64, value: u64) {
@@ -103,4 +79,9 @@ fn a_checkpoint_that_is_removed_while_it_is_read_is_followed_by_the_latest() {
     let of_step: Restore = |checkpoints, state| checkpoints.restore_step(11, state).map(Some);
     let (said, tries) = restored_beside(&dir.0, &[(12, 12)], of_step);
     assert!(said.unwrap_err().contains("removed or replaced while it was read") && tries == 1);
+    // One that never was is not said to be removed.
+    let of_none: Restore = |checkpoints, state| checkpoints.restore_step(12345, state).map(Some);
+    let said = restored_beside(&dir.0, &[], of_none).0.unwrap_err();
+    assert!(said.contains("is no checkpoint that can be read") && !said.contains("removed"), "{said}");
+    assert!(said.contains("checkpoint.json: cannot be read: No such file"), "{said}");
 }

@@ -1,0 +1,58 @@
+//! Who writes a draft: its run holds a lock on it, which the system lets go when the process ends. A draft is removed
+//! under the same lock, so that nobody takes one that is new for what a killed run has left.
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::Path;
+
+/// What comes of an attempt to lock a directory.
+pub(super) enum Lock {
+    /// Nobody else has it as long as this is open.
+    Own(File),
+    Anothers,
+    /// The directory is not there.
+    Gone,
+    /// The system does not lock this directory, as some network file systems do not.
+    Refused,
+}
+
+pub(super) fn lock_of(dir: &Path) -> Lock {
+    let dir = match File::open(dir) {
+        Ok(dir) => dir,
+        Err(why) if why.kind() == io::ErrorKind::NotFound => return Lock::Gone,
+        Err(_) => return Lock::Refused,
+    };
+    match dir.try_lock() {
+        Ok(()) => Lock::Own(dir),
+        Err(TryLockError::WouldBlock) => Lock::Anothers,
+        Err(TryLockError::Error(_)) => Lock::Refused,
+    }
+}
+
+/// What is known of the run that a draft is of.
+pub(super) enum Writer {
+    Lives,
+    /// It has ended: the draft is removed under this lock, if there is one.
+    Ended(Option<File>),
+    Unknown,
+}
+
+/// Asks for the lock of a draft, which says something on the machine alone that its name has.
+pub(super) fn writer_of(draft: &Path) -> Writer {
+    let (name, machine) = (draft.file_name().and_then(|name| name.to_str()), machine());
+    if machine.is_empty() || name.is_none_or(|name| !name.contains(&format!(".{machine}-"))) {
+        return Writer::Unknown;
+    }
+    match lock_of(draft) {
+        Lock::Own(lock) => Writer::Ended(Some(lock)),
+        Lock::Gone => Writer::Ended(None),
+        Lock::Anothers => Writer::Lives,
+        Lock::Refused => Writer::Unknown,
+    }
+}
+
+/// Names a machine, from one start to the next; empty if it has no such name.
+pub(super) fn machine() -> String {
+    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    id.split('-').take(2).collect()
+}
