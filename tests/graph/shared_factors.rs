@@ -84,7 +84,8 @@ const LOSSES: [(&str, Products); 12] = [
         let first = by(flat.clone(), 0);
         let turned = with.weight(4).swap_dims(1, 2).reshape([1, 1, WIDTH * WIDTH]).reshape([1, WIDTH, WIDTH]);
         let turned = turned.swap_dims(1, 2);
-        vec![first, with.by(1), by(halves, 2), by(flat.clone(), 3), flat.matmul(turned).reshape([BATCH, WIDTH, WIDTH])]
+        let by_turned = flat.clone().matmul(turned).reshape([BATCH, WIDTH, WIDTH]);
+        vec![first, by_turned, with.by(1), by(halves, 2), by(flat, 3)]
     }),
     ("by turns", |with| {
         let (first, other) = (with.by(0), with.x.clone().exp() * 0.2);
