@@ -177,8 +177,8 @@ impl SaveFlags {
     }
 
     /// Goes on from a checkpoint of `--resume`, which has them in `folder`, in a run of so many steps. `restore` is
-    /// given the step of it, and of another one if that is gone. Returns how many steps were made already, and the checkpoints if the run saves there too.
-    /// Collective.
+    /// given the step of it, and of another one if that is gone. Returns how many steps were made already, and the
+    /// checkpoints if the run saves there too. Collective.
     pub fn resume(
         &self,
         world: &Communicator,
