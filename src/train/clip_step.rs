@@ -104,8 +104,8 @@ mod tests {
         run.unwrap()
     }
 
-    /// The noise takes the squares of the gradient of each micro-batch, in the steps that measure it; the others look at
-    /// no element more than those of a run without.
+    /// The noise takes the squares of the gradient of each micro-batch, in the steps that measure it; the others look
+    /// at no element more than those of a run without.
     #[test]
     fn steps_in_between_look_at_nothing_more() {
         for (ranks, way, more) in [

@@ -102,8 +102,8 @@ impl Rendezvous {
     /// # Errors
     /// [`Error::Transport`], which says on rank 0 who is missing, or that the address is in use, and on the others that
     /// rank 0 can't be reached; [`Error::InvalidArgument`], if what the ranks were given is wrong: on all, that a rank
-    /// came twice or from a world of another size, which rank 0 tells for 10 s; that rank 0 has another secret or another
-    /// version of this protocol, or cannot listen there.
+    /// came twice or from a world of another size, which rank 0 tells for 10 s; that rank 0 has another secret or
+    /// another version of this protocol, or cannot listen there.
     pub fn all_gather(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         if self.rank >= self.size {
             return Err(wrongly_given(format!("rank {} does not exist in a world of {}", self.rank, self.size)));
