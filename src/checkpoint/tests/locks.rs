@@ -34,10 +34,10 @@ fn a_run_that_is_killed_in_a_save_is_not_in_the_way_of_others() {
     for before in [false, true] {
         let dir = Dir::new();
         let run = launch::threads(1).run(|world| {
-            let early = before.then(|| another_in_a_save(&dir));
-            let mut checkpoints = Checkpointer::new(&world, &dir.0, CheckpointConfig::new())?;
-            let mut other = early.unwrap_or_else(|| another_in_a_save(&dir));
             let mut wrapped = model(1).data_parallel(&world, DataParallelConfig::new())?;
+            let early = before.then(|| another_in_a_save(&dir));
+            let mut checkpoints = Checkpointer::new(&world, &dir.0, CheckpointConfig::new()).unwrap();
+            let mut other = early.unwrap_or_else(|| another_in_a_save(&dir));
             let refused = checkpoints.save(1, TrainState::new(&mut wrapped)).unwrap_err().to_string();
             assert!(refused.contains("another run saves here"), "{refused}");
             assert_eq!(refused.contains("is being written"), before, "{refused}");
