@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::config::CheckpointConfig;
-use super::draft_lock::Writer;
+use super::draft_lock::DraftWriter;
 use super::fault;
 use super::file_problem;
 use super::index::{INDEX, INDEX_CHECKSUM};
@@ -132,15 +132,15 @@ pub(super) fn put_back(root: &Path) -> Result<(), Error> {
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses to look.
-pub(super) fn clean_up(root: &Path, writer: impl Fn(&str) -> Writer) -> Result<(), Error> {
+pub(super) fn clean_up(root: &Path, writer: impl Fn(&str) -> DraftWriter) -> Result<(), Error> {
     put_back(root)?;
     for name in names(root)? {
         let Some((_, what)) = left(&name) else { continue };
         let path = root.join(&name);
         let (_held, removed) = match what {
             DRAFT => match writer(&name) {
-                Writer::Ended(held) => (held, name.replace(DRAFT, REMOVED)),
-                Writer::Lives | Writer::Unknown => continue,
+                DraftWriter::Ended(held) => (held, name.replace(DRAFT, REMOVED)),
+                DraftWriter::Lives | DraftWriter::Unknown => continue,
             },
             _ => (None, name.clone()),
         };

@@ -30,7 +30,7 @@ pub(super) fn lock_of(dir: &Path) -> Lock {
 }
 
 /// What is known of the run that a draft is of.
-pub(super) enum Writer {
+pub(super) enum DraftWriter {
     Lives,
     /// It has ended: the draft is removed under this lock, if there is one.
     Ended(Option<File>),
@@ -38,16 +38,16 @@ pub(super) enum Writer {
 }
 
 /// Asks for the lock of a draft, which says something on the machine alone that its name has.
-pub(super) fn writer_of(draft: &Path) -> Writer {
+pub(super) fn writer_of(draft: &Path) -> DraftWriter {
     let (name, machine) = (draft.file_name().and_then(|name| name.to_str()), machine());
     if machine.is_empty() || name.is_none_or(|name| !name.contains(&format!(".{machine}-"))) {
-        return Writer::Unknown;
+        return DraftWriter::Unknown;
     }
     match lock_of(draft) {
-        Lock::Own(lock) => Writer::Ended(Some(lock)),
-        Lock::Gone => Writer::Ended(None),
-        Lock::Anothers => Writer::Lives,
-        Lock::Refused => Writer::Unknown,
+        Lock::Own(lock) => DraftWriter::Ended(Some(lock)),
+        Lock::Gone => DraftWriter::Ended(None),
+        Lock::Anothers => DraftWriter::Lives,
+        Lock::Refused => DraftWriter::Unknown,
     }
 }
 

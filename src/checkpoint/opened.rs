@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use super::agree::{attempt, together};
 use super::directory::{check_free, checkpoint_of, clean_up, is_draft, names, put_back};
-use super::draft_lock::{Lock, Writer, lock_of, machine, writer_of};
+use super::draft_lock::{DraftWriter, Lock, lock_of, machine, writer_of};
 use super::order::index_checksum;
 use super::{fault, file_problem};
 use crate::Error;
@@ -67,8 +67,8 @@ impl Opened {
         Ok(Draft::new(dir, true)?.called(&self.own))
     }
 
-    /// Makes a draft, which is this run's until what is returned is dropped; nothing where the system has no such locks.
-    /// On rank 0.
+    /// Makes a draft, which is this run's until what is returned is dropped; nothing where the system has no such
+    /// locks. On rank 0.
     ///
     /// # Errors
     /// As [`Draft::begin`]; [`Error::Checkpoint`] if others do not let go of it.
@@ -87,12 +87,12 @@ impl Opened {
     }
 
     /// What is known of the run that a draft is of.
-    fn writer(&self, name: &str) -> Writer {
+    fn writer(&self, name: &str) -> DraftWriter {
         match name.contains(&self.own) {
-            true => Writer::Ended(None),
+            true => DraftWriter::Ended(None),
             false => match writer_of(&self.root.join(name)) {
                 // What was there before is taken for what a killed run has left.
-                Writer::Unknown if self.there.contains_key(name) => Writer::Ended(None),
+                DraftWriter::Unknown if self.there.contains_key(name) => DraftWriter::Ended(None),
                 writer => writer,
             },
         }
@@ -117,7 +117,7 @@ impl Opened {
             // It may have taken the place of one that was there.
             (Some(step), Some(before)) => *before != index_checksum(&self.root, step),
             (Some(_), None) => true,
-            (None, _) => is_draft(name) && !matches!(self.writer(name), Writer::Ended(_)),
+            (None, _) => is_draft(name) && !matches!(self.writer(name), DraftWriter::Ended(_)),
         };
         let Some(name) = names(&self.root)?.into_iter().find(theirs) else { return Ok(()) };
         let (is, instead) = match (is_draft(&name), self.there.contains_key(&name)) {

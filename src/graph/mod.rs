@@ -50,6 +50,7 @@ pub(crate) mod capture;
 mod checked_optimizers;
 mod custom;
 pub(crate) mod device;
+mod different_updates;
 pub(crate) mod edges;
 mod engine;
 mod execute;
