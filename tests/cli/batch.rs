@@ -61,11 +61,11 @@ fn a_batch_grows_as_the_flags_say() {
         (batch.rows(), serde_json::to_value(batch).unwrap()["grow"].clone())
     };
     for (steps, patience) in [(40, 10), (500, 50), (5000, 100)] {
-        let begun = json!({ "rows": 8, "most": 64, "patience": patience, "since": 0 });
+        let begun = json!({ "rows": 8, "most": 64, "patience": patience, "since": 0, "measured": 0 });
         assert_eq!(grow(Batch::default(), &["--grow-batch", "64"], steps), (8, begun));
     }
-    let saved = || batch(16, 64.0, json!({ "rows": 16, "most": 16, "patience": 10, "since": 7 }));
-    let goes_on = json!({ "rows": 16, "most": 64, "patience": 10, "since": 7 });
+    let saved = || batch(16, 64.0, json!({ "rows": 16, "most": 16, "patience": 10, "since": 7, "measured": 1 }));
+    let goes_on = json!({ "rows": 16, "most": 64, "patience": 10, "since": 7, "measured": 1 });
     assert_eq!(grow(saved(), &["--grow-batch", "64"], 40), (16, goes_on));
     assert_eq!(grow(saved(), &[], 40), (8, Value::Null), "without the flag it is as large as the others say");
 }
