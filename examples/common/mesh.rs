@@ -74,8 +74,8 @@ pub struct MeshFlags {
     #[arg(long, value_name = "STAGE", value_parser = zero, conflicts_with = "strategy")]
     zero: Option<Sharding>,
 
-    /// How steps are run: `eager` by the model's own forward, for replicas alone, with --zero 3 and gradient
-    /// checkpointing; `captured` as a graph whose operations are fused; `auto` captures where the model is split or
+    /// How steps are run: `eager` by the model's own forward, for replicas alone (under --zero 3 with gradient
+    /// checkpointing); `captured` as a graph whose operations are fused; `auto` captures where the model is split or
     /// cut, or its parameters are divided [default: auto]
     #[arg(long, value_name = "HOW", value_parser = engine(), conflicts_with = "strategy")]
     engine: Option<Engine>,
