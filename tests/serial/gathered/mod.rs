@@ -180,8 +180,8 @@ fn two_groups_are_whole_in_an_eager_step() {
             beside_rows((&model, &device), (Engine::Eager, bucket), [2, Worded::WIDTH], loss)
         };
         let (few, many) = (with(12), with(48));
-        // Two groups, the gradients of one, which are packed to be reduced, and few activations; and gradients that wait
-        // where one rank is ahead of the other, which is by no more than a gather or two.
+        // Two groups, the gradients of one, which are packed to be reduced, and few activations; and gradients that
+        // wait where one rank is ahead of the other, which is by no more than a gather or two.
         assert!(many < 12 * Worded::LAYER, "{what} the table: {many} of groups of {}", Worded::LAYER);
         assert!(many - few < 8 * Worded::LAYER, "{what} the table: {few} of 12 layers, {many} of 48");
     }
