@@ -115,7 +115,10 @@ impl Gatherer {
         if state.recent[1] == Some(group) {
             return Ok(());
         }
-        state.follows.insert(state.recent, group);
+        if state.leader.is_none() {
+            // Ranks without data learn nothing, and all must expect the same.
+            state.follows.insert(state.recent, group);
+        }
         state.recent = [state.recent[1], Some(group)];
         // Of what a leader says, or the others want, nothing is known beforehand.
         if self.wants.is_some() || state.leader.is_some() || state.ahead.is_some() {

@@ -56,6 +56,8 @@ impl Gatherer {
         let mut state = self.lock();
         let ended = self.announce(&state, OVER);
         state.leader = None;
+        // Ranks without data have kept nothing.
+        state.end_pass();
         ended
     }
 
@@ -64,7 +66,11 @@ impl Gatherer {
     /// # Errors
     /// Those of [`Communicator`](crate::comm::Communicator).
     pub fn follow(&self, leader: usize) -> Result<(), Error> {
-        let shards = self.lock().shards.clone();
+        let shards = {
+            let mut state = self.lock();
+            state.end_pass();
+            state.shards.clone()
+        };
         let shard = |place: &usize| {
             shards[*place].clone().ok_or_else(|| Error::invalid("a sharded parameter", "its rows are not known"))
         };

@@ -10,6 +10,7 @@ mod parity;
 mod replaced;
 mod rules;
 mod splits;
+mod uneven;
 mod unused;
 mod wholes;
 
