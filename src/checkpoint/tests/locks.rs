@@ -101,14 +101,16 @@ fn a_draft_is_removed_under_its_lock_and_another_name() {
         other.clean_up()?;
         assert!(draft.made_in.join("rank-00000.safetensors").is_file());
         drop(held);
-        let (path, made_in) = (dir.0.clone(), draft.made_in.clone());
+        let (path, made_in, looks) = (dir.0.clone(), draft.made_in.clone(), Rc::new(RefCell::new(0)));
+        let counts = Rc::clone(&looks);
         fault::at("removing", move || {
+            *counts.borrow_mut() += 1;
             assert!(fs::write(made_in.join("checkpoint.json"), "").is_err());
             let left = fs::read_dir(&path).unwrap().next().unwrap().unwrap().path();
             assert!(left.join("rank-00000.safetensors").is_file() && matches!(lock_of(&left), Lock::Anothers));
         });
         other.clean_up()?;
-        assert_eq!(fs::read_dir(&dir.0).unwrap().count(), 0);
+        assert_eq!((fs::read_dir(&dir.0).unwrap().count(), *looks.borrow()), (0, 1));
         Ok(())
     });
     run.unwrap();
