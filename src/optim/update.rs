@@ -2,9 +2,10 @@
 
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Tensor, bf16, f16};
+use pulp::NullaryFnOnce;
 
 use super::number::Number;
-use crate::tensor::{Loops, PlainTensor, vectorized};
+use crate::tensor::{PlainTensor, vectorized};
 
 /// Elements that are read into local memory, computed, and written back: the compiler then knows that they are apart.
 /// Of fewer it unrolls a short rule whole, and takes the elements of a vector from as many blocks; more are copied by
@@ -125,9 +126,11 @@ impl<T: Number, R: UpdateRule<N>, const N: usize> ParamElements<'_, T, R, N> {
     }
 }
 
-impl<T: Number, R: UpdateRule<N>, const N: usize> Loops for ParamElements<'_, T, R, N> {
+impl<T: Number, R: UpdateRule<N>, const N: usize> NullaryFnOnce for ParamElements<'_, T, R, N> {
+    type Output = ();
+
     #[inline(always)]
-    fn run(mut self) {
+    fn call(mut self) {
         let from = self.value.len() / BLOCK * BLOCK;
         for place in 0..from / BLOCK {
             let at = |slice: &[T]| slice.as_chunks().0[place];

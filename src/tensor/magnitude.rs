@@ -9,9 +9,10 @@ use burn::backend::TensorMetadata;
 use burn::backend::flex::{FlexTensor, Layout};
 use burn::tensor::{DType, Element, bf16, f16};
 use bytemuck::Pod;
+use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 
-use super::{Loops, vectorized};
+use super::vectorized;
 use crate::Error;
 
 /// Elements of a block: some hundred KiB, which a core reads in the time that it takes to hand out work.
@@ -138,11 +139,7 @@ magnitude! {
 
 fn squares_of<E: Magnitude>(elements: &[E], unit: f64) -> f64 {
     let per_unit = 1.0 / unit;
-    let block = |elements: &[E]| {
-        let mut sum = 0.0;
-        vectorized(BlockSquares { elements, per_unit, sum: &mut sum });
-        sum
-    };
+    let block = |elements: &[E]| vectorized(BlockSquares { elements, per_unit });
     if elements.len() <= BLOCK {
         return block(elements);
     }
@@ -153,12 +150,13 @@ fn squares_of<E: Magnitude>(elements: &[E], unit: f64) -> f64 {
 struct BlockSquares<'a, E> {
     elements: &'a [E],
     per_unit: f64,
-    sum: &'a mut f64,
 }
 
-impl<E: Magnitude> Loops for BlockSquares<'_, E> {
+impl<E: Magnitude> NullaryFnOnce for BlockSquares<'_, E> {
+    type Output = f64;
+
     #[inline(always)]
-    fn run(self) {
+    fn call(self) -> f64 {
         let mut sums = [0.0; WIDE];
         let (whole, rest) = self.elements.as_chunks::<WIDE>();
         for some in whole {
@@ -171,7 +169,7 @@ impl<E: Magnitude> Loops for BlockSquares<'_, E> {
             let x = element.wide() * self.per_unit;
             *sum += x * x;
         }
-        *self.sum = sums.iter().sum();
+        sums.iter().sum()
     }
 }
 

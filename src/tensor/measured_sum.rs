@@ -7,13 +7,14 @@ use burn::backend::TensorMetadata;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::{DType, Element, bf16, f16};
 use bytemuck::Pod;
+use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 
 use super::magnitude::{BLOCK, Magnitude, WIDE, is_finite, is_one_run};
 use super::squares::Look;
 #[cfg(test)]
 use super::squares::looked;
-use super::{Loops, PlainTensor, vectorized};
+use super::{PlainTensor, vectorized};
 
 impl PlainTensor {
     /// The [sum](Self::add) with another float tensor, and the sum of the squares of that sum, if it is made side by
@@ -86,11 +87,7 @@ fn add_in_place<const OF_SUM: bool>(sum: &mut FlexTensor, term: &FlexTensor) -> 
 fn add_run<E: Magnitude + Element + Pod, const OF_SUM: bool>(sum: &mut FlexTensor, term: &FlexTensor) -> f64 {
     let (len, to, from) = (term.shape().num_elements(), sum.layout().start_offset(), term.layout().start_offset());
     let (sum, term) = (&mut sum.storage_mut::<E>()[to..to + len], &term.storage::<E>()[from..from + len]);
-    let block = |(sum, term): (&mut [E], &[E])| {
-        let mut squares = 0.0;
-        vectorized(BlockSum::<E, OF_SUM> { sum, term, squares: &mut squares });
-        squares
-    };
+    let block = |(sum, term): (&mut [E], &[E])| vectorized(BlockSum::<E, OF_SUM> { sum, term });
     if len <= BLOCK {
         return block((sum, term));
     }
@@ -103,12 +100,13 @@ fn add_run<E: Magnitude + Element + Pod, const OF_SUM: bool>(sum: &mut FlexTenso
 struct BlockSum<'a, E, const OF_SUM: bool> {
     sum: &'a mut [E],
     term: &'a [E],
-    squares: &'a mut f64,
 }
 
-impl<E: Magnitude, const OF_SUM: bool> Loops for BlockSum<'_, E, OF_SUM> {
+impl<E: Magnitude, const OF_SUM: bool> NullaryFnOnce for BlockSum<'_, E, OF_SUM> {
+    type Output = f64;
+
     #[inline(always)]
-    fn run(self) {
+    fn call(self) -> f64 {
         let mut squares = [0.0; WIDE];
         let (sums, last_sums) = self.sum.as_chunks_mut::<WIDE>();
         let (terms, last_terms) = self.term.as_chunks::<WIDE>();
@@ -127,7 +125,7 @@ impl<E: Magnitude, const OF_SUM: bool> Loops for BlockSum<'_, E, OF_SUM> {
             let x = if OF_SUM { *sum } else { *term }.wide();
             squares[place] += x * x;
         }
-        *self.squares = squares.iter().sum();
+        squares.iter().sum()
     }
 }
 

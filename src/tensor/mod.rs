@@ -42,7 +42,7 @@ pub(crate) use self::squares::{Look, Squares};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};
 pub(crate) use self::tree::{place, rows};
-pub(crate) use self::vectors::{Loops, vectorized};
+pub(crate) use self::vectors::vectorized;
 use crate::Error;
 
 /// A tensor of any kind, rank and device, without autodiff.

@@ -1,7 +1,9 @@
 //! Parts of a matrix that lies transposed, put the right way round: panels that stay in the caches.
 
+use pulp::NullaryFnOnce;
+
 use super::product::Strided;
-use super::vectors::{Loops, vectorized};
+use super::vectors::vectorized;
 
 /// Rows and columns that are turned at once: they are in registers.
 const BLOCK: usize = 4;
@@ -33,9 +35,11 @@ impl<T: Copy> Panel<T> {
     }
 }
 
-impl<T: Copy> Loops for Turning<T> {
+impl<T: Copy> NullaryFnOnce for Turning<T> {
+    type Output = ();
+
     #[inline(always)]
-    fn run(self) {
+    fn call(self) {
         let Panel { first, rows, columns, apart } = self.panel;
         let (whole_rows, whole_columns) = (rows / BLOCK * BLOCK, columns / BLOCK * BLOCK);
         for row in (0..whole_rows).step_by(BLOCK) {

@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 use burn::backend::flex::FlexTensor;
 use burn::tensor::Shape;
 use burn_ir::CustomOpIr;
+use pulp::NullaryFnOnce;
 use rayon::prelude::*;
 
 use super::block::{BoundKernel, Source, Target};
@@ -18,7 +19,7 @@ use super::native::{Native, check};
 use super::takes;
 use crate::error::Error;
 use crate::graph::step_memory::StepMemory;
-use crate::tensor::{Loops, PlainTensor, vectorized};
+use crate::tensor::{PlainTensor, vectorized};
 
 /// Elements of a value in a block: a few values of it fit into the first cache.
 pub(super) const BLOCK: usize = 2048;
@@ -35,9 +36,11 @@ struct BlockRange<'a, T> {
     scratch: *mut T,
 }
 
-impl<T: Native> Loops for BlockRange<'_, T> {
+impl<T: Native> NullaryFnOnce for BlockRange<'_, T> {
+    type Output = ();
+
     #[inline(always)]
-    fn run(self) {
+    fn call(self) {
         let mut at: Vec<*mut T> = vec![ptr::null_mut(); self.running.places.len()];
         for (place, block) in self.blocks.enumerate() {
             // SAFETY: the scratch memory has room for the places of all values.
