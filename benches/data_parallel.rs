@@ -25,7 +25,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_parallel::graph::TensorTree;
 use burn_parallel::prelude::*;
 use burn_parallel::train::Engine;
-use figures::{Figures, median};
+use figures::{Figures, clock, median};
 use models::{Gpt, Mlp, SEQUENCE, VOCABULARY};
 
 const STEPS_PER_TURN: usize = 2;
@@ -105,7 +105,7 @@ fn captured<M: Module + Sync, I: TensorTree + Clone + Sync>(
                 let mode = (turn + round) % 3;
                 let (model, optim) = &mut models[usize::from(mode == 2)];
                 rank.barrier()?;
-                let (began, worked, mut waited) = (Instant::now(), work(), 0.0);
+                let (began, worked, mut waited) = (Instant::now(), clock::of_process(), 0.0);
                 let runs = mode > 0 || rank.rank() == 0;
                 for _ in 0..if runs { STEPS_PER_TURN } else { 0 } {
                     if let Some(mut taken) = model.take() {
@@ -116,7 +116,7 @@ fn captured<M: Module + Sync, I: TensorTree + Clone + Sync>(
                 }
                 rank.barrier()?;
                 let ranks = if mode > 0 { 2.0 } else { 1.0 };
-                let spent = [began.elapsed().as_secs_f64(), (work() - worked) / ranks, waited];
+                let spent = [began.elapsed().as_secs_f64(), (clock::of_process() - worked) / ranks, waited];
                 time[mode] = spent.map(|time| time / STEPS_PER_TURN as f64);
             }
             // The first round captures, and is for caches and the order of the buckets.
@@ -183,7 +183,7 @@ fn divided<M: Module + Sync, I: TensorTree + Clone + Sync>(
                 let (model, optim) = &mut models[mode];
                 let device = DIVIDED[mode].1.device(rank.device());
                 rank.barrier()?;
-                let (began, worked, mut waited) = (Instant::now(), work(), 0.0);
+                let (began, worked, mut waited) = (Instant::now(), clock::of_process(), 0.0);
                 for _ in 0..STEPS_PER_TURN {
                     if let Some(mut taken) = model.take() {
                         let step = taken.step(inputs(&device), &loss)?;
@@ -192,7 +192,7 @@ fn divided<M: Module + Sync, I: TensorTree + Clone + Sync>(
                     }
                 }
                 rank.barrier()?;
-                let spent = [began.elapsed().as_secs_f64(), work() - worked, waited];
+                let spent = [began.elapsed().as_secs_f64(), clock::of_process() - worked, waited];
                 time[mode] = spent.map(|time| time / STEPS_PER_TURN as f64);
             }
             // The first round is for caches, captures and the order of buckets and gathers.
@@ -203,16 +203,6 @@ fn divided<M: Module + Sync, I: TensorTree + Clone + Sync>(
         Ok(times)
     });
     measured.expect("a world of threads").swap_remove(0)
-}
-
-/// Seconds for which the threads of this process have been on a core; none of them ends while steps are measured.
-fn work() -> f64 {
-    let threads = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
-    let nanoseconds = threads.filter_map(|thread| {
-        let text = std::fs::read_to_string(thread.path().join("schedstat")).ok()?;
-        text.split(' ').next()?.parse::<f64>().ok()
-    });
-    nanoseconds.sum::<f64>() / 1e9
 }
 
 /// How many threads have wanted a core in the last minute.

@@ -20,7 +20,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 use burn_parallel::batch::NoNoise;
 use burn_parallel::prelude::*;
 use burn_parallel::train::{Clip, Engine};
-use figures::Figures;
+use figures::{Figures, clock};
 use models::{Gpt, SEQUENCE, VOCABULARY};
 
 /// Rows of a step over all ranks.
@@ -98,7 +98,7 @@ fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way)
                 let each = ROWS / replicas / micro_batches;
                 let batches = (0..*micro_batches).map(|batch| (rows(each, 1 + batch), rows(each, 104_729 + batch)));
                 rank.barrier()?;
-                let before = worked();
+                let before = clock::of_process();
                 let mut step = taken.step_micro_batches(batches, |model: &Gpt, (x, y)| model.loss_sum(x, y))?;
                 let due = step.noise() == Err(NoNoise::NoNorm);
                 if norm || due {
@@ -111,7 +111,7 @@ fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way)
                 }
                 *place = Some(taken.optimize(optim, 1e-4, step)?);
                 rank.barrier()?;
-                time[mode][done] = worked() - before;
+                time[mode][done] = clock::of_process() - before;
             }
             // The first round is for caches, captures and the order of buckets.
             if round > 0 {
@@ -121,14 +121,6 @@ fn rounds(number: usize, model: &Gpt, (_, ranks, strategy, micro_batches): &Way)
         Ok(times)
     })?;
     Ok(seen.swap_remove(0))
-}
-
-/// Seconds for which threads of this process have been on a core.
-fn worked() -> f64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is a valid `timespec`, which the call fills.
-    unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
-    time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
 }
 
 /// The lower quartile, the median and the upper quartile.

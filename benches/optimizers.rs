@@ -10,14 +10,12 @@ mod figures;
 #[allow(dead_code)]
 mod models;
 
-use std::time::Instant;
-
 use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::{AdamConfig, AdamWConfig, GradientsParams, ModuleOptimizer, SgdConfig};
 use burn::tensor::{Device, Tensor};
 use burn_parallel::prelude::*;
-use figures::{Figures, median};
+use figures::{Figures, clock, median};
 use models::{Gpt, Mlp};
 
 /// Optimizers of burn and fused ones.
@@ -70,26 +68,6 @@ impl<M: Module> Trained<M> {
     }
 }
 
-/// Seconds that this thread has had of a processor.
-#[cfg(unix)]
-fn processor() -> f64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the clock is one that every thread has.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
-}
-
-#[cfg(not(unix))]
-fn processor() -> f64 {
-    f64::NAN
-}
-
-/// Seconds that have passed.
-fn passed() -> f64 {
-    static BEGAN: std::sync::LazyLock<Instant> = std::sync::LazyLock::new(Instant::now);
-    BEGAN.elapsed().as_secs_f64()
-}
-
 /// Milliseconds of an update of each, by turns. The first makes moments, and does not count.
 fn by_turns<M: Module>(mut ways: [Trained<M>; 2], rounds: usize, clock: fn() -> f64) -> [f64; 2] {
     let mut times = [const { Vec::new() }; 2];
@@ -109,8 +87,8 @@ fn compare<M: Module>(figures: &mut Figures, name: &str, model: M, threads: bool
     let model = model.materialize();
     for (optimizer, [burns, fused]) in OPTIMIZERS {
         let (of, clock, ways): (_, fn() -> f64, _) = match threads {
-            true => (["fused, one thread", "fused, two threads"], passed, [(fused, 1), (fused, 2)]),
-            false => (["burn's", "fused"], processor, [(burns, 1), (fused, 1)]),
+            true => (["fused, one thread", "fused, two threads"], clock::passed, [(fused, 1), (fused, 2)]),
+            false => (["burn's", "fused"], clock::of_thread, [(burns, 1), (fused, 1)]),
         };
         let took = by_turns(ways.map(|(optim, threads)| Trained::new(&model, optim, threads)), rounds, clock);
         let (what, ratio) = (format!("{name}, {optimizer}"), took[1] / took[0]);

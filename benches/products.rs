@@ -18,15 +18,14 @@
 mod figures;
 
 use std::hint::black_box;
-use std::sync::{LazyLock, Mutex};
-use std::time::Instant;
+use std::sync::Mutex;
 
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::tensor::{Device, Distribution, Tensor, activation};
 use burn_parallel::graph::{CustomOps, Executor, Forward, TensorTree, capture_forward, capture_step};
 use burn_parallel::prelude::*;
-use figures::{Figures, median};
+use figures::{Figures, clock, median};
 
 /// Rows, what they have, and what the layers that read them give.
 const SHAPES: [(usize, usize, &[usize]); 4] = [
@@ -38,26 +37,6 @@ const SHAPES: [(usize, usize, &[usize]); 4] = [
 const RUNS_PER_TURN: usize = 6;
 
 type Way<'a> = (&'static str, Box<dyn FnMut() + 'a>);
-
-/// Seconds that this thread has had of a processor.
-#[cfg(unix)]
-fn processor() -> f64 {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the clock is one that every thread has.
-    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
-    time.tv_sec as f64 + 1e-9 * time.tv_nsec as f64
-}
-
-#[cfg(not(unix))]
-fn processor() -> f64 {
-    f64::NAN
-}
-
-/// Seconds that have passed.
-fn passed() -> f64 {
-    static BEGAN: LazyLock<Instant> = LazyLock::new(Instant::now);
-    BEGAN.elapsed().as_secs_f64()
-}
 
 struct Turns {
     figures: Figures,
@@ -316,14 +295,14 @@ fn main() -> Result<(), Error> {
         ("packed", packed),
         ("parts", parts),
     ];
-    let mut turns = Turns { figures: Figures::of("products"), rounds, clock: processor };
+    let mut turns = Turns { figures: Figures::of("products"), rounds, clock: clock::of_thread };
     for (name, table) in tables {
         if wanted(name) {
             on_rank(1, &mut turns, table)?;
         }
     }
     if wanted("threads") {
-        turns.clock = passed;
+        turns.clock = clock::passed;
         on_rank(2, &mut turns, threads)?;
     }
     turns.figures.finish();

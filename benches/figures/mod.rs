@@ -4,6 +4,9 @@
 //! run did not take stay; `-- --baseline NAME` prints a table of ratios to what is there. `scripts/bench_ratios.py`
 //! prints that of all benches between two names, those of Criterion too.
 
+#[allow(dead_code)]
+pub mod clock;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 

@@ -58,7 +58,7 @@ fn assert_on<M: Module>(model: &M, device: &Device) {
     model.visit(&mut Find(device));
 }
 
-fn tokens(step: usize, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
+pub fn tokens(step: usize, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
     let mut numbers = Numbers(step as u64 + 60);
     (numbers.classes([ROWS, 5], 11, device), numbers.classes([ROWS, 5], 11, device))
 }
@@ -68,11 +68,11 @@ fn rows(step: usize, device: &Device) -> (Tensor<2>, Tensor<1, Int>) {
     (numbers.tensor([ROWS, 6], device), numbers.classes([ROWS], 4, device))
 }
 
-fn images(step: usize, device: &Device) -> (Tensor<4>, Tensor<1, Int>) {
+pub fn images(step: usize, device: &Device) -> (Tensor<4>, Tensor<1, Int>) {
     models::images(ROWS, step as u64 + 80, device)
 }
 
-fn lm_loss(model: &Lm, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> Tensor<1> {
+pub fn lm_loss(model: &Lm, (tokens, targets): (Tensor<2, Int>, Tensor<2, Int>)) -> Tensor<1> {
     model.loss(tokens, targets)
 }
 
@@ -80,11 +80,11 @@ fn mlp_loss(model: &Mlp, (x, targets): (Tensor<2>, Tensor<1, Int>)) -> Tensor<1>
     model.loss(x, targets)
 }
 
-fn cnn_loss(model: &Cnn, (images, targets): (Tensor<4>, Tensor<1, Int>)) -> Tensor<1> {
+pub fn cnn_loss(model: &Cnn, (images, targets): (Tensor<4>, Tensor<1, Int>)) -> Tensor<1> {
     model.loss(images, targets)
 }
 
-fn lm() -> Lm {
+pub fn lm() -> Lm {
     Lm::new(11, 8, 1, &models::device())
 }
 
