@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Mutex, MutexGuard};
 
+use super::StepPart;
 use crate::lock::lock;
 
 /// What ranks tell each other whose optimizer is new, where a model is divided.
@@ -24,14 +25,15 @@ const MOST: usize = 4096;
 
 static KNOWN: Mutex<BTreeMap<u64, Box<str>>> = Mutex::new(BTreeMap::new());
 
-/// The number of a name, 0 of none; without the highest bit, which [`Call`](super::Call) has a use for.
+/// The number of a name, 0 of none; without the two highest bits, which [`Call`](super::Call) and [`StepPart`] have a
+/// use for.
 pub(super) fn number(name: &str) -> u64 {
     if name.is_empty() {
         return 0;
     }
     let mut hasher = DefaultHasher::new();
     name.hash(&mut hasher);
-    hasher.finish() >> 1
+    hasher.finish() >> 2
 }
 
 /// The number of a name, on which ranks can agree. The name is kept if it is short and there is room.
@@ -45,8 +47,13 @@ pub(crate) fn keep(name: &str) -> u64 {
     number
 }
 
-/// The name of a number, if it was kept.
+/// The name of a number, if it is a part of a step or was kept.
 pub(super) fn name(number: u64) -> Option<String> {
+    StepPart::described(number).or_else(|| kept(number))
+}
+
+/// The name of a number, if it was kept.
+pub(super) fn kept(number: u64) -> Option<String> {
     match FIXED.iter().find(|name| self::number(name) == number) {
         Some(name) => Some((*name).into()),
         None => known().get(&number).map(|name| name.to_string()),

@@ -135,11 +135,19 @@ impl Call {
         Self::new(Operation::Split, None, CallShape::flat(0)).agreeing(agreed_names::keep(name))
     }
 
-    /// The name of the number that the ranks must agree on, as far as that is known: what a group is split for, or what
-    /// is gathered.
+    /// The name of the number that the ranks must agree on, as far as that is known: what a group is split for, what is
+    /// gathered, or which part of a step it is.
     pub(crate) fn agreed_name(&self) -> Option<String> {
-        let number = self.agreed_number().filter(|_| self.buffers == 1)?;
-        agreed_names::name(number)
+        agreed_names::name(self.named_number()?)
+    }
+
+    /// That name, if other ranks may not know it.
+    pub(crate) fn name_to_tell(&self) -> Option<String> {
+        agreed_names::kept(self.named_number()?)
+    }
+
+    fn named_number(&self) -> Option<u64> {
+        self.agreed_number().filter(|_| self.buffers == 1)
     }
 
     /// That number, but for calls of several buffers; none if it is 0.

@@ -15,9 +15,14 @@ impl Communicator {
     /// # Errors
     /// [`Error::UnsupportedReduction`].
     pub fn all_reduce<P: Payload>(&self, payload: P, op: ReduceOp) -> Result<P, Error> {
-        self.dispatch(Operation::AllReduce(op), payload, |data| {
+        self.all_reduce_agreed(payload, op, 0)
+    }
+
+    /// [`all_reduce`](Self::all_reduce) with a number that must be the same on all ranks, where the shapes do not tell.
+    pub(crate) fn all_reduce_agreed<P: Payload>(&self, payload: P, op: ReduceOp, agreed: u64) -> Result<P, Error> {
+        self.dispatch_agreed(Operation::AllReduce(op), payload, agreed, |data| {
             reduce::check(op, data.dtype())?;
-            self.host_in_place(Operation::AllReduce(op), data)
+            self.host_in_place(Operation::AllReduce(op), data, agreed)
         })
     }
 
@@ -85,8 +90,13 @@ impl Communicator {
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] on a rank whose tensor has another length than the result; the world fails with it.
-    pub(crate) fn all_gather_around(&self, whole: PlainTensor, own: Range<usize>) -> Result<PlainTensor, Error> {
-        self.out_of_own_place(Operation::AllGather, whole.into_flex()?, own).map(PlainTensor::from_flex)
+    pub(crate) fn all_gather_around(
+        &self,
+        whole: PlainTensor,
+        own: Range<usize>,
+        agreed: u64,
+    ) -> Result<PlainTensor, Error> {
+        self.out_of_own_place(Operation::AllGather, whole.into_flex()?, own, agreed).map(PlainTensor::from_flex)
     }
 
     /// [`all_gather`](Self::all_gather) of equal shares in place: each rank has its own in a slice for all of them,
@@ -154,7 +164,7 @@ impl Communicator {
     pub fn broadcast<P: Payload>(&self, payload: P, root: usize) -> Result<P, Error> {
         self.check_root(root, "broadcast")?;
         let operation = Operation::Broadcast { root };
-        self.dispatch(operation, payload, |data| self.host_in_place(operation, data))
+        self.dispatch(operation, payload, |data| self.host_in_place(operation, data, 0))
     }
 
     /// [`broadcast`](Self::broadcast) on a slice, in place.
@@ -172,7 +182,7 @@ impl Communicator {
         self.check_root(root, "reduce")?;
         let reduced = self.dispatch(Operation::Reduce { op, root }, payload, |data| {
             reduce::check(op, data.dtype())?;
-            self.host_in_place(Operation::Reduce { op, root }, data)
+            self.host_in_place(Operation::Reduce { op, root }, data, 0)
         })?;
         Ok((root == self.rank()).then_some(reduced))
     }
@@ -182,9 +192,16 @@ impl Communicator {
     /// # Errors
     /// [`Error::NoSuchRank`]; [`Error::OutOfMemory`] on every rank, if the root has no memory for the result.
     pub fn gather<P: Payload>(&self, payload: P, root: usize) -> Result<Option<P>, Error> {
+        self.gather_agreed(payload, root, 0)
+    }
+
+    /// [`gather`](Self::gather) with a number that must be the same on all ranks.
+    pub(crate) fn gather_agreed<P: Payload>(&self, payload: P, root: usize, agreed: u64) -> Result<Option<P>, Error> {
         self.check_root(root, "gather")?;
         let operation = Operation::Gather { root };
-        let gathered = self.dispatch(operation, payload, |data| self.out_of_place(operation, Some(data), None))?;
+        let gathered = self.dispatch_agreed(operation, payload, agreed, |data| {
+            self.out_of_place_agreed(operation, Some(data), None, agreed)
+        })?;
         Ok((root == self.rank()).then_some(gathered))
     }
 

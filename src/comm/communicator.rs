@@ -33,7 +33,7 @@ struct Inner {
     transport: Arc<dyn Transport>,
     /// On cache lines of its own: communicators of several ranks are allocated side by side.
     counters: CachePadded<RunningCounters>,
-    progress: ProgressThread,
+    progress: Arc<ProgressThread>,
 }
 
 impl Drop for Communicator {
@@ -73,7 +73,16 @@ impl Communicator {
     }
 
     fn with_outstanding_jobs(transport: Arc<dyn Transport>, outstanding_jobs: Arc<OutstandingJobs>) -> Self {
-        let (counters, progress) = (CachePadded::new(RunningCounters::new()), ProgressThread::new(outstanding_jobs));
+        Self::counting(transport, Arc::new(ProgressThread::new(outstanding_jobs)))
+    }
+
+    /// The same member of the same group, whose calls come between those of this one, with counters of its own.
+    pub(crate) fn counted_apart(&self) -> Self {
+        Self::counting(self.inner.transport.clone(), self.inner.progress.clone())
+    }
+
+    fn counting(transport: Arc<dyn Transport>, progress: Arc<ProgressThread>) -> Self {
+        let counters = CachePadded::new(RunningCounters::new());
         Self { inner: Arc::new(Inner { transport, counters, progress }) }
     }
 

@@ -73,11 +73,17 @@ impl Communicator {
         P::from_device(output, &origin).map(Ok)
     }
 
-    pub(super) fn host_in_place(&self, operation: Operation, data: FlexTensor) -> Result<FlexTensor, Error> {
+    pub(super) fn host_in_place(
+        &self,
+        operation: Operation,
+        data: FlexTensor,
+        agreed: u64,
+    ) -> Result<FlexTensor, Error> {
         host_buffer::check_dtype(operation.name(), data.dtype())?;
         let mut data = host_buffer::exclusive(data);
         let folded_hash = CallShape::folded_hash(data.shape().as_slice());
-        let call = Call::new(operation, Some(data.dtype()), host_buffer::shape(&data)).agreeing(folded_hash);
+        let shape = host_buffer::shape(&data);
+        let call = Call::new(operation, Some(data.dtype()), shape).agreeing(agreed ^ folded_hash);
         self.in_place(&call, &mut [host_buffer::buffer_mut(&mut data)])?;
         Ok(data)
     }
@@ -147,20 +153,22 @@ impl Communicator {
             .unwrap_or_else(|| FlexTensor::zeros([0].into(), dtype.unwrap_or(DType::F32))))
     }
 
-    /// Runs a collective from some elements of a tensor into that tensor, where the result has them as well.
+    /// Runs a collective from some elements of a tensor into that tensor, where the result has them as well. `agreed`
+    /// must be the same on all ranks.
     pub(super) fn out_of_own_place(
         &self,
         operation: Operation,
         data: FlexTensor,
         own: Range<usize>,
+        agreed: u64,
     ) -> Result<FlexTensor, Error> {
         host_buffer::check_dtype(operation.name(), data.dtype())?;
         let mut data = host_buffer::exclusive(data);
-        self.out_of_own_part(operation, host_buffer::buffer_mut(&mut data), own, 0)?;
+        self.out_of_own_part(operation, host_buffer::buffer_mut(&mut data), own, agreed)?;
         Ok(data)
     }
 
-    /// The same with a buffer, and a number that all ranks must agree on.
+    /// The same with a buffer.
     pub(super) fn out_of_own_part(
         &self,
         operation: Operation,

@@ -66,6 +66,7 @@ pub(crate) mod reduce;
 #[cfg(any(feature = "cuda", test))]
 mod sent_messages;
 mod settings;
+mod step_part;
 pub mod tcp;
 mod ticks;
 mod transport;
@@ -90,4 +91,5 @@ pub use part::part;
 pub use payload::{Payload, TensorKind, TensorOrigin};
 pub use pending::Pending;
 pub use reduce::reduce_contributions;
+pub(crate) use step_part::StepPart;
 pub use transport::{Arrival, BufferMut, BufferRef, Message, OutputAllocator, Transfer, Transport};

@@ -23,7 +23,7 @@ use super::reduction_state::accumulate;
 use super::replica::{Averaging, Replica};
 use super::same_settings::agree_on_settings;
 use crate::Error;
-use crate::comm::{Communicator, ReduceOp};
+use crate::comm::{Communicator, ReduceOp, StepPart};
 use crate::distribution::RowShards;
 use crate::graph::{Compared, GradientSink, StepEngine, Updates, found_gradients};
 use crate::params::FoundParams;
@@ -101,7 +101,8 @@ impl<E: StepEngine> Replica<E> {
         loop {
             let inputs = micro_batches.next();
             let updates = self.engine.checked_optimizers().updates();
-            let head = Head::of(inputs.as_ref(), micro_batches.peek().is_some())?.meet(updates, shards.replicas())?;
+            let head = Head::of(inputs.as_ref(), micro_batches.peek().is_some())?;
+            let head = head.meet(updates, shards.replicas(), StepPart::Step.of(self.steps + 1))?;
             if !head.any() {
                 break;
             }
@@ -134,8 +135,9 @@ impl<E: StepEngine> Replica<E> {
         let noise = noise.unwrap_or_else(|| NoiseState::None(turn.err().unwrap_or(NoNoise::Off)));
         self.steps += 1;
         let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
+        let (ids, sums): (Vec<ParamId>, Vec<PlainTensor>) = sums.gradients.into_iter().unzip();
         let gradients: HashMap<ParamId, PlainTensor> =
-            sums.gradients.into_iter().map(|(id, sum)| (id, sum.scale(factor))).collect();
+            ids.into_iter().zip(PlainTensor::scale_all(sums, factor)).collect();
         let norm = carrier.and_then(|carrier| carrier.of_sums(&sizes, factor, gradients.clone()));
         let grads = found_gradients(&params, gradients);
         let counters = self.counters() - before;
@@ -208,13 +210,14 @@ impl Head {
         Ok(Self { here: true, rows: rows.unwrap_or(1), more })
     }
 
-    /// Those of all replicas, who have updated the model alike.
+    /// Those of all replicas, who have updated the model alike. Calls of this step agree on a number.
     ///
     /// # Errors
     /// [`Error::Optimizer`] if they have not; those of [`Communicator`].
-    fn meet(self, updates: &Updates, control: &Communicator) -> Result<Heads, Error> {
+    fn meet(self, updates: &Updates, control: &Communicator, agreed: u64) -> Result<Heads, Error> {
         let digest = updates.digest(Compared::Replicas);
-        let all = control.all_gather(vec![u64::from(self.here), self.rows as u64, u64::from(self.more), digest])?;
+        let mine = vec![u64::from(self.here), self.rows as u64, u64::from(self.more), digest];
+        let all = control.all_gather_agreed(mine, agreed)?;
         if all.chunks_exact(4).any(|words| words[3] != digest) {
             updates.explain(Compared::Replicas, control)?;
         }

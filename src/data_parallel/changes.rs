@@ -55,7 +55,7 @@ impl Reducer {
         }
         let (structure, group, mut module) = (Structure::of(module), self.control(), module.clone());
         if group.size() > 1 {
-            let all = next.changed(group)?;
+            let all = next.changed(group, self.agreed())?;
             let lines = self.known().lines_of(&structure, all);
             agree(&lines, group)?;
             let unknown: HashSet<ParamId> = {

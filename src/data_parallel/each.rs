@@ -36,7 +36,8 @@ impl<E: StepEngine> Replica<E> {
         let mut params = self.admit(reducer, ForwardState::Pending, Next::Rounds)?;
         let micro_batches: Vec<I> = micro_batches.collect();
         let lines = reducer.known().lines.clone();
-        let most = count_rounds(micro_batches.len(), &lines, reducer.control()).inspect_err(|_| reducer.discard())?;
+        let together = (reducer.control(), reducer.agreed());
+        let most = count_rounds(micro_batches.len(), &lines, together).inspect_err(|_| reducer.discard())?;
         let rounds = match reducer.says_what_is_gathered() {
             // Nobody follows: ranks without data want nothing.
             true => None,

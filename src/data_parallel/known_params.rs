@@ -24,17 +24,18 @@ pub(crate) enum Next {
 }
 
 impl Next {
-    /// Takes part in that on a rank whose model has changed. Returns whether those of all have.
+    /// Takes part in that on a rank whose model has changed. Returns whether those of all have. Calls of this step
+    /// agree on a number.
     ///
     /// # Errors
     /// Those of [`Communicator`].
-    pub(super) fn changed(self, control: &Communicator) -> Result<bool, Error> {
+    pub(super) fn changed(self, control: &Communicator, agreed: u64) -> Result<bool, Error> {
         match self {
             Self::Head => {
-                let sum = control.all_reduce(vec![CHANGED, 0.0], ReduceOp::Sum)?[0];
+                let sum = control.all_reduce_agreed(vec![CHANGED, 0.0], ReduceOp::Sum, agreed)?[0];
                 Ok((sum / CHANGED).round() as usize == control.size())
             }
-            Self::Rounds => Ok(control.all_reduce(ROUNDS_CHANGED.to_vec(), ReduceOp::Max)?[2] == 0),
+            Self::Rounds => Ok(control.all_reduce_agreed(ROUNDS_CHANGED.to_vec(), ReduceOp::Max, agreed)?[2] == 0),
         }
     }
 }
@@ -125,7 +126,7 @@ fn without_training(what: String) -> String {
 }
 
 /// The head of a step on a rank whose model has not changed: the sum of the weights of all ranks, who find out with it
-/// whether all have updated it alike.
+/// whether all have updated it alike. Calls of this step agree on a number.
 ///
 /// # Errors
 /// The same on all ranks: [`Error::ModelMismatch`] if the model has changed on others; [`Error::Optimizer`] if it was
@@ -134,10 +135,10 @@ pub(super) fn head(
     weight: f64,
     lines: &ParamDescriptions,
     updates: &Updates,
-    control: &Communicator,
+    (control, agreed): (&Communicator, u64),
 ) -> Result<f64, Error> {
     let balance = balance(updates.digest(Compared::Replicas), control);
-    let sums = control.all_reduce(vec![weight, balance], ReduceOp::Sum)?;
+    let sums = control.all_reduce_agreed(vec![weight, balance], ReduceOp::Sum, agreed)?;
     if sums[0] <= CHANGED / 2.0 {
         return Err(changed_elsewhere(lines, control));
     }
@@ -163,8 +164,12 @@ fn balance(number: u64, group: &Communicator) -> f64 {
 ///
 /// # Errors
 /// As [`head`].
-pub(super) fn count_rounds(mine: usize, lines: &ParamDescriptions, control: &Communicator) -> Result<u64, Error> {
-    match control.all_reduce(vec![mine as u64, 0, 1], ReduceOp::Max)?[..] {
+pub(super) fn count_rounds(
+    mine: usize,
+    lines: &ParamDescriptions,
+    (control, agreed): (&Communicator, u64),
+) -> Result<u64, Error> {
+    match control.all_reduce_agreed(vec![mine as u64, 0, 1], ReduceOp::Max, agreed)?[..] {
         [most, 0, _] => Ok(most),
         _ => Err(changed_elsewhere(lines, control)),
     }

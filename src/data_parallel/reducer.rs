@@ -12,7 +12,7 @@ use super::known_params::KnownParams;
 use super::reduction_state::{ParamProgress, ReductionState};
 use super::structure::Structure;
 use crate::Error;
-use crate::comm::{Communicator, Counters, GATHERED_PARAMETERS, WANTED_PARAMETERS};
+use crate::comm::{Communicator, Counters, GATHERED_PARAMETERS, StepPart, WANTED_PARAMETERS};
 use crate::graph::Updates;
 use crate::params::unknown_params;
 use crate::sharding::{ShardComms, Sharding};
@@ -36,12 +36,12 @@ pub(crate) struct Reducer {
     pub(super) updates: OnceLock<Updates>,
 }
 
-/// What errors call the group that carries parameters: by it they know what to advise.
-fn parameters_group(config: &DataParallelConfig) -> &'static str {
+/// What errors call the group that carries parameters, if steps gather any: by it they know what to advise.
+fn parameters_group(config: &DataParallelConfig) -> Option<&'static str> {
     match config.sharding {
-        Sharding::Parameters if config.allow_unused_parameters => WANTED_PARAMETERS,
-        Sharding::Parameters => GATHERED_PARAMETERS,
-        _ => "updated_parameters",
+        Sharding::Parameters if config.allow_unused_parameters => Some(WANTED_PARAMETERS),
+        Sharding::Parameters => Some(GATHERED_PARAMETERS),
+        _ => None,
     }
 }
 
@@ -59,11 +59,7 @@ impl Reducer {
         let shards = match config.sharding {
             Sharding::None => None,
             _ if group.size() == 1 => None,
-            sharding => {
-                let comms = ShardComms::new(group, config.sharding_ranks, parameters_group(&config))?;
-                // What is held by rows is not gathered before it is used.
-                Some(if sharding == Sharding::Parameters { comms.with_next(&control) } else { comms })
-            }
+            _ => Some(ShardComms::new(group, config.sharding_ranks, &control, parameters_group(&config))?),
         };
         let (known, step, updates) = (RwLock::default(), Mutex::default(), OnceLock::new());
         let sums = Arc::default();
@@ -155,11 +151,6 @@ impl Reducer {
         self.data.counters() + shards
     }
 
-    /// What gathered parameters have cost in communication.
-    pub fn parameter_counters(&self) -> Counters {
-        self.shards.as_ref().map(|shards| shards.parameters().counters()).unwrap_or_default()
-    }
-
     /// What the few numbers beside them have cost in communication.
     pub fn control_counters(&self) -> Counters {
         let shards = self.shards.as_ref().map(|shards| shards.control().counters()).unwrap_or_default();
@@ -169,6 +160,16 @@ impl Reducer {
     /// How many bytes of parameters or gradients go into one collective.
     pub fn bucket_bytes(&self) -> usize {
         self.config.bucket_bytes
+    }
+
+    /// Has the calls that follow be those of a step, by its number.
+    pub fn begin_step(&self, step: u64) {
+        self.lock().agreed = StepPart::Step.of(step);
+    }
+
+    /// The number on which calls of this step agree.
+    pub fn agreed(&self) -> u64 {
+        self.lock().agreed
     }
 
     pub fn data(&self) -> &Communicator {

@@ -63,9 +63,9 @@ impl Reducer {
         }
         let factor = Arc::new(OnceLock::new());
         let (control, set, lines) = (self.control.clone(), factor.clone(), self.known().lines.clone());
-        let updates = self.updates.get().cloned().unwrap_or_default();
+        let (updates, agreed) = (self.updates.get().cloned().unwrap_or_default(), self.agreed());
         let head = self.data.start(move |_| {
-            let weight = head(loss_weight.weight, &lines, &updates, &control)?;
+            let weight = head(loss_weight.weight, &lines, &updates, (&control, agreed))?;
             let _ = set.set(if weight > 0.0 { loss_weight.unit / weight } else { 0.0 });
             Ok(weight)
         });

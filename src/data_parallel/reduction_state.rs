@@ -34,6 +34,8 @@ pub(super) struct ReductionState {
     pub non_finite: Option<usize>,
     /// The path of the one of the step before.
     pub last_non_finite: Option<Arc<str>>,
+    /// The number on which calls of this step agree.
+    pub agreed: u64,
     /// Measures the gradients of micro-batches, if that was asked for.
     pub noise: Option<NoiseMeter>,
 }

@@ -11,11 +11,11 @@ use super::loss_weight::LossWeight;
 use super::reducer::Reducer;
 use super::replicate::replicate;
 use crate::Error;
-use crate::comm::Communicator;
+use crate::comm::{Communicator, Counters};
 use crate::distribution::RowShards;
 use crate::graph::StepEngine;
 use crate::params::SliceSource;
-use crate::sharding::Sharding;
+use crate::sharding::{ShardComms, Sharding};
 use crate::step::{CarriedNorm, NoNoise, NoiseState, StepCounters, StepFn};
 use crate::tensor::TensorTree;
 
@@ -194,8 +194,8 @@ impl<E: StepEngine> Replica<E> {
         if let Some(shards) = self.row_shards() {
             return StepCounters {
                 gradients: shards.comms().gradient_counters(),
-                parameters: shards.comms().parameters().counters(),
-                control: shards.replicas().counters() + self.engine.clipping().beside(shards.comms().control()),
+                parameters: shards.comms().parameter_counters() - self.norm_counters(shards.comms()),
+                control: shards.replicas().counters() + shards.comms().control().counters(),
                 waited: shards.waited() + of_engine.waited,
                 ..of_engine
             };
@@ -204,17 +204,25 @@ impl<E: StepEngine> Replica<E> {
             None => of_engine,
             Some(reducer) => StepCounters {
                 gradients: reducer.gradient_counters(),
-                parameters: reducer.parameter_counters() + of_engine.parameters,
-                control: match self.shards() {
-                    Some(shards) => {
-                        reducer.control_counters() + of_engine.control - self.engine.clipping().of(shards.control())
-                    }
-                    None => reducer.control_counters(),
+                parameters: match reducer.shards() {
+                    Some(shards) => shards.parameter_counters() + of_engine.parameters - self.norm_counters(shards),
+                    None => of_engine.parameters,
                 },
+                control: reducer.control_counters() + of_engine.control,
                 waited: self.waited + of_engine.waited,
                 ..of_engine
             },
         }
+    }
+
+    /// What norms have cost where updates meet.
+    fn norm_counters(&self, shards: &ShardComms) -> Counters {
+        self.engine.clipping().of(shards.between())
+    }
+
+    /// How many steps there were.
+    pub(crate) fn steps(&self) -> u64 {
+        self.steps
     }
 
     /// Goes on after so many steps.

@@ -17,10 +17,11 @@ use crate::sharding::{Pack, Rows, ShardComms, ShardParam, ShardParams, UpdatedSh
 impl<E: StepEngine> Replica<E> {
     /// Among whom the rows of the parameters are divided, if they are.
     pub(crate) fn shards(&self) -> Option<ShardComms> {
-        match self.row_shards() {
-            Some(shards) => Some(shards.comms().clone()),
-            None => self.reducer().and_then(|reducer| reducer.shards().cloned()),
-        }
+        let shards = match self.row_shards() {
+            Some(shards) => Some(shards.comms()),
+            None => self.reducer().and_then(|reducer| reducer.shards()),
+        };
+        shards.map(|shards| shards.clone().after(self.steps))
     }
 
     /// Whether this replica holds its rows of a parameter only: not of an adapter, nor of what was put in later, which
@@ -38,6 +39,7 @@ impl<E: StepEngine> Replica<E> {
         self,
         update: &mut dyn FnMut(ShardParams, &ShardComms) -> Result<UpdatedShards, Error>,
     ) -> Result<Self, Error> {
+        let Some(comms) = self.shards() else { return Ok(self) };
         if let Some(shards) = self.row_shards().cloned() {
             let mut own = ShardParams::default();
             let without = self.try_change(|engine| {
@@ -46,7 +48,7 @@ impl<E: StepEngine> Replica<E> {
                 Ok(engine)
             })?;
             let rows = own.0.len();
-            let UpdatedShards { updated, unchanged } = update(own, shards.comms())?;
+            let UpdatedShards { updated, unchanged } = update(own, &comms)?;
             let all = updated.0.into_iter().chain(unchanged.0);
             let values: HashMap<_, _> = all.map(|shard| (shard.param.id(), shard.param.value())).collect();
             if values.len() != rows {
@@ -55,11 +57,7 @@ impl<E: StepEngine> Replica<E> {
             }
             return Ok(without.change(|engine| params::replace_values(engine, values)));
         }
-        let Some((reducer, comms)) =
-            self.reducer().cloned().and_then(|reducer| Some((reducer.clone(), reducer.shards()?.clone())))
-        else {
-            return Ok(self);
-        };
+        let Some(reducer) = self.reducer().cloned() else { return Ok(self) };
         let mut taken = Vec::new();
         let without = self.try_change(|engine| {
             let (engine, params) = take_params(engine, &reducer, comms.ranks())?;
@@ -119,7 +117,7 @@ fn put_back<E: StepEngine>(
             members.push(rows);
             brought.push(whole.with_updated(value));
         }
-        values.extend(ids.into_iter().zip(Pack::new(members).gather_into(brought, comms.parameters())?));
+        values.extend(ids.into_iter().zip(Pack::new(members).gather_into(brought, comms.between(), comms.update())?));
     }
     engine.rows_are_back(&values);
     Ok(params::replace_values(engine, values))

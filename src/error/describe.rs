@@ -1,7 +1,7 @@
 //! The parts of error messages that depend on what there is to say.
 
 use super::Error;
-use crate::comm::{ANOTHER_NORM, Call, CallLog, GATHERED_PARAMETERS, NEW_OPTIMIZER, WANTED_PARAMETERS};
+use crate::comm::{ANOTHER_NORM, Call, CallLog, GATHERED_PARAMETERS, NEW_OPTIMIZER, StepPart, WANTED_PARAMETERS};
 
 /// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was
 /// first; what they have called before is of no use then.
@@ -42,25 +42,32 @@ pub(super) fn left_behind(operation: &str) -> String {
 }
 
 /// What to do, if a rank was waiting for what only those call that were given a new optimizer, or that clip in another
-/// way, or for parameters that replicas divide among themselves. `called` says what was called.
+/// way, in another part of a step than others, or for parameters that replicas divide among themselves. `called` says
+/// what was called.
 pub(super) fn advice(group: &str, called: &str, log: &CallLog) -> &'static str {
     let is_called = |name| called.contains(name) || log.lines().iter().any(|line| waits_for(line, name));
     if is_called(NEW_OPTIMIZER) {
         return "; a rank whose optimizer is new, or has a state that was loaded since its last step, compares its moments in \
-                `optimize`, and the others went on with the optimizer that they had: all ranks put a new one in the place of the \
-                old, or load a state into it, after the same step";
+                `optimize`, and the others went on with the optimizer that they had, or left `optimize` out: all ranks put a new one \
+                in the place of the old, or load a state into it, after the same step, and call `optimize` after every step";
     }
     if is_called(ANOTHER_NORM) {
         return "; that rank was asked by `clip_grad_norm` for another norm than the step came with, or for that of gradients that it has \
                 changed, and the others were not: ranks that divide rows among themselves clip alike, and all of them change gradients \
                 before or none; where each changes its own as it likes, all clip by `model.clip_grad_norm(step.grads, ..)`";
     }
+    if [StepPart::Norm, StepPart::Update].iter().any(|part| is_called(part.name())) {
+        return "; ranks that train one model take its steps together: each step is asked for its norm in the same way on all of them, \
+                equally often (`step.clip_grad_norm`, or on all `model.clip_grad_norm`), and goes to `optimize` on all of them, which \
+                leaves out one that is `skipped`, as only `clip_grad_norm` sets it, on all; and all make as many steps";
+    }
     gathering(group, log)
 }
 
-/// Whether the line of a rank says that it is in a call of this name.
+/// Whether the line of a rank says that it is in a call of a name that begins like this.
 fn waits_for(line: &str, name: &str) -> bool {
-    ["waiting", "just begun"].iter().any(|is_in| line.contains(&format!("{name}) ({is_in}")))
+    let is_in = |call: &str| ["(waiting", "(just begun"].iter().any(|words| call.contains(words));
+    line.split(" < ").any(|call| is_in(call) && call.contains(&format!("({name}")))
 }
 
 fn gathering(group: &str, log: &CallLog) -> &'static str {

@@ -18,6 +18,8 @@ pub struct GradientLayout {
     pub elsewhere: HashSet<ParamId>,
     /// This rank in the world.
     pub rank: usize,
+    /// The number of the step that the gradients are of; 0 if nobody counts.
+    pub step: u64,
     /// The group over which gradients were averaged, and the path of the first parameter of which this rank brought a
     /// gradient that was not finite.
     pub averaged: Option<(Communicator, Option<Arc<str>>)>,

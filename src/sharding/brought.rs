@@ -39,17 +39,22 @@ impl Pack {
     ///
     /// # Errors
     /// Those of [`Communicator::all_gather`].
-    pub(crate) fn gather_into(&self, brought: Vec<Brought>, group: &Communicator) -> Result<Vec<PlainTensor>, Error> {
+    pub(crate) fn gather_into(
+        &self,
+        brought: Vec<Brought>,
+        group: &Communicator,
+        number: u64,
+    ) -> Result<Vec<PlainTensor>, Error> {
         self.in_collectives(brought, Brought::dtype, |pack, mut brought| {
             if let [rows] = &pack.members[..]
                 && let Some(Brought::Whole(whole)) = brought.pop_if(|brought| matches!(brought, Brought::Whole(_)))
             {
                 let (rank, share) = (group.rank(), rows.shard_elements());
-                let whole = group.all_gather_around(flat(whole), rank * share..(rank + 1) * share)?;
+                let whole = group.all_gather_around(flat(whole), rank * share..(rank + 1) * share, number)?;
                 return Ok(vec![rows.without_padding(whole.reshape(rows.padded_dims()))]);
             }
             let shards = pack.members.iter().zip(&brought).map(|(rows, brought)| brought.shard(rows, group.rank()));
-            let packed = group.all_gather_agreed(pack.pack_shards(shards.collect())?, 0)?;
+            let packed = group.all_gather_agreed(pack.pack_shards(shards.collect())?, number)?;
             pack.put_into(brought, packed, group.rank())
         })
     }
@@ -123,7 +128,7 @@ mod tests {
                         let (mine, places): (Vec<_>, Vec<_>) =
                             dims.iter().map(|dims| brought(dims, rank.rank(), ranks, ways[rank.rank()])).unzip();
                         let before = rank.counters();
-                        let wholes = pack.gather_into(mine, &rank)?;
+                        let wholes = pack.gather_into(mine, &rank, 0)?;
                         let counted = rank.counters() - before;
                         let bytes = 4 * (ranks - 1) * pack.shard_elements();
                         let found = counted.of("all_gather");
@@ -143,7 +148,7 @@ mod tests {
     fn a_whole_of_another_length_fails_all_ranks() {
         let failed = launch::threads(2).run(|rank| {
             let whole = numbers(0, &[6 - rank.rank()]);
-            rank.all_gather_around(whole, 0..3).map(drop)
+            rank.all_gather_around(whole, 0..3, 0).map(drop)
         });
         let error = failed.unwrap_err().to_string();
         assert!(error.contains("the output has room for 5 elements of F32, 6 of F32 came"), "{error}");

@@ -1,31 +1,44 @@
 //! Who divides what with whom.
 
 use crate::Error;
-use crate::comm::{Communicator, Counters};
+use crate::comm::{Communicator, Counters, StepPart};
 
-/// The communicators of sharded replicas. Each kind of traffic has one of its own, so that it is counted by itself and
-/// runs in the background beside the others.
+/// The communicators of sharded replicas. Each kind of traffic is counted by itself, and what runs in the background of
+/// a step has a group of its own. What ranks call *between* two steps (the norm, the update) goes over the group in
+/// which they begin the next one, where it joins the same ranks: one that is elsewhere than the others meets them
+/// there, in a call that is not theirs, and all have an error at once. In groups of their own they would wait for each
+/// other.
 #[derive(Debug, Clone)]
 pub struct ShardComms {
-    /// Joins the ranks among which rows are divided; carries gathered parameters.
-    parameters: Communicator,
+    /// Joins the ranks among which rows are divided; carries the parameters that steps gather, if they do.
+    parameters: Option<Communicator>,
     /// The same ranks; carries gradients.
     gradients: Communicator,
-    /// The same ranks; carries a few numbers.
+    /// The same ranks; carries a few numbers in the middle of a step.
     control: Communicator,
+    /// The same ranks; carries what they call between two steps.
+    between: Communicator,
     /// Joins the ranks that hold the same rows, if there are several.
     copies: Option<Communicator>,
     /// Carries what the ranks call first after an update.
     next: Communicator,
+    /// The number of the last step.
+    step: u64,
 }
 
 impl ShardComms {
     /// Divides rows among `ranks` neighbours of a group of replicas, and replicates them over the others; among all of
-    /// the group without a number. Errors call the group that carries parameters by `name`. Collective.
+    /// the group without a number. `steps` joins the replicas where they begin a step. With a name, by which errors
+    /// call their group, steps gather parameters. Collective.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`] if `ranks` does not divide the group; those of [`Communicator::split`].
-    pub(crate) fn new(group: &Communicator, ranks: Option<usize>, name: &str) -> Result<Self, Error> {
+    pub(crate) fn new(
+        group: &Communicator,
+        ranks: Option<usize>,
+        steps: &Communicator,
+        parameters: Option<&str>,
+    ) -> Result<Self, Error> {
         let (rank, size) = (group.rank(), group.size());
         let ranks = ranks.unwrap_or(size);
         if ranks == 0 || !size.is_multiple_of(ranks) {
@@ -38,19 +51,23 @@ impl ShardComms {
         }
         let (color, key) = ((rank / ranks) as u64, rank as i64);
         let of_its_own = |name: &str| group.split_named(name, color, key);
-        let (parameters, gradients, control) =
-            (of_its_own(name)?, of_its_own("shard_gradients")?, of_its_own("shard_control")?);
-        let copies = match ranks < size {
-            true => Some(group.split_named("shard_copies", (rank % ranks) as u64, key)?),
-            false => None,
+        let parameters = parameters.map(of_its_own).transpose()?;
+        let (gradients, control) = (of_its_own("shard_gradients")?, of_its_own("shard_control")?);
+        let (between, copies) = match ranks < size {
+            true => {
+                let copies = group.split_named("shard_copies", (rank % ranks) as u64, key)?;
+                (control.counted_apart(), Some(copies))
+            }
+            false => (steps.counted_apart(), None),
         };
-        let next = parameters.clone();
-        Ok(Self { parameters, gradients, control, copies, next })
+        // Without parameters to gather an update begins with those that it has changed.
+        let next = if parameters.is_some() { steps.clone() } else { between.clone() };
+        Ok(Self { parameters, gradients, control, between, copies, next, step: 0 })
     }
 
-    /// With a group that carries what the ranks call first after an update, if that is not to gather what was updated.
-    pub(crate) fn with_next(self, next: &Communicator) -> Self {
-        Self { next: next.clone(), ..self }
+    /// The same after so many steps.
+    pub(crate) fn after(self, step: u64) -> Self {
+        Self { step, ..self }
     }
 
     /// Carries what the ranks call first after an update. A rank that was given a new optimizer meets the others there,
@@ -70,9 +87,9 @@ impl ShardComms {
         self.control.size()
     }
 
-    /// Carries gathered parameters.
+    /// Carries the parameters that steps gather.
     pub(crate) fn parameters(&self) -> &Communicator {
-        &self.parameters
+        self.parameters.as_ref().unwrap_or(&self.between)
     }
 
     /// Carries gradients.
@@ -80,9 +97,19 @@ impl ShardComms {
         &self.gradients
     }
 
-    /// Carries a few numbers.
+    /// Carries a few numbers in the middle of a step.
     pub(crate) fn control(&self) -> &Communicator {
         &self.control
+    }
+
+    /// Carries what the ranks call between two steps: the norm of the gradient, and what an update gathers.
+    pub(crate) fn between(&self) -> &Communicator {
+        &self.between
+    }
+
+    /// The number on which calls of the update agree.
+    pub(crate) fn update(&self) -> u64 {
+        StepPart::Update.of(self.step)
     }
 
     /// Joins the ranks that hold the same rows, if there are several.
@@ -94,5 +121,10 @@ impl ShardComms {
     pub(crate) fn gradient_counters(&self) -> Counters {
         let copies = self.copies.as_ref().map(Communicator::counters).unwrap_or_default();
         self.gradients.counters() + copies
+    }
+
+    /// What parameters have cost, those of steps and of updates; with what else went between steps.
+    pub(crate) fn parameter_counters(&self) -> Counters {
+        self.parameters.as_ref().map(Communicator::counters).unwrap_or_default() + self.between.counters()
     }
 }

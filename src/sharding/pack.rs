@@ -130,8 +130,9 @@ impl Pack {
         root: usize,
         shards: Vec<PlainTensor>,
         group: &Communicator,
+        number: u64,
     ) -> Result<Vec<PlainTensor>, Error> {
-        match group.gather(self.pack_shards(shards)?, root)? {
+        match group.gather_agreed(self.pack_shards(shards)?, root, number)? {
             Some(packed) => self.unpack_wholes(packed),
             None => Ok(Vec::new()),
         }

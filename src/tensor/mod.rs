@@ -13,6 +13,7 @@ mod panel;
 mod product;
 mod product_parts;
 mod recycled;
+mod scaled;
 mod size;
 mod squares;
 mod tree;

@@ -281,7 +281,7 @@ impl<M: Module> ParallelModule for Parallel<M> {
     fn gradient_layout(&self) -> GradientLayout {
         let layout = with!(&self.wrapped, model => ParallelModule::gradient_layout(model));
         let Some(together) = &self.together else { return layout };
-        let shards = self.shards().map(|shards| shards.control().clone());
+        let shards = self.shards().map(|shards| shards.between().clone());
         GradientLayout { groups: shards.into_iter().chain([together.clone()]).collect(), ..layout }
     }
 

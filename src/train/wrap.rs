@@ -143,8 +143,9 @@ impl<E: StepEngine + Reports> ParallelModule for Replica<E> {
     fn gradient_layout(&self) -> GradientLayout {
         let averaged = Some((self.control().clone(), self.non_finite_param()));
         let mut layout = GradientLayout { averaged, ..self.engine().gradient_layout() };
-        let rows = self.shards().map(|shards| shards.control().clone());
+        let rows = self.shards().map(|shards| shards.between().clone());
         layout.groups = rows.into_iter().chain(layout.groups).collect();
+        layout.step = self.steps();
         layout
     }
 

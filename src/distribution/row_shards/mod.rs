@@ -100,10 +100,12 @@ impl RowShards {
         keep: Keep,
         reduce_dtype: Option<FloatDType>,
     ) -> Result<Self, Error> {
-        let comms = ShardComms::new(replicas, ranks, GATHERED_PARAMETERS)?;
+        let control = format!("{GATHERED_PARAMETERS}_control");
+        let (group, replicas) = (replicas, replicas.split_named(&control, 0, replicas.rank() as i64)?);
+        let comms = ShardComms::new(group, ranks, &replicas, Some(GATHERED_PARAMETERS))?;
         let table = PlanTable::by_rows(model, AXIS, comms.ranks(), &|_| None);
         let all = PlanTable::by_rows(model, AXIS, comms.ranks(), later);
-        agree_on_layouts(&all, replicas)?;
+        agree_on_layouts(&all, group)?;
         let mut trained = Trained::default();
         model.visit(&mut trained);
         let (mut params, mut members) = (Vec::new(), Vec::new());
@@ -122,15 +124,13 @@ impl RowShards {
             places.into_iter().for_each(|place| params[place].group = group);
         }
         let numbers = params.iter().enumerate().map(|(number, param)| (param.id, number)).collect();
-        let control = format!("{GATHERED_PARAMETERS}_control");
-        let replicas = replicas.split_named(&control, 0, replicas.rank() as i64)?;
         Ok(Self {
             table: Arc::new(table),
             params: Arc::new(params),
             numbers: Arc::new(numbers),
             keep,
             reduce_dtype,
-            comms: comms.with_next(&replicas),
+            comms,
             replicas,
             step: Arc::default(),
             gathered: (keep == Keep::Pass).then(Arc::default),

@@ -109,6 +109,7 @@ impl HandSplit {
             rank: groups.first().map_or(0, Communicator::world_rank),
             elsewhere: params.iter().filter(|(_, paths)| elsewhere(paths)).map(|(id, _)| *id).collect(),
             groups,
+            step: 0,
             averaged: None,
             by_hand: true,
             clipping: ClipRecord::default(),

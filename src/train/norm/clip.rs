@@ -60,7 +60,7 @@ pub(crate) fn clip_and_sum<M: Module>(
     let mine = match carried {
         // Those that hold the other rows have summed up the same squares.
         Some(carried) if is_of(&carried, &found, &clip) => {
-            groups.retain(|group| group.group() != carried.comms.control().group());
+            groups.retain(|group| group.group() != carried.comms.between().group());
             NormReport { size: carried.size, squares: squares * carried.comms.ranks() as f64, non_finite: None }
         }
         carried => {
@@ -71,11 +71,12 @@ pub(crate) fn clip_and_sum<M: Module>(
             NormReport { squares, ..measure(&found, holding, &clip)? }
         }
     };
-    let known = holding.clipping.count(&groups, || mine.over(&groups, &clip))?;
+    let known = holding.clipping.count(&groups, || mine.over(&groups, &clip, holding.step))?;
     let mut norm = known.size.norm(clip.norm);
     let Some(non_finite) = known.non_finite else {
         let factor = clip.factor(norm);
-        let scaled = found.into_iter().map(|gradient| (gradient.id, gradient.value.scale(factor))).collect();
+        let (ids, values) = found.into_iter().map(|gradient| (gradient.id, gradient.value)).unzip::<_, _, Vec<_>, _>();
+        let scaled = ids.into_iter().zip(PlainTensor::scale_all(values, factor)).collect();
         return Ok((Clipped { grads: gradients_params(module, scaled), norm, factor, skipped: None }, known.squares));
     };
     if norm.is_finite() {
@@ -117,7 +118,7 @@ fn culprit(
     clip: &Clip,
 ) -> Result<(String, usize), Error> {
     let over = |non_finite, groups: &[Communicator]| {
-        NormReport { size: PartialNorm::nothing(clip.norm), squares: 0.0, non_finite }.over(groups, clip)
+        NormReport { size: PartialNorm::nothing(clip.norm), squares: 0.0, non_finite }.over(groups, clip, holding.step)
     };
     let mut groups = holding.groups.clone();
     let mut culprit = non_finite;

@@ -2,7 +2,7 @@
 
 use super::{Clip, Norm};
 use crate::Error;
-use crate::comm::Communicator;
+use crate::comm::{Communicator, StepPart};
 use crate::tensor::PartialNorm;
 
 /// The first gradient that is not finite: its place among the parameters of the model, and the rank that brought it.
@@ -47,15 +47,16 @@ impl NormReport {
     }
 
     /// What all ranks know together, bit for bit the same on each: one collective of a few numbers over each group. A
-    /// rank is in one group along each axis, so that after the last every rank knows of all.
+    /// rank is in one group along each axis, so that after the last every rank knows of all. `step` is the number of
+    /// the step that the gradient is of.
     ///
     /// # Errors
     /// [`Error::InvalidArgument`], the same on all ranks, if they were asked for different things; those of
     /// [`Communicator`].
-    pub fn over(self, groups: &[Communicator], clip: &Clip) -> Result<Self, Error> {
+    pub fn over(self, groups: &[Communicator], clip: &Clip, step: u64) -> Result<Self, Error> {
         let mut known = self;
         for group in groups.iter().filter(|group| group.size() > 1) {
-            let all = group.all_gather(known.to_numbers(clip))?;
+            let all = group.all_gather_agreed(known.to_numbers(clip), StepPart::Norm.of(step))?;
             let mut all = all.chunks_exact(NUMBERS);
             let first = all.next().unwrap_or_default();
             known = Self::of_numbers(first);
@@ -109,7 +110,7 @@ mod tests {
                     // Of several bad ones the first parameter counts, then the first rank.
                     let non_finite = (rank >= 1).then_some((if rank == 1 { 7 } else { 5 }, rank));
                     let mine = known(0.1 + rank as f64, non_finite);
-                    let known = mine.over(&groups, &Clip::at(1.0))?;
+                    let known = mine.over(&groups, &Clip::at(1.0), 1)?;
                     for (group, before) in groups.iter().zip(before) {
                         let calls = group.counters().of("all_gather").calls - before;
                         assert_eq!(calls, u64::from(group.size() > 1));
@@ -136,7 +137,8 @@ mod tests {
             2 => Clip::at(2.0),
             _ => Clip::at(1.0),
         };
-        let problem = launch::threads(3).run(|world| known(1.0, None).over(&[(*world).clone()], &other(world.rank())));
+        let problem =
+            launch::threads(3).run(|world| known(1.0, None).over(&[(*world).clone()], &other(world.rank()), 1));
         let problem = problem.unwrap_err().to_string();
         assert!(problem.contains("rank 2") && problem.contains("clip alike"), "{problem}");
     }

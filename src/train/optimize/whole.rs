@@ -58,8 +58,8 @@ impl Dealt {
             let (shards, gradients): (Vec<ShardParam>, Vec<PlainTensor>) = members.into_iter().unzip();
             let pack = Pack::new(shards.iter().map(|shard| shard.rows.clone()).collect());
             let values = shards.iter().map(|shard| shard.param.value()).collect();
-            let values = pack.gather_on(owner, values, comms.parameters())?;
-            let gradients = pack.gather_on(owner, gradients, comms.gradients())?;
+            let values = pack.gather_on(owner, values, comms.between(), comms.update())?;
+            let gradients = pack.gather_on(owner, gradients, comms.gradients(), comms.update())?;
             for ((shard, value), gradient) in shards.iter().zip(values).zip(gradients) {
                 let param = shard.param.clone().with_value(value)?;
                 param.put_gradient(gradient, &mut work.grads)?;
@@ -88,7 +88,7 @@ impl Dealt {
                 false => Vec::new(),
             };
             let (dtype, device) = (shards[0].dtype(), shards[0].param.value().device());
-            let rows = pack.scatter_from(owner, wholes, (dtype, &device), comms.parameters())?;
+            let rows = pack.scatter_from(owner, wholes, (dtype, &device), comms.between())?;
             for (shard, value) in shards.into_iter().zip(rows) {
                 let id = shard.param.id();
                 updated.insert(id, ShardParam { param: shard.param.with_value(value)?, ..shard });

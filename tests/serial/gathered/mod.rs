@@ -1,6 +1,7 @@
 //! What replicas that divide parameters (ZeRO 3) hold while a step runs.
 
 mod models;
+mod scaled;
 
 use std::sync::atomic::{AtomicIsize, Ordering::Relaxed};
 

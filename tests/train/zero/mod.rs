@@ -1,11 +1,12 @@
 //! Sharded replicas (ZeRO) against one device, and what they promise: bytes held, bytes moved, failures.
 
+mod apart;
 pub mod bytes;
 mod crash;
 mod gathered;
 mod generation;
 mod kept;
-mod norm;
+pub mod norm;
 mod parity;
 mod replaced;
 mod rules;

@@ -36,7 +36,7 @@ impl Writer {
             w.number(*dim as u64);
         });
         // Others may not know for what a rank wants to split a group, or what it wants to gather.
-        self.text(&call.agreed_name().unwrap_or_default())
+        self.text(&call.name_to_tell().unwrap_or_default())
     }
 }
 

@@ -83,7 +83,7 @@ fn run_in(
 }
 
 /// Asked for with the gradients alone, of which nobody knows from which step they are.
-fn by_hand<P: ParallelModule>(model: &P, mut step: Step, _: usize) -> Result<Step, Error> {
+pub fn by_hand<P: ParallelModule>(model: &P, mut step: Step, _: usize) -> Result<Step, Error> {
     let grads = std::mem::replace(&mut step.grads, GradientsParams::new());
     let clipped = model.clip_grad_norm(grads, Clip::never())?;
     (step.grads, step.grad_norm) = (clipped.grads, Some(clipped.norm));
