@@ -4,6 +4,7 @@ use burn_parallel::batch::MemoryBudget;
 use burn_parallel::prelude::*;
 
 use super::device::Compute;
+use super::flags::count;
 use super::mesh::Axes;
 use super::start::{Launch, Start};
 
@@ -40,8 +41,9 @@ impl Attention {
         }
         let all = if replicas == 1 { String::new() } else { format!(" on {replicas} replicas") };
         Err(format!(
-            "--seq {seq}: the attention of {rows} rows at once{all} takes {} MB at least, and there are {} MB ({limit}): give a \
+            "--seq {seq}: the attention of {} at once{all} takes {} MB at least, and there are {} MB ({limit}): give a \
              shorter --seq, or fewer rows at once",
+            count(rows, "row"),
             needed / 1_000_000,
             bytes / 1_000_000
         ))

@@ -7,8 +7,11 @@ use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use super::fit::trial;
-use super::flags::up_to;
+use super::flags::{count, up_to};
 use super::mesh::Axes;
+
+/// Of fewer measurements the noise scale is uncertain.
+const FEW: u64 = 20;
 
 /// The steps over which the learning rate follows a batch that has grown.
 const WARM_UP: usize = 20;
@@ -89,22 +92,31 @@ impl GrowthFlags {
     }
 
     /// What is wrong with these flags where a replica takes so many micro-batches a step, one after the other: alone,
-    /// and with one gradient, it measures no noise, and its batch never grows.
-    pub fn check_gradients(&self, axes: Axes, strategy: &Strategy, micro_batches: usize) -> Result<(), String> {
-        let Some(most) = self.grow_batch.filter(|_| axes.dp == 1) else { return Ok(()) };
+    /// and with one gradient, it measures no noise, and its batch never grows. If nothing else was to come of it than
+    /// the number, that is told.
+    pub fn check_gradients(
+        &self,
+        axes: Axes,
+        strategy: &Strategy,
+        micro_batches: usize,
+    ) -> Result<Option<String>, String> {
+        if !self.measures() || axes.dp > 1 {
+            return Ok(None);
+        }
         // Divided parameters have the gradients of a pipeline's micro-batches apart.
-        if axes.pp > 1 && strategy.data.sharding != Sharding::Parameters {
+        let why = if axes.pp > 1 && strategy.data.sharding != Sharding::Parameters {
             let stages = axes.said("pp", axes.pp);
-            return Err(format!(
-                "--grow-batch {most}: one replica with {stages} has one gradient a step, and measures no noise: give --dp 2"
-            ));
+            format!("one replica with {stages} has one gradient a step, and measures no noise: give --dp 2")
+        } else if axes.pp == 1 && micro_batches == 1 {
+            "one replica with one micro-batch a step measures no noise: give --dp 2, or a --batch of several --micro-batch"
+                .into()
+        } else {
+            return Ok(None);
+        };
+        match self.grow_batch {
+            Some(most) => Err(format!("--grow-batch {most}: {why}")),
+            None => Ok(Some(format!("--noise-scale: {why}"))),
         }
-        if axes.pp == 1 && micro_batches == 1 {
-            return Err(format!(
-                "--grow-batch {most}: one replica with one micro-batch a step measures no noise: give --dp 2, or a --batch of several --micro-batch"
-            ));
-        }
-        Ok(())
     }
 
     /// Whether steps measure the noise of their gradient.
@@ -182,8 +194,9 @@ impl Batch {
         let before =
             std::mem::replace(&mut self.rows, grow.after_step(&self.noise, self.measured.0 / self.measured.1 as f64));
         let noise = self.noise_rows().unwrap_or(f64::NAN);
-        (self.rows > before)
-            .then(|| format!("the batch grows from {before} to {} rows: the noise scale is {noise:.0}", self.rows))
+        (self.rows > before).then(|| {
+            format!("the batch grows from {before} to {}: the noise scale is {noise:.0}", count(self.rows, "row"))
+        })
     }
 
     /// The rows of a step, of a run that began with so many.
@@ -215,6 +228,11 @@ impl Batch {
             ratio if ratio < 0.25 => "a smaller batch would take less data for the same loss",
             _ => "the batch suits it",
         };
-        format!("{rows:.0} rows; with {batch:.0} rows a step: {helps}")
+        let uncertain = match self.noise.steps() {
+            steps if steps < FEW => format!("; uncertain, of {}", count(steps as usize, "measurement")),
+            _ => String::new(),
+        };
+        let rows = count(rows.round() as usize, "row");
+        format!("{rows}; with {} a step: {helps}{uncertain}", count(self.rows, "row"))
     }
 }

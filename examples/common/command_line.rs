@@ -15,9 +15,26 @@ pub fn parse<F: CommandFactory + FromArgMatches>() -> Result<(F, Given), clap::E
     let given: Vec<OsString> = env::args_os().collect();
     let matches = command.clone().try_get_matches_from(&given).map_err(|wrong| match wrong.kind() {
         ErrorKind::MissingRequiredArgument => named(wrong, &command, &given),
+        ErrorKind::UnknownArgument => behind_equals(wrong, &command, &given),
         _ => wrong,
     })?;
     Ok((F::from_arg_matches(&matches)?, Given::of(&command, &matches)))
+}
+
+/// The error of a word behind a flag that takes it behind `=` alone: clap says that nobody expects it.
+fn behind_equals(wrong: clap::Error, command: &Command, given: &[OsString]) -> clap::Error {
+    let flags = command.get_arguments().filter(|flag| flag.is_require_equals_set()).filter_map(|flag| flag.get_long());
+    let flags: Vec<String> = flags.map(|name| format!("--{name}")).collect();
+    let words = given.windows(2).map(|pair| (pair[0].to_string_lossy(), pair[1].to_string_lossy()));
+    let unknown =
+        |word: &str| matches!(wrong.get(ContextKind::InvalidArg), Some(ContextValue::String(it)) if it == word);
+    let mut words = words.filter(|(flag, word)| flags.iter().any(|it| it == flag) && unknown(word));
+    match words.next() {
+        Some((flag, word)) => {
+            clap::Error::raw(wrong.kind(), format!("{flag} takes what it is given behind `=`: {flag}={word}"))
+        }
+        None => wrong,
+    }
 }
 
 /// The error of a flag that needs another: clap names that one alone. The first is the one without which nothing is

@@ -95,7 +95,7 @@ impl Figures {
     }
 
     /// Rows of a table on what it took.
-    pub fn costs(&self, clip: Option<f64>, strategy: &Strategy) -> Vec<Row> {
+    pub fn costs(&self, clip: Option<f64>, axes: Axes, strategy: &Strategy) -> Vec<Row> {
         let (seconds, norms) = (self.elapsed.as_secs_f64(), &self.grad_norms);
         let mut rows = Vec::new();
         if let Some(clip) = clip {
@@ -114,8 +114,10 @@ impl Figures {
         let counted = "bytes a rank, as the allocator of the host counts: activations, gradients, what is gathered";
         rows.push(row("more at the peak of a step", format!("{step} {counted}")));
         rows.push(row("time", format!("{seconds:.1} s, {:.0} tokens/s", self.tokens_per_second())));
-        let waited = 100.0 * self.counters.waited.as_secs_f64() / seconds;
-        rows.push(row("waiting for gradients and gathers", format!("{waited:.1} % of the time")));
+        if axes.dp > 1 {
+            let waited = 100.0 * self.counters.waited.as_secs_f64() / seconds;
+            rows.push(row("waiting for gradients and gathers", format!("{waited:.1} % of the time")));
+        }
         rows.extend(self.pipeline.iter().flat_map(|pipeline| pipeline.table(strategy)));
         rows.extend(Communication::of(&self.counters, self.steps).table());
         rows

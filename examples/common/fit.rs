@@ -18,7 +18,7 @@ use log::LevelFilter;
 
 use super::batch::Rows;
 use super::device::Compute;
-use super::flags::{bytes, seconds};
+use super::flags::{bytes, count, seconds};
 use super::mesh;
 use super::program::{Failure, unsuited};
 use super::start::{Launch, Start};
@@ -166,7 +166,8 @@ pub fn largest(
     known: impl FnOnce(u64, usize) -> Result<usize, Error>,
 ) -> Result<usize, Failure> {
     let (bytes, limit) = fit.budget()?;
-    eprintln!("--batch auto: at most {most} rows at once are looked for ({why}), within {bytes} bytes ({limit})");
+    let looked_for = count(most, "row");
+    eprintln!("--batch auto: at most {looked_for} at once are looked for ({why}), within {bytes} bytes ({limit})");
     // What is to be warned of is when the run begins.
     let level = log::max_level();
     log::set_max_level(LevelFilter::Error);
@@ -176,14 +177,14 @@ pub fn largest(
     if most == 0 {
         return Err(nothing_fits((bytes, &limit), "", smaller));
     }
-    eprintln!("--batch auto: {most} rows at once may fit, by what is known of a step; more are not tried");
+    eprintln!("--batch auto: {} at once may fit, by what is known of a step; more are not tried", count(most, "row"));
     let program = env::current_exe().map_err(Error::user)?;
     let timeout = fit.trial_timeout.unwrap_or(Duration::from_secs(600));
     // Why one row does not fit, if it does not.
     let one_row = Mutex::new(None);
     let one = |rank: Rank| {
         largest_that_fits(most, &rank, |rows| {
-            eprintln!("--batch auto: tries {rows} rows at once");
+            eprintln!("--batch auto: tries {} at once", count(rows, "row"));
             let mut child = Command::new(&program);
             child.args(env::args_os().skip(1)).env(TRIAL, rows.to_string());
             let began = Instant::now();
@@ -192,7 +193,8 @@ pub fn largest(
                 false => Error::user(format!("{why}; --trial-timeout gives it more")),
             })?;
             if let Trial::TooLarge(why) = &trial {
-                eprintln!("--batch auto: {rows} rows do not fit: {why}");
+                let do_not = if rows == 1 { "does not" } else { "do not" };
+                eprintln!("--batch auto: {} {do_not} fit: {why}", count(rows, "row"));
                 if let (1, Ok(mut one_row)) = (rows, one_row.lock()) {
                     *one_row = Some(format!(" ({why})"));
                 }
@@ -205,6 +207,7 @@ pub fn largest(
         Ok(Some(why)) => return Err(nothing_fits((bytes, &limit), &why, smaller)),
         _ => fit?,
     };
-    eprintln!("{} rows at once fit on a rank, of {most} that were tried first, in {bytes} bytes", fit.rows);
+    let found = count(fit.rows, "row");
+    eprintln!("{found} at once fit on a rank, of {most} that were tried first, in {bytes} bytes");
     Ok(fit.rows)
 }

@@ -30,6 +30,11 @@ pub fn up_to<const MOST: usize>(value: &str) -> Result<usize, String> {
     }
 }
 
+/// So many of what one of is called so.
+pub fn count(number: usize, one: &str) -> String {
+    format!("{number} {one}{}", if number == 1 { "" } else { "s" })
+}
+
 /// Bytes, as a number with or without a unit.
 pub fn bytes(value: &str) -> Result<u64, String> {
     let units = [("K", 10), ("M", 20), ("G", 30), ("T", 40)];

@@ -1,8 +1,7 @@
 //! What each rank was given: the same on all, or they would train on with other numbers, or wait in vain.
 
 use std::collections::BTreeMap;
-use std::path::{Component, Path, PathBuf};
-use std::{env, fs};
+use std::path::PathBuf;
 
 use burn_parallel::prelude::*;
 use clap::{ArgMatches, Command};
@@ -14,17 +13,22 @@ use super::program::refused;
 /// which machines may have in other places: of these what was read is compared.
 const OF_A_RANK: [&str; 9] = ["data", "device", "eval", "json", "launch", "model", "peak", "strategy", "text"];
 
-/// Flags that name directories which all ranks share: of these is compared where they are.
+/// Flags that name directories which all ranks share, from wherever they are named.
 const DIRECTORIES: [&str; 2] = ["resume", "save"];
 
 /// Flags whose text may look like a number, and is none.
 const TEXTS: [&str; 1] = ["generate"];
+
+/// In the place of a flag: what is wrong with them.
+const WRONG: &str = "(flags)";
 
 /// What a rank was given.
 #[derive(Clone, Debug)]
 pub struct Given {
     /// By the names of the flags.
     flags: BTreeMap<String, Value>,
+    /// Those that name directories.
+    directories: BTreeMap<String, PathBuf>,
     /// Whether it is to write JSON.
     json: bool,
 }
@@ -38,31 +42,11 @@ fn value(word: &str) -> Value {
     number.ok().filter(|it| !it.is_null()).unwrap_or(word.into())
 }
 
-/// Where a directory is, from wherever it is named. Links stay what they are called: machines may have the same file
-/// system in other places behind them.
-fn place(dir: &Path) -> PathBuf {
-    let mut place = PathBuf::new();
-    for part in here().join(dir).components() {
-        match part {
-            Component::CurDir => {}
-            Component::ParentDir => drop(place.pop()),
-            part => place.push(part),
-        }
-    }
-    place
-}
-
-/// The working directory, by the name that the shell has for it.
-fn here() -> PathBuf {
-    let here = env::current_dir().unwrap_or_default();
-    let called = env::var_os("PWD").map(PathBuf::from).filter(|called| called.is_absolute());
-    called.filter(|called| fs::canonicalize(called).is_ok_and(|called| called == here)).unwrap_or(here)
-}
-
 /// What a flag of this name was given.
 fn value_of(name: &str, words: &str) -> Value {
     match name {
-        _ if DIRECTORIES.contains(&name) => place(Path::new(words)).to_string_lossy().into(),
+        // That it was is compared with the others.
+        _ if DIRECTORIES.contains(&name) => true.into(),
         _ if TEXTS.contains(&name) => words.into(),
         _ => value(words),
     }
@@ -77,13 +61,15 @@ impl Given {
             let words: Vec<_> = words.map(|word| word.to_string_lossy()).collect();
             Some((format!("--{name}"), value_of(name, &words.join(" "))))
         });
+        let directory = |name: &str| Some((format!("--{name}"), matches.try_get_raw(name).ok()??.next()?.into()));
+        let directories = DIRECTORIES.into_iter().filter_map(directory).collect();
         let json = matches.try_contains_id("json").unwrap_or(false);
-        Self { flags: flags.collect(), json }
+        Self { flags: flags.collect(), directories, json }
     }
 
     /// Of a rank whose own flags or files are wrong: those of all others are something else, and are told so first.
     pub fn wrong(why: &str) -> Self {
-        Self { flags: BTreeMap::from([("(flags)".into(), format!("wrong: {why}").into())]), json: false }
+        Self { flags: BTreeMap::from([(WRONG.into(), why.into())]), directories: BTreeMap::new(), json: false }
     }
 
     /// The same with something that was read: flags are compared first.
@@ -98,10 +84,19 @@ impl Given {
     /// The flag, two ranks, and what these were given, the same on all ranks: the program ends with exit code 2. So it
     /// does if a rank is to write JSON that does not, and the one that does is not.
     pub fn agree(&self, world: &Communicator) -> Result<(), Error> {
-        world.agree_on(&self.flags).map_err(|why| match why {
+        let other = |why| match why {
+            Error::Settings { rank, name, value, value_of_0, .. } if name == WRONG => {
+                let said = |value: &str| serde_json::from_str::<String>(value);
+                let (rank, why) = said(&value).map_or((0, said(&value_of_0)), |why| (rank, Ok(why)));
+                refused(Error::user(format!("rank {rank} was given what is wrong: {}", why.unwrap_or_default())))
+            }
             Error::Settings { .. } => refused(why),
             why => why,
-        })?;
+        };
+        world.agree_on(&self.flags).map_err(other)?;
+        for (name, dir) in &self.directories {
+            world.agree_on_directory(name, dir).map_err(other)?;
+        }
         let asked = world.all_gather(vec![u64::from(self.json)])?;
         match asked.iter().position(|asked| *asked == 1).filter(|first| *first > 0) {
             Some(rank) => {

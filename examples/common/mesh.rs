@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use burn::tensor::Device;
 use burn_parallel::prelude::*;
@@ -105,6 +106,13 @@ impl Axes {
     pub fn said(&self, axis: &str, size: usize) -> String {
         said(self.in_file, axis, size)
     }
+
+    /// The share of the time in which replicas have waited for gradients and gathers. Nothing of ranks that share a
+    /// model: what these exchange is a part of their steps.
+    pub fn waits(&self, waited: Duration, elapsed: Duration) -> String {
+        let share = 100.0 * waited.as_secs_f64() / elapsed.as_secs_f64();
+        if self.dp == 1 { String::new() } else { format!("{share:.1} % waiting for gradients") }
+    }
 }
 
 impl fmt::Display for Axes {
@@ -120,6 +128,8 @@ pub struct MeshSizes {
     pub axes: Axes,
     /// What the file of `--strategy` says, if there is one.
     pub file: Option<Strategy>,
+    /// What the replicas are called.
+    pub replicas: String,
 }
 
 impl MeshSizes {
@@ -135,7 +145,7 @@ impl MeshSizes {
         match batch < dp {
             true => Err(format!(
                 "--batch {batch} is smaller than {}: every replica needs a row of each batch, give --batch {dp}",
-                self.axes.said("dp", dp)
+                self.replicas
             )),
             false => Ok(()),
         }
@@ -234,12 +244,17 @@ impl MeshFlags {
             };
             return Err(format!("{shown} does not divide {of}"));
         }
+        let called = match (dp, self.ranks, started) {
+            (None, None, Some(_)) => format!("the replicas of the {ranks} ranks that have been started"),
+            (None, Some(_), _) => format!("the replicas of --ranks {ranks}"),
+            _ => said("dp", dp.unwrap_or(ranks / parts)),
+        };
         let dp = dp.unwrap_or(ranks / parts);
         if let Some(made) = replicas.filter(|made| *made != ranks) {
             return Err(format!("{} x {shown} makes {made} ranks, but --ranks is {ranks}", said("dp", dp)));
         }
         let axes = Axes { ranks, dp, pp, tp, in_file: file.is_some() };
-        Ok(MeshSizes { axes, file })
+        Ok(MeshSizes { axes, file, replicas: called })
     }
 
     /// How the model is spread: as the file says, or as the flags say, by a plan and with so many micro-batches, and by

@@ -5,6 +5,8 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
+use burn_parallel::prelude::*;
+
 use super::program::running;
 
 /// Without a terminal, a line appears this often.
@@ -100,8 +102,9 @@ impl Progress {
         }
         let elapsed = self.elapsed();
         let speed = self.tokens as f64 / elapsed.as_secs_f64();
-        let [learned, took] = what(elapsed);
-        let took = format!("{speed:.0} tokens/s, {took}");
+        let [learned, more] = what(elapsed);
+        let more = if more.is_empty() { more } else { format!(", {more}") };
+        let took = format!("{speed:.0} tokens/s{more}");
         match shown {
             Shown::Bar(bar) => {
                 bar.set_message(learned);
@@ -116,6 +119,14 @@ impl Progress {
                 self.spoke = Some(Instant::now());
             }
         }
+    }
+}
+
+/// Demands that what came of the step of this number is a number: nothing can be learned from another, nor is it saved.
+pub fn finite(what: &str, number: usize, value: f64) -> Result<(), Error> {
+    match value.is_finite() {
+        true => Ok(()),
+        false => Err(Error::user(format!("the {what} of step {} is {value}: a lower --lr may help", number + 1))),
     }
 }
 

@@ -26,8 +26,16 @@ fn of_rank_0(world: &Communicator, says: bool) -> Result<bool, Error> {
 
 /// Whether two paths are of one directory.
 fn same(one: &Path, other: &Path) -> bool {
-    let real = |path: &Path| fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     real(one) == real(other)
+}
+
+/// Where a path leads, whether there is something or not.
+fn real(path: &Path) -> PathBuf {
+    let beside = || {
+        let (parent, name) = (path.parent()?, path.file_name()?);
+        Some(real(if parent == Path::new("") { Path::new(".") } else { parent }).join(name))
+    };
+    fs::canonicalize(path).ok().or_else(beside).unwrap_or_else(|| path.to_owned())
 }
 
 /// Why a run is not saved in a directory.

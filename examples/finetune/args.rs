@@ -307,7 +307,7 @@ impl Args {
         };
         let size = match flags.batch_tokens {
             Some(most) if most < seq * dp => {
-                let replicas = axes.said("dp", dp);
+                let replicas = &mesh.replicas;
                 return Err(format!("--batch-tokens {most} is less than a row of --seq {seq} for each of {replicas}"));
             }
             Some(most) => BatchSize::Tokens { most, replicas: dp },
@@ -334,14 +334,12 @@ impl Args {
         // On devices burn fuses the operations of eager steps as well.
         let engine = if start.device == Compute::Flex { Engine::Captured } else { Engine::Auto };
         let strategy = flags.mesh.strategy(&mesh, plan, share.div_ceil(micro), engine)?;
-        flags.growth.check_gradients(axes, &strategy, share.div_ceil(micro))?;
+        let no_noise = flags.growth.check_gradients(axes, &strategy, share.div_ceil(micro))?;
         mesh.every_stage(&strategy, config.layers)?;
         let captured = strategy.captures(axes.ranks).map_err(|problem| problem.to_string())?;
         let recompute = flags.recompute && (pp > 1 || !captured) || recomputes(&strategy);
-        let notes = match flags.recompute && !recompute {
-            true => vec![idle_recompute(axes, &strategy)],
-            false => Vec::new(),
-        };
+        let idle = (flags.recompute && !recompute).then(|| idle_recompute(axes, &strategy));
+        let notes = idle.into_iter().chain(no_noise).collect();
         let (rows, at_once) = match &strategy.pipeline {
             Some(pipeline) if pp > 1 => (share.max(pipeline.micro_batches), share.div_ceil(pipeline.micro_batches)),
             _ => (micro, micro),

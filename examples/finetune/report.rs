@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::args::{Args, Length};
 use crate::common::batch::Batch;
 use crate::common::figures::{Figures, Json as FiguresJson, row, table};
+use crate::common::flags::count;
 use crate::common::usage::PipelineUsage;
 use crate::data::set::BatchSize;
 
@@ -67,7 +68,7 @@ impl Outcome {
         match BatchSplit::of(&args.strategy, args.axes.ranks, self.batch.rows(), Some(at_once)) {
             Ok(split) if args.batch() > 0 => split.to_string(),
             // Rows that only have tokens in common, or fewer than there are micro-batches: they are filled up.
-            _ => format!("{} replicas, at most {at_once} rows at once", args.axes.dp),
+            _ => format!("{}, at most {} at once", count(args.axes.dp, "replica"), count(at_once, "row")),
         }
     }
 
@@ -85,18 +86,24 @@ impl Outcome {
         let mut rows = vec![
             row("ranks", args.axes.to_string()),
             row("model", format!("{} parameters: {}", self.parameters, args.model.display())),
-            row("training", format!("{length} of {batch}, at most {} rows at once", args.rows)),
         ];
+        // Of a run that had all its steps behind it there is nothing to tell of them.
+        let trained = self.figures.steps > 0;
+        if trained {
+            rows.push(row("training", format!("{length} of {batch}, at most {} at once", count(args.rows, "row"))));
+        }
         if let Some(lora) = &args.lora {
             rows.push(row("adapters", format!("rank {}, on {}", lora.rank, lora.targets.join(", "))));
         }
-        rows.push(row("batch", self.divided(args)));
-        rows.push(row("gradient noise scale", self.batch.advice(args.growth)));
+        if trained {
+            rows.push(row("batch", self.divided(args)));
+            rows.push(row("gradient noise scale", self.batch.advice(args.growth)));
+        }
         rows.extend(self.figures.losses(per_token));
         if let Some(last) = self.held_out.last() {
             rows.push(row("loss, held-out data", format!("{:.4} {per_token}, after step {}", last.loss, last.step)));
         }
-        rows.extend(self.figures.costs(args.clip, &args.strategy));
+        rows.extend(self.figures.costs(args.clip, args.axes, &args.strategy));
         rows.extend(args.saving.save.iter().map(|dir| row("written to", dir.display().to_string())));
         let table = table(rows);
         match &self.sample {
@@ -112,6 +119,8 @@ pub struct Speed {
     operations: f64,
     /// Those that all ranks together can make in a second.
     peak: Option<f64>,
+    /// Whether it is known how long ranks wait for each other: not within layers that they share.
+    waits: bool,
 }
 
 impl Speed {
@@ -125,7 +134,8 @@ impl Speed {
         // Twice for a multiplication with its sum; once forward and twice backward, of which adapters spare the
         // gradients of weights.
         let operations = if args.lora.is_some() { 4.0 * weights + 6.0 * scores } else { 6.0 * (weights + scores) };
-        Self { operations, peak: args.peak.map(|peak| peak * args.axes.ranks as f64) }
+        let peak = args.peak.map(|peak| peak * args.axes.ranks as f64);
+        Self { operations, peak, waits: args.axes.tp == 1 }
     }
 
     /// What the steps so far have used.
@@ -137,7 +147,9 @@ impl Speed {
             Some(peak) => format!("{:.1} % of the peak", 100.0 * speed / peak),
             None => format!("{:.1} GFLOP/s", speed / 1e9),
         };
-        said += &format!(", {:.0} % busy", 100.0 * (1.0 - idle).max(0.0));
+        if self.waits {
+            said += &format!(", {:.0} % busy", 100.0 * (1.0 - idle).max(0.0));
+        }
         if let Some(bytes) = resident() {
             said += &format!(", {} MiB", bytes >> 20);
         }

@@ -11,7 +11,7 @@ use crate::common::device;
 use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
 use crate::common::program::{Ended, unsuited};
-use crate::common::progress::Progress;
+use crate::common::progress::{Progress, finite};
 use crate::common::saving::Saving;
 use crate::common::usage::PipelineUsage;
 use crate::data::row::batch;
@@ -67,12 +67,11 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
         pipeline.add(&step.runs);
         // The mean over the targets of all ranks: every rank has the same, and ends here with the others.
         let loss = step.loss.item();
-        if !loss.is_finite() {
-            return Err(Error::user(format!("the loss of step {} is {loss}: a lower --lr may help", number + 1)));
-        }
+        finite("loss", number, loss)?;
         // Without --clip the norm is measured, and nothing clipped.
         step = step.clip_grad_norm(&run.model, args.clip.map_or(Clip::never(), Clip::at))?;
-        let norm = step.grad_norm.unwrap_or(f64::NAN);
+        let norm = step.grad_norm.unwrap_or_default();
+        finite("gradient norm", number, norm)?;
         if last {
             memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };
         }

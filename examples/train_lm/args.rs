@@ -121,6 +121,8 @@ pub struct Args {
     pub fit: FitFlags,
     /// What is measured of the batch, and whether it grows.
     pub growth: GrowthFlags,
+    /// What is told before the run begins.
+    pub note: Option<String>,
     /// The length of a row in tokens.
     pub seq: usize,
     /// The layers of the model.
@@ -215,7 +217,7 @@ impl Args {
         let strategy = flags.mesh.strategy(&mesh, Plan::megatron(), micro_batches, Engine::Auto)?;
         let strategy = flags.growth.strategy(strategy, flags.steps);
         let micro_batch = flags.micro_batch.unwrap_or(batch).min(batch.div_ceil(dp));
-        flags.growth.check_gradients(axes, &strategy, batch.div_ceil(dp).div_ceil(micro_batch))?;
+        let note = flags.growth.check_gradients(axes, &strategy, batch.div_ceil(dp).div_ceil(micro_batch))?;
         mesh.every_stage(&strategy, flags.layers)?;
         let described = described(&strategy)?;
         // A trial leaves nothing behind.
@@ -229,6 +231,7 @@ impl Args {
             auto: auto && kept,
             fit: flags.fit,
             growth: flags.growth,
+            note,
             micro_batch,
             seq: flags.seq,
             layers: flags.layers,

@@ -13,6 +13,7 @@ use crate::common::batch::Batch;
 use crate::common::resume::run_names;
 use crate::common::saving::{RUN, STEPS, other_model};
 use crate::gpt::Gpt;
+use crate::text::Text;
 
 /// The flags of a run that its checkpoints hold.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -25,17 +26,19 @@ pub struct SavedFlags {
     seed: u64,
     lr: f64,
     clip: Option<f64>,
+    /// Which text it was; checkpoints from before lack it.
+    #[serde(default)]
+    text: Option<String>,
 }
 
 impl SavedFlags {
-    pub fn of(args: &Args) -> Self {
+    pub fn of(args: &Args, text: &Text) -> Self {
         let Args { layers, d_model, heads, seq, batch, seed, lr, clip, .. } = *args;
-        Self { layers, d_model, heads, seq, batch, seed, lr, clip }
+        Self { layers, d_model, heads, seq, batch, seed, lr, clip, text: Some(text.fingerprint()) }
     }
 
-    /// Demands the same model. Returns lines about what else is not as it was.
-    fn compare(&self, args: &Args) -> Result<Vec<String>, Error> {
-        let now = Self::of(args);
+    /// Demands the same model as `now`. Returns lines about what else is not as it was.
+    fn compare(&self, now: &Self, args: &Args) -> Result<Vec<String>, Error> {
         let model = [
             ("layers", self.layers, now.layers),
             ("d-model", self.d_model, now.d_model),
@@ -57,7 +60,9 @@ impl SavedFlags {
             ("clip", clip(self.clip), clip(now.clip)),
         ];
         let changed = others.into_iter().filter(|(_, was, is)| was != is);
-        Ok(changed.map(|(flag, was, is)| format!("--{flag} is {is} from here on, and was {was}")).collect())
+        let changed = changed.map(|(flag, was, is)| format!("--{flag} is {is} from here on, and was {was}"));
+        let other_text = self.text.is_some() && self.text != now.text;
+        Ok(changed.chain(other_text.then(|| "--text is another from here on than it was".into())).collect())
     }
 }
 
@@ -95,14 +100,15 @@ impl Run {
     /// Goes on from a checkpoint of `--resume`. Returns how many steps were made already, and the checkpoints if it
     /// saves there.
     pub fn resume(&mut self, world: &Communicator, args: &Args) -> Result<(usize, Option<Checkpointer>), Error> {
+        let now = self.flags.clone();
         args.saving.resume(world, folder, (&args.strategy, args.steps), |checkpoints, step| {
             let saved = checkpoints.read_value::<SavedFlags>(step, "flags")?;
-            let changed = saved.map_or(Ok(Vec::new()), |saved| saved.compare(args))?;
+            let changed = saved.map_or(Ok(Vec::new()), |saved| saved.compare(&now, args))?;
             if world.rank() == 0 {
                 changed.iter().for_each(|flag| eprintln!("{flag}"));
             }
             checkpoints.restore_step(step, self.state())?;
-            (self.flags, self.steps, self.run) = (SavedFlags::of(args), args.steps, run_names());
+            (self.flags, self.steps, self.run) = (now.clone(), args.steps, run_names());
             Ok(())
         })
     }

@@ -10,6 +10,7 @@ use serde::Serialize;
 use crate::args::Args;
 use crate::common::batch::Batch;
 use crate::common::figures::{Figures, Json as FiguresJson, row, table};
+use crate::common::flags::count;
 use crate::gpt::Gpt;
 
 /// What came of a training.
@@ -53,22 +54,24 @@ impl Outcome {
         };
         let mut rows = vec![
             row("ranks", axes.to_string()),
-            row("model", format!("{parameters} parameters: {layers} layers, width {d_model}, {heads} heads")),
             row(
-                "training",
-                format!(
-                    "{steps} steps of {} x {seq} bytes, at most {} rows at once",
-                    self.batch.sizes(*batch),
-                    args.rows_at_once()
-                ),
+                "model",
+                format!("{parameters} parameters: {}, width {d_model}, {heads} heads", count(*layers, "layer")),
             ),
         ];
-        let split = args.split(&self.batch);
-        rows.push(row("batch", split.map_or_else(|why| why.to_string(), |split| split.to_string())));
-        rows.push(row("gradient noise scale", self.batch.advice(args.growth)));
+        // Of a run that had all its steps behind it there is nothing to tell of them.
+        if self.figures.steps > 0 {
+            let (sizes, at_once) = (self.batch.sizes(*batch), count(args.rows_at_once(), "row"));
+            let split = args.split(&self.batch);
+            rows.extend([
+                row("training", format!("{steps} steps of {sizes} x {seq} bytes, at most {at_once} at once")),
+                row("batch", split.map_or_else(|why| why.to_string(), |split| split.to_string())),
+                row("gradient noise scale", self.batch.advice(args.growth)),
+            ]);
+        }
         rows.extend(self.figures.losses("nats per byte"));
         rows.push(row("loss, held-out text", held_out));
-        rows.extend(self.figures.costs(args.clip, &args.strategy));
+        rows.extend(self.figures.costs(args.clip, *axes, &args.strategy));
         table(rows)
     }
 }

@@ -21,7 +21,7 @@ use crate::common::figures::Figures;
 use crate::common::memory::{Memory, Peak};
 use crate::common::mesh;
 use crate::common::program::{Ended, unsuited};
-use crate::common::progress::Progress;
+use crate::common::progress::{Progress, finite};
 use crate::common::resume::run_names;
 use crate::common::saving::Saving;
 use crate::common::usage::PipelineUsage;
@@ -34,6 +34,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     if rank.rank() == 0 {
         let (learned, held_out) = text.split();
         eprintln!("{learned} bytes to learn from, {held_out} held out");
+        args.note.iter().for_each(|note| eprintln!("{note}"));
     }
     let world = device::world(&rank, args.start.launch, args.start.nccl)?;
     let device = mesh::autodiff(&args.strategy, args.start.device.of(&rank, args.start.launch)?);
@@ -50,7 +51,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
     let size = begin(Batch::default())?;
     model.prepare(batch(0, &args.split(&size)?).swap_remove(0), loss).map_err(unsuited)?;
     let optim = AdamWConfig::new().with_beta_2(0.99).with_epsilon(1e-8).with_weight_decay(0.1).init_fused();
-    let (schedule, flags) = (schedule(args)?, SavedFlags::of(args));
+    let (schedule, flags) = (schedule(args)?, SavedFlags::of(args, text));
     let (losses, grad_norms) = (Vec::new(), Vec::new());
     let (steps, names) = (args.steps, run_names());
     let mut run = Run { model, optim, schedule, flags, losses, grad_norms, batch: size, steps, run: names };
@@ -74,11 +75,10 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         pipeline.add(&step.runs);
         // The mean over the tokens of all ranks: every rank has the same, and ends here with the others.
         let loss = step.loss.item();
-        if !loss.is_finite() {
-            return Err(Error::user(format!("the loss of step {} is {loss}: a lower --lr may help", number + 1)));
-        }
+        finite("loss", number, loss)?;
         if let Some(max) = args.clip {
             step = step.clip_grad_norm(&run.model, max)?;
+            finite("gradient norm", number, step.grad_norm.unwrap_or_default())?;
             run.grad_norms.extend(step.grad_norm);
         } else if args.growth.measures() && step.noise() == Err(NoNoise::NoNorm) {
             // In the steps that measure the noise, which it completes; others have no use for it.
@@ -98,10 +98,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         run.losses.push(loss);
         tokens += rows * args.seq;
         let waited = run.model.counters().waited;
-        progress.step(number, rows * args.seq, |elapsed| {
-            let share = 100.0 * waited.as_secs_f64() / elapsed.as_secs_f64();
-            [format!("loss {loss:.4}"), format!("{share:.1} % communication")]
-        });
+        progress.step(number, rows * args.seq, |elapsed| [format!("loss {loss:.4}"), args.axes.waits(waited, elapsed)]);
         if let Some(signal) = saving.after_step(number + 1, |checkpoints| run.save(number + 1, checkpoints))? {
             return Ok(Ended::Stopped(signal));
         }

@@ -126,12 +126,14 @@ impl BatchSplit {
 impl fmt::Display for BatchSplit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { rows, replicas, runs, pieces } = self;
-        write!(f, "{rows} rows = {replicas} replicas x ")?;
+        let count = |number: usize, one: &str| format!("{number} {one}{}", if number == 1 { "" } else { "s" });
+        write!(f, "{} = {} x ", count(*rows, "row"), count(*replicas, "replica"))?;
         if *pieces > 1 {
-            write!(f, "{runs} runs x ")?;
+            write!(f, "{} x ", count(*runs, "run"))?;
         }
-        let micro_batches = if *pieces > 1 { pieces } else { runs };
-        write!(f, "{micro_batches} micro-batches of at most {} rows", self.micro_batch())
+        let micro_batches =
+            count(if *pieces > 1 { *pieces } else { *runs }, "micro-batch").replace("batchs", "batches");
+        write!(f, "{micro_batches} of at most {}", count(self.micro_batch(), "row"))
     }
 }
 

@@ -46,6 +46,9 @@ impl Held {
                 tensor.dims, tensor.dtype
             )));
         }
+        if dims.contains(&0) {
+            return Ok(());
+        }
         let ranges = ranges.into_iter().map(|range| (range.start, range.end)).collect();
         let all = tensor.slices.entry(ranges).or_default();
         all.extend(holders);

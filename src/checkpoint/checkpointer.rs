@@ -10,7 +10,7 @@ use super::agree::{attempt, together};
 use super::background::Running;
 use super::config::CheckpointConfig;
 use super::contents::{OwnSteps, Snapshot};
-use super::directory::steps;
+use super::directory::{put_back, steps};
 use super::job::{self, Saved};
 use super::moments::KnownStates;
 use super::opened::Opened;
@@ -22,7 +22,6 @@ use super::state::TrainState;
 use super::{checkpoint_error, file_problem, value};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::tensor_file::place;
 use crate::train::ParallelModule;
 
 /// How often a checkpoint that is removed while it is read is followed by another try, with the latest then.
@@ -55,11 +54,13 @@ impl Checkpointer {
     ///
     /// # Errors
     /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be made or read, or is itself the checkpoint
-    /// of a step; [`Error::Settings`] if ranks pass different ones, by wherever they are; the error of the world.
+    /// of a step; [`Error::Settings`] if ranks [pass different ones](Communicator::agree_on_directory) or other
+    /// configs; the error of the world.
     pub fn new(world: &Communicator, dir: impl AsRef<Path>, config: CheckpointConfig) -> Result<Self, Error> {
         let group = world.split_named("checkpoint", 0, world.rank() as i64)?;
         let dir = dir.as_ref();
-        group.agree_on(&json!({ "directory": place(dir), "CheckpointConfig": config }))?;
+        group.agree_on_directory("directory", dir)?;
+        group.agree_on(&json!({ "CheckpointConfig": config }))?;
         let opened = Opened::new(dir, &group)?;
         Ok(Self {
             group,
@@ -158,7 +159,10 @@ impl Checkpointer {
     /// What rank 0 finds in the directory.
     fn found(&mut self, look: fn(&Path) -> Result<Vec<u64>, Error>) -> Result<Vec<u64>, Error> {
         self.wait()?;
-        let found = if self.group.rank() == 0 { attempt(|| look(&self.opened.root)) } else { Ok(Vec::new()) };
+        let root = &self.opened.root;
+        // One that another run replaces at the moment is there.
+        let look = || put_back(root).and_then(|()| look(root));
+        let found = if self.group.rank() == 0 { attempt(look) } else { Ok(Vec::new()) };
         let found = together(found, &self.group)?;
         let bytes = self.group.share_bytes(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0)?;
         Ok(bytes.as_chunks::<8>().0.iter().map(|step| u64::from_le_bytes(*step)).collect())
@@ -175,7 +179,7 @@ impl Checkpointer {
         let reading = JointReading::begin(&self.opened.root, step, &self.group).map_err(Unread::why)?;
         let read = || {
             let value = reading.index()?.values.remove(name);
-            value.map(|json| serde_json::from_value(value::plain(json))).transpose().map_err(|why| {
+            value.map(value::from_json).transpose().map_err(|why| {
                 file_problem(&reading.dir, format!("value `{name}` is not what this program takes for it: {why}"))
             })
         };

@@ -29,7 +29,7 @@ impl CheckpointConfig {
     /// Keeps the `count` checkpoints that were written last, at least the one just saved, and removes the others after
     /// each save: where a run has gone back to an earlier step, those of the run before, of higher steps, go first. The
     /// one that was restored counts as written then. The last of this order is the
-    /// [latest](super::Checkpointer::latest). All by default.
+    /// [latest](super::Checkpointer::latest). One in which somebody has put something stays. All by default.
     pub fn with_keep_last(mut self, count: usize) -> Self {
         self.keep_last = Some(count);
         self

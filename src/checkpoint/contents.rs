@@ -143,7 +143,7 @@ impl Snapshot {
         for (name, value) in &state.values {
             let json = value
                 .to_json()
-                .map_err(|why| checkpoint_error(format!("value `{name}` is not to be had as JSON: {why}")))?;
+                .map_err(|why| checkpoint_error(format!("value `{name}` cannot be saved as JSON: {why}")))?;
             values.insert(name.clone(), json);
         }
         let random = SavedRandom::of(state.model);

@@ -84,14 +84,21 @@ fn is_checkpoint(dir: &Path) -> bool {
     dir.join(INDEX_CHECKSUM).is_file()
 }
 
-/// Whether it is that, or what a save that was ended has left or half removed: there is nothing in it but what saves
-/// make.
+/// Whether there is nothing in a directory but what saves make: a checkpoint, or what a save that was ended has left or
+/// half removed. What else there is would go with it.
 fn is_of_a_save(dir: &Path) -> bool {
+    fs::read_dir(dir).is_ok_and(|entries| somebodys(entries).is_none())
+}
+
+/// The first of these entries that no save has made.
+fn somebodys(mut entries: fs::ReadDir) -> Option<String> {
     // Under such a name NFS keeps a file that was removed while somebody had it open.
     let of_nfs = |name: &str| name.starts_with(".nfs");
     let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name) || of_nfs(name);
-    let is_known = |entry: io::Result<fs::DirEntry>| entry.is_ok_and(|it| it.file_name().to_str().is_some_and(is_made));
-    is_checkpoint(dir) || fs::read_dir(dir).is_ok_and(|mut entries| entries.all(is_known))
+    entries.find_map(|entry| {
+        let name = entry.map_or(String::new(), |it| it.file_name().to_string_lossy().into_owned());
+        (!is_made(&name)).then_some(name)
+    })
 }
 
 /// That no directory of somebody else is in the place of the checkpoint of a step, or where it is set aside.
@@ -100,14 +107,17 @@ fn is_of_a_save(dir: &Path) -> bool {
 /// [`Error::Checkpoint`] if one is.
 pub(super) fn check_free(root: &Path, step: u64) -> Result<(), Error> {
     let (dir, aside) = (root.join(name_of(step)), root.join(format!(".{}.{REPLACED}", name_of(step))));
-    for (path, is_ours) in [(dir, is_checkpoint as fn(&Path) -> bool), (aside, is_of_a_save)] {
-        if path.symlink_metadata().is_ok() && !is_ours(&path) {
-            let problem = format!(
-                "is in the place of the checkpoint of step {step}, and is none ({INDEX_CHECKSUM} is missing in it), so it stays as \
-                 it is: move it elsewhere, or save into another directory"
-            );
-            return Err(file_problem(&path, problem));
-        }
+    for path in [&dir, &aside].into_iter().filter(|path| path.symlink_metadata().is_ok()) {
+        let what = match fs::read_dir(path).map(somebodys) {
+            Ok(Some(name)) => format!("has `{name}` in it, which no save has made"),
+            Ok(None) if is_checkpoint(path) || *path == aside => continue,
+            _ => format!("is none ({INDEX_CHECKSUM} is missing in it)"),
+        };
+        let problem = format!(
+            "is in the place of the checkpoint of step {step}, and {what}, so it stays as it is: move that elsewhere, or save \
+             into another directory"
+        );
+        return Err(file_problem(path, problem));
     }
     Ok(())
 }
@@ -135,13 +145,18 @@ pub(super) fn put_back(root: &Path) -> Result<(), Error> {
 pub(super) fn clean_up(root: &Path, writer: impl Fn(&str) -> DraftWriter) -> Result<(), Error> {
     put_back(root)?;
     for name in names(root)? {
-        let Some((_, what)) = left(&name) else { continue };
+        let Some((of, what)) = left(&name) else { continue };
         let path = root.join(&name);
         let (_held, removed) = match what {
             DRAFT => match writer(&name) {
                 DraftWriter::Ended(held) => (held, name.replace(DRAFT, REMOVED)),
                 DraftWriter::Lives | DraftWriter::Unknown => continue,
             },
+            // What has its name is somebody's: it is the only one there is.
+            REPLACED if is_checkpoint(&path) && !is_checkpoint(&root.join(of)) => {
+                log::warn!("{} is a checkpoint, and what is called `{of}` is none: both stay", path.display());
+                continue;
+            }
             _ => (None, name.clone()),
         };
         if !is_of_a_save(&path) {
@@ -188,6 +203,10 @@ pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Re
         let path = root.join(name_of(*step));
         if !is_checkpoint(&path) {
             log::warn!("{} has no {INDEX_CHECKSUM}, as every checkpoint has: it stays", path.display());
+            continue;
+        }
+        if let Some(name) = fs::read_dir(&path).ok().and_then(somebodys) {
+            log::warn!("{} has `{name}` in it, which no save has made: it stays", path.display());
             continue;
         }
         let removed: PathBuf = root.join(format!(".{}.{REMOVED}", name_of(*step)));

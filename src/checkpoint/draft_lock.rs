@@ -1,9 +1,11 @@
 //! Who writes a draft: its run holds a lock on it, which the system lets go when the process ends. A draft is removed
 //! under the same lock, so that nobody takes one that is new for what a killed run has left.
 
-use std::fs::{self, File, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::Path;
+
+use crate::comm::machine;
 
 /// What comes of an attempt to lock a directory.
 pub(super) enum Lock {
@@ -49,10 +51,4 @@ pub(super) fn writer_of(draft: &Path) -> DraftWriter {
         Lock::Anothers => DraftWriter::Lives,
         Lock::Refused => DraftWriter::Unknown,
     }
-}
-
-/// Names a machine, from one start to the next; empty if it has no such name.
-pub(super) fn machine() -> String {
-    let id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    id.split('-').take(2).collect()
 }

@@ -165,6 +165,20 @@ impl Index {
         }
     }
 
+    /// The text of the file: one that could not be read again takes the place of nothing.
+    ///
+    /// # Errors
+    /// [`Error::Checkpoint`] if it could not be.
+    pub(super) fn text(&self) -> Result<Vec<u8>, Error> {
+        let text = serde_json::to_vec(self).map_err(|why| checkpoint_error(why.to_string()))?;
+        let read = match text.len() as u64 > LONGEST {
+            true => Err(format!("has {} bytes, too many for one", text.len())),
+            false => Self::parse(&text).map(drop),
+        };
+        read.map_err(|why| checkpoint_error(format!("what is saved could not be read again: its index {why}")))?;
+        Ok(text)
+    }
+
     /// Takes the text of the index in a directory, and makes sure that it makes sense.
     ///
     /// # Errors

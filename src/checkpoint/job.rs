@@ -158,7 +158,7 @@ impl Save<'_> {
         let Self { snapshot, opened, config, group } = *self;
         let mut index = index(told, plan, snapshot, config, group.size())?;
         index.replaces = index_checksum(&opened.root, snapshot.step);
-        let text = serde_json::to_vec(&index).map_err(|why| checkpoint_error(why.to_string()))?;
+        let text = index.text()?;
         let write =
             |name, text: &[u8]| write_file(&draft.made_in.join(name), text).map_err(|why| opened.lost(draft, why));
         write(INDEX, &text)?;

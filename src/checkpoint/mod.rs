@@ -51,6 +51,7 @@ mod cover;
 mod directory;
 mod draft_lock;
 mod fault;
+mod finite;
 mod index;
 mod job;
 mod moments;

@@ -85,7 +85,9 @@ pub(super) fn of_optimizer(
             }
         }
     }
-    let paths: HashMap<ParamId, &String> = infos.iter().map(|info| (info.id, &info.path)).collect();
+    // One that has no elements has no moments that could be saved, and its numbers are of no use without.
+    let any = |info: &&ParamInfo| held.get(&info.id).is_none_or(|slice| !slice.dims.contains(&0));
+    let paths: HashMap<ParamId, &String> = infos.iter().filter(any).map(|info| (info.id, &info.path)).collect();
     let scalars = scalars.into_iter().filter_map(|(id, scalars)| Some(((*paths.get(&id)?).clone(), stored(scalars))));
     let scalars = scalars.collect();
     Ok(Moments { slices, scalars })

@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 
 use super::agree::{attempt, together};
 use super::directory::{check_free, checkpoint_of, clean_up, is_draft, names, put_back};
-use super::draft_lock::{DraftWriter, Lock, lock_of, machine, writer_of};
+use super::draft_lock::{DraftWriter, Lock, lock_of, writer_of};
 use super::order::index_checksum;
 use super::{fault, file_problem};
 use crate::Error;
-use crate::comm::Communicator;
 use crate::comm::tcp::nonce;
+use crate::comm::{Communicator, machine};
 use crate::lock::lock;
 use crate::params::share_text;
 use crate::tensor_file::Draft;

@@ -68,7 +68,8 @@ pub(super) fn slices<P: ParallelModule>(model: &P) -> Result<Vec<Slice>, Error> 
     visit_each(model.local(), &mut |param| {
         let Some(ParamSlice { dims, ranges, .. }) = held.remove(&param.id()) else { return };
         let Ok(found) = &mut outcome else { return };
-        if ranges.iter().any(Range::is_empty) {
+        // Of a parameter without elements it is told all the same that it is there.
+        if ranges.iter().any(Range::is_empty) && !dims.contains(&0) {
             return;
         }
         let path = param.path();

@@ -30,18 +30,34 @@ pub struct DataPosition {
 impl DataPosition {
     /// The items of this epoch that this replica takes from here on, in turn.
     ///
+    /// Nothing where replicas that are more than before leave out what is left ([`Remainder::Drop`]): an
+    /// [`advance`](Self::advance) by 0 items before the first step goes on to the next epoch.
+    ///
+    /// [`Remainder::Drop`]: crate::data_parallel::Remainder::Drop
+    ///
     /// # Errors
-    /// Those of [`DistributedSampler::epoch`].
+    /// Those of [`DistributedSampler::epoch`]; [`Error::InvalidArgument`] if more items were taken than there are. Data
+    /// with another seed, or other data of as many items, goes unnoticed: save what tells them apart as a value too.
     pub fn rest(&self, sampler: &DistributedSampler) -> Result<Vec<usize>, Error> {
+        if self.items > sampler.items() {
+            let problem = format!(
+                "{} items of epoch {} were taken, and the dataset has {}: it is another one; begin anew with \
+                 `DataPosition::default()`",
+                self.items,
+                self.epoch,
+                sampler.items()
+            );
+            return Err(Error::invalid("DataPosition::rest", problem));
+        }
         sampler.epoch(self.epoch).map(|share| share.after(self.items))
     }
 
     /// After a step for which all replicas together took `items` items: goes on to the next epoch at the end of this
     /// one.
     pub fn advance(&mut self, items: usize, sampler: &DistributedSampler) {
-        self.items += items;
+        self.items = self.items.saturating_add(items);
         if self.items >= sampler.epoch_items() {
-            *self = Self { epoch: self.epoch + 1, items: 0 };
+            *self = Self { epoch: self.epoch.saturating_add(1), items: 0 };
         }
     }
 }

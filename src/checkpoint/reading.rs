@@ -51,9 +51,15 @@ impl<'a> JointReading<'a> {
     }
 
     /// # Errors
-    /// As [`Index::of`].
+    /// As [`Index::of`]; [`Error::Checkpoint`] if it is the index of another step.
     pub(super) fn index(&self) -> Result<Index, Error> {
-        Index::of(&self.dir, &self.text)
+        let index = Index::of(&self.dir, &self.text)?;
+        if index.step != self.step {
+            let own = name_of(index.step);
+            let problem = format!("is the checkpoint of step {}: it was renamed, call it `{own}` again", index.step);
+            return Err(file_problem(&self.dir, problem));
+        }
+        Ok(index)
     }
 
     /// What it is if all ranks return an error: that, or that the checkpoint is another by now, or gone. Collective.

@@ -57,6 +57,9 @@ pub(super) fn load<P: ParallelModule>(
     let (dir, index) = (&reading.dir, Arc::new(reading.index()?));
     let infos = params::infos(state.model.local())?;
     let kept = compare(dir, &index, &infos, state, config)?;
+    if first && !kept.is_empty() {
+        tell_kept(dir, &kept, infos.len());
+    }
     let mut params = ParamSource { reader: CheckpointReader::new(dir, index.clone()), kept: Arc::new(kept) };
     let model = (*state.model).clone().load(&mut params)?;
     let mut reader = params.reader;
@@ -179,6 +182,17 @@ fn compare<P: ParallelModule>(
         return Ok(kept);
     }
     Err(checkpoint_error(format!("{} does not fit: {}", dir.display(), problems.join("; "))))
+}
+
+/// Tells of the parameters that stay as they are, of so many: a pattern may match more than was meant.
+fn tell_kept(dir: &Path, kept: &HashSet<String>, params: usize) {
+    if kept.len() == params {
+        log::warn!("{}: it has none of the {params} parameters of the model, which stay as they are", dir.display());
+        return;
+    }
+    let mut kept: Vec<String> = kept.iter().cloned().collect();
+    kept.sort_unstable();
+    log::info!("{}: it lacks these parameters, which stay as they are: {}", dir.display(), listed(&kept));
 }
 
 /// Names, of which no more than some are told.

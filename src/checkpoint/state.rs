@@ -48,7 +48,8 @@ impl<'a, P: ParallelModule> TrainState<'a, P> {
     }
 
     /// Adds a value of your own: the [place in the data](super::DataPosition), a config, counters. That of rank 0 is
-    /// saved, and restored on all ranks.
+    /// saved, and restored on all ranks. It becomes JSON; one that would not come back from that as it is, as NaN, is an
+    /// error when it is saved.
     pub fn with_value<T: Serialize + DeserializeOwned>(mut self, name: impl Into<String>, value: &'a mut T) -> Self {
         self.values.push((name.into(), Box::new(ValueSlot { value, read: None })));
         self
@@ -73,11 +74,11 @@ struct ValueSlot<'a, T> {
 
 impl<T: Serialize + DeserializeOwned> Slot for ValueSlot<'_, T> {
     fn to_json(&self) -> Result<Value, String> {
-        serde_json::to_value(&*self.value).map(value::exact).map_err(|problem| problem.to_string())
+        value::to_json(&*self.value)
     }
 
     fn read(&mut self, json: Option<Value>) -> Result<(), String> {
-        let read = json.map(|json| serde_json::from_value(value::plain(json))).transpose();
+        let read = json.map(value::from_json).transpose();
         self.read = read.map_err(|problem| problem.to_string())?;
         Ok(())
     }

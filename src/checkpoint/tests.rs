@@ -18,6 +18,7 @@ use crate::launch::{self, Rank};
 use crate::tensor_file::killed::{self, Dir, killed, two_ranks};
 use crate::train::ParallelModule;
 
+mod aside;
 mod beside;
 // Elsewhere it is not known whether a process of this machine has ended.
 #[cfg(target_os = "linux")]

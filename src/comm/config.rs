@@ -67,7 +67,8 @@ const NAME: &str = "world";
 const EXPECTED: &str = "a positive number of seconds";
 
 fn seconds_of(seconds: f64) -> Option<Duration> {
-    Duration::try_from_secs_f64(seconds).ok().filter(|timeout| !timeout.is_zero())
+    let timeout = Duration::try_from_secs_f64(seconds.min(LONGEST_TIMEOUT.as_secs_f64()));
+    timeout.ok().filter(|timeout| !timeout.is_zero())
 }
 
 impl WorldConfig {

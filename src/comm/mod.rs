@@ -36,6 +36,7 @@ mod counters;
 mod departed;
 #[cfg(feature = "cubecl")]
 pub(crate) mod device;
+mod directory;
 mod dispatch;
 pub(crate) mod element;
 #[cfg(fuzzing)]
@@ -82,6 +83,7 @@ pub use counters::{Counters, Tally};
 pub(crate) use device::same_buffer;
 #[cfg(feature = "cubecl")]
 pub use device::{DeviceTensor, DeviceTransport};
+pub(crate) use directory::machine;
 pub use element::Element;
 pub(crate) use group_names::{GATHERED_PARAMETERS, WANTED_PARAMETERS};
 pub use operation::{Operation, ReduceOp};

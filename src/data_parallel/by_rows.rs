@@ -133,7 +133,7 @@ impl<E: StepEngine> Replica<E> {
         });
         let Total { loss, weight, noise, sizes } = Total::of(&losses, sums.weight, noise, sizes, shards.replicas())?;
         let noise = noise.unwrap_or_else(|| NoiseState::None(turn.err().unwrap_or(NoNoise::Off)));
-        self.steps += 1;
+        self.steps = self.steps.saturating_add(1);
         let factor = if weight > 0.0 { unit.unwrap_or(1.0) / weight } else { 0.0 };
         let (ids, sums): (Vec<ParamId>, Vec<PlainTensor>) = sums.gradients.into_iter().unzip();
         let gradients: HashMap<ParamId, PlainTensor> =

@@ -162,7 +162,7 @@ impl<E: StepEngine> Replica<E> {
         self.noise = reduced.noise.unwrap_or_else(|| NoiseState::None(why()));
         let grads = register(reducer, &mut reduced, params)?;
         self.norm = reduced.norm;
-        self.steps += 1;
+        self.steps = self.steps.saturating_add(1);
         if reducer.compares(self.steps) {
             fingerprint::compare(&self.engine, reducer.control())?;
         }

@@ -14,6 +14,10 @@ const UNFINISHED: &str = ".unfinished";
 /// Behind the name of one that another takes the place of.
 const REPLACED: &str = ".replaced";
 
+/// How often what is set aside for a draft may be put back by others, who take it for what a killed save has left,
+/// before the draft has its name.
+const MOST_PUT_BACK: usize = 100;
+
 /// A directory in the making, beside the one that it is to be.
 #[derive(Debug)]
 pub(crate) struct Draft {
@@ -80,32 +84,39 @@ impl Draft {
     }
 
     /// Gives the draft its name. What is there before is there until the draft is: where the system cannot exchange two
-    /// names at once, it is under its hidden name for a moment.
+    /// names at once, it is under its hidden name for a moment. That it cannot be removed afterwards is a warning in
+    /// the log.
     ///
     /// # Errors
     /// [`file_error`] if the system refuses; what was there before is there still.
     pub(crate) fn commit(&self) -> Result<(), Error> {
         sync_dir(&self.made_in)?;
-        let there = self.dir.exists();
-        if there && exchanged(&self.made_in, &self.dir) {
+        if self.dir.exists() && exchanged(&self.made_in, &self.dir) {
             self.sync_parent()?;
             fault::point("names exchanged");
-            return self.discard();
+            warn_of(self.discard());
+            return Ok(());
         }
-        if there {
-            remove(&self.replaced)?;
-            fs::rename(&self.dir, &self.replaced).map_err(|why| refused(&self.dir, &why))?;
-            fault::point("old renamed");
-        }
-        if let Err(why) = fs::rename(&self.made_in, &self.dir) {
+        for last in (0..MOST_PUT_BACK).rev() {
+            let there = self.dir.exists();
             if there {
+                remove(&self.replaced)?;
+                fs::rename(&self.dir, &self.replaced).map_err(|why| refused(&self.dir, &why))?;
+                fault::point("old renamed");
+            }
+            let Err(why) = fs::rename(&self.made_in, &self.dir) else { break };
+            let put_back = there && self.dir.exists();
+            if there && !put_back {
                 fs::rename(&self.replaced, &self.dir).map_err(|why| refused(&self.replaced, &why))?;
             }
-            return Err(refused(&self.dir, &why));
+            if !put_back || last == 0 {
+                return Err(refused(&self.dir, &why));
+            }
         }
         self.sync_parent()?;
         fault::point("new renamed");
-        remove(&self.replaced)
+        warn_of(remove(&self.replaced));
+        Ok(())
     }
 
     fn sync_parent(&self) -> Result<(), Error> {
@@ -169,10 +180,24 @@ fn remove(dir: &Path) -> Result<(), Error> {
     }
 }
 
+/// What was replaced is needed no more: the next save removes what is left of it.
+fn warn_of(removed: Result<(), Error>) {
+    if let Err(why) = removed {
+        log::warn!("what was replaced stays: {why}");
+    }
+}
+
 /// Waits until the names in a directory are on the disk.
 #[cfg(unix)]
 pub(crate) fn sync_dir(dir: &Path) -> Result<(), Error> {
-    File::open(dir).and_then(|dir| dir.sync_all()).map_err(|why| refused(dir, &why))
+    let dir_file = File::open(dir).map_err(|why| refused(dir, &why))?;
+    match dir_file.sync_all() {
+        // Some file systems, as those of networks, have no way to wait for a directory.
+        Err(why) if !matches!(why.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => {
+            Err(refused(dir, &why))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Other systems have no way to wait for a directory.
@@ -196,4 +221,17 @@ pub(crate) fn write_file(path: &Path, bytes: &[u8]) -> Result<(), Error> {
         file.sync_all()
     };
     write().map_err(|why| refused(path, &why))
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use std::path::Path;
+
+    use super::sync_dir;
+
+    #[test]
+    fn a_directory_that_cannot_be_waited_for_is_no_error() {
+        sync_dir(Path::new("/proc")).unwrap();
+        assert!(sync_dir(Path::new("/proc/none")).is_err());
+    }
 }

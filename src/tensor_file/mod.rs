@@ -12,7 +12,6 @@ mod header;
 #[cfg(all(test, unix))]
 pub(crate) mod killed;
 mod mapped;
-mod place;
 mod problem;
 mod strided;
 mod writer;
@@ -22,7 +21,6 @@ pub(crate) use dtype::{dtype_of, name_of};
 pub(crate) use elements::Elements;
 pub(crate) use header::Entry;
 pub(crate) use mapped::TensorFile;
-pub(crate) use place::place;
 pub(crate) use problem::file_error;
 pub(crate) use strided::{Loop, Side, can_lie_in_memory, copy_strided, row_major};
 pub(crate) use writer::{NewFile, NewTensor, PieceWriter};

@@ -211,7 +211,7 @@ fn a_rank_that_cannot_write_fails_the_save_of_all() {
     });
     let errors = errors.unwrap();
     assert_eq!(errors[0], errors[1]);
-    assert!(errors[0].contains("rank 1: value `value` is not to be had as JSON"), "{}", errors[0]);
+    assert!(errors[0].contains("rank 1: value `value` cannot be saved as JSON"), "{}", errors[0]);
     assert_eq!(names(&dir), ["step-000000001"]);
 }
 

@@ -7,6 +7,7 @@ mod background;
 mod beside_rows;
 mod damage;
 mod dropout;
+mod edges;
 mod fickle;
 mod hf;
 mod keep;

@@ -132,3 +132,40 @@ fn what_cannot_be_written_is_an_error_and_training_goes_on() {
         assert!(out.contains("/runs"), "{case}: {out}");
     }
 }
+
+/// Run by the test in a process of its own: a checkpoint that is replaced cannot be emptied.
+#[test]
+#[ignore = "a helper of the other test"]
+fn one_that_stays() {
+    let Ok(root) = std::env::var(DIR) else { return };
+    user(65_534);
+    let forbid = || {
+        let forbidden = fs::Permissions::from_mode(0o555);
+        fs::set_permissions(Path::new(&root).join("step-000000001"), forbidden).unwrap();
+    };
+    let run = launch::threads(2).run(|world| {
+        let mut model = Axes::new(2, 1, 1).wrap(&world, &Net::new())?;
+        let mut checkpoints = Checkpointer::new(&world, &root, CheckpointConfig::new())?;
+        checkpoints.save(1, TrainState::new(&mut model))?;
+        alone(&world, forbid)?;
+        checkpoints.save(1, TrainState::new(&mut model))?;
+        checkpoints.save(2, TrainState::new(&mut model))?;
+        checkpoints.restore_step(1, TrainState::new(&mut model))?;
+        checkpoints.steps()
+    });
+    assert_eq!(run.unwrap(), [[1, 2]; 2]);
+    // Under its hidden name.
+    assert_eq!(fs::read_dir(&root).unwrap().count(), 3);
+}
+
+/// It is there all the same: what is left of the old one is a matter of the log.
+#[test]
+fn a_checkpoint_is_saved_though_the_one_before_cannot_be_removed() {
+    let dir = Dir::fresh();
+    let root = dir.path().join("runs");
+    fs::create_dir(&root).unwrap();
+    fs::set_permissions(&root, fs::Permissions::from_mode(0o777)).unwrap();
+    let mut helper = Command::new(std::env::current_exe().unwrap());
+    let output = helper.args(["--exact", "room::one_that_stays", "--ignored"]).env(DIR, &root).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+}

@@ -107,3 +107,57 @@ fn what_somebody_has_under_the_name_of_a_checkpoint_stays() {
         assert_eq!(fs::read(place.join("notes.txt")).unwrap(), b"of somebody");
     }
 }
+
+/// Where names cannot be exchanged, a save that is killed may leave the checkpoint under another name alone.
+#[test]
+fn a_checkpoint_that_was_set_aside_stays_while_somebodys_is_in_its_place() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let save = |step| {
+        let run = launch::threads(2).run(|world| {
+            let mut model = AXES.wrap(&world, &net)?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new().with_keep_last(1))?;
+            checkpoints.save(step, TrainState::new(&mut model)).map(drop)
+        });
+        run.unwrap();
+    };
+    save(1);
+    let (aside, theirs) = (dir.path().join(".step-000000001.replaced"), dir.path().join("step-000000001"));
+    fs::rename(&theirs, &aside).unwrap();
+    fs::create_dir(&theirs).unwrap();
+    save(2);
+    assert_eq!(names(&dir), [".step-000000001.replaced", "step-000000001", "step-000000002"]);
+    fs::remove_dir(&theirs).unwrap();
+    let run = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
+        checkpoints.restore_step(1, TrainState::new(&mut model)).map(|restored| restored.step)
+    });
+    assert_eq!(run.unwrap(), [1; 2]);
+}
+
+/// It would go with the checkpoint.
+#[test]
+fn what_somebody_has_in_a_checkpoint_stays() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let notes = dir.path().join("step-000000001/export/notes.txt");
+    let run = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new().with_keep_last(1))?;
+        checkpoints.save(1, TrainState::new(&mut model))?;
+        if world.rank() == 0 {
+            fs::create_dir(notes.parent().unwrap()).unwrap();
+            fs::write(&notes, "of somebody").unwrap();
+        }
+        world.barrier()?;
+        for step in [2, 3] {
+            checkpoints.save(step, TrainState::new(&mut model))?;
+        }
+        let refused = checkpoints.save(1, TrainState::new(&mut model)).unwrap_err().to_string();
+        Ok((refused, checkpoints.steps()?))
+    });
+    let (refused, steps) = run.unwrap().swap_remove(1);
+    for words in ["step-000000001: is in the place of", "has `export` in it, which no save has made", "move that"] {
+        assert!(refused.contains(words), "`{words}` is missing in: {refused}");
+    }
+    assert!(steps == [1, 3] && notes.exists());
+}

@@ -16,10 +16,14 @@ fn flags(given: &[&str]) -> GrowthFlags {
     Flags::try_parse_from([&["program"], given].concat()).unwrap().growth
 }
 
-/// A batch of so many rows of 16 items each, which has measured a noise scale of so many rows.
+/// A batch of so many rows of 16 items each, which has measured a noise scale of so many rows, in many steps.
 fn batch(rows: usize, noise: f64, grow: Value) -> Batch {
-    let measured =
-        json!({ "decay": 0.5, "squared_norm": 1.0, "trace": 16.0 * noise, "weight": 1.0, "steps": 1, "last": null });
+    measured(100, rows, noise, grow)
+}
+
+/// The same in so many steps.
+fn measured(steps: u64, rows: usize, noise: f64, grow: Value) -> Batch {
+    let measured = json!({ "decay": 0.5, "squared_norm": 1.0, "trace": 16.0 * noise, "weight": 1.0, "steps": steps, "last": null });
     let saved = json!({ "noise": measured, "grow": grow, "rows": rows, "measured": [64.0, 4] });
     serde_json::from_value(saved).unwrap()
 }
@@ -35,6 +39,11 @@ fn advice_goes_by_how_far_the_batch_is_from_the_noise_scale() {
     ] {
         assert_eq!(batch(8, noise, Value::Null).advice(measures), said);
     }
+    // Of a few steps, in which it may be anything.
+    let said = measured(1, 1, 1.0, Value::Null).advice(measures);
+    assert_eq!(said, "1 row; with 1 row a step: the batch suits it; uncertain, of 1 measurement");
+    assert!(measured(19, 8, 33.0, Value::Null).advice(measures).ends_with("; uncertain, of 19 measurements"));
+    assert!(!measured(20, 8, 33.0, Value::Null).advice(measures).contains("uncertain"));
     assert!(batch(8, 33.0, Value::Null).advice(flags(&[])).starts_with("not measured: --noise-scale says"));
     assert!(Batch::default().advice(measures).starts_with("none: it was not measured"));
 }

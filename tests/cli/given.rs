@@ -92,8 +92,13 @@ fn a_rank_that_will_not_come_tells_the_others() {
         ([&[], &["--text", "/nowhere"]], "cannot read the text"),
     ];
     let runs: Vec<_> = cases.iter().map(|(flags, _)| started(*flags)).collect();
-    for ((_, what), run) in cases.into_iter().zip(runs) {
-        refused(run, what);
+    for ((flags, what), run) in cases.into_iter().zip(runs) {
+        let [first, second] = run;
+        let (told, rank) = if flags[0].is_empty() { (first, 1) } else { (second, 0) };
+        let Output { status, stderr, .. } = told.wait_with_output().unwrap();
+        let stderr = String::from_utf8(stderr).unwrap();
+        let said = format!("train_lm: rank {rank} was given what is wrong: ");
+        assert!(status.code() == Some(2) && stderr.contains(&said) && stderr.contains(what), "{what}: {stderr}");
     }
 }
 
@@ -201,6 +206,21 @@ fn variables_that_make_no_sense_are_refused() {
     let (code, stderr) = run(&[("BURN_PARALLEL_TIMEOUT_S", "soon")], &[]);
     assert_eq!((code, stderr.lines().count()), (Some(2), 1), "{stderr}");
     assert!(stderr.contains("BURN_PARALLEL_TIMEOUT_S=\"soon\" is not a positive number"), "{stderr}");
+    // Longer than there can be is as good as for ever.
+    let (code, stderr) = run(&[("BURN_PARALLEL_TIMEOUT_S", "1e30")], &[]);
+    assert!(code == Some(0), "{stderr}");
+    // More ranks than the batch has rows are called what they come from.
+    let many = [
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "100000"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "1"),
+    ];
+    let (code, stderr) = run(&many, &[]);
+    let said =
+        "--batch 2 is smaller than the replicas of the 100000 ranks that have been started: every replica needs a row";
+    assert!(code == Some(2) && stderr.contains(said), "{stderr}");
     // Ranks that are threads ask nobody; and a job of Slurm has variables where `srun` has started nothing.
     for (variables, flags) in [(&all[..1], &["--launch", "threads"][..]), (&[("SLURM_NTASKS", "2")], &[])] {
         let (code, stderr) = run(variables, flags);

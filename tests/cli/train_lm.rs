@@ -120,6 +120,7 @@ fn flags_that_make_no_sense_are_refused() {
     }
     refused(&["--noise-scale=0"], "at least 1");
     refused(&["--noise-scale=often"], "whole number");
+    refused(&["--noise-scale", "2"], "--noise-scale takes what it is given behind `=`: --noise-scale=2");
     for norm in ["0", "-1", "nan", "inf"] {
         refused(&["--clip", norm], "greater than 0 and finite");
     }
@@ -726,6 +727,13 @@ fn what_does_not_fit_a_checkpoint_is_named_by_its_flag() {
     assert!(code == Some(2) && all.iter().all(|says| stderr.contains(says)), "{stderr}");
     let (code, stderr) = resume(&["--dp", "1"]);
     assert!(code == Some(0) && stderr.contains("nothing to do") && stderr.contains("all 3 steps"), "{stderr}");
+    let output = train_lm(&["--seq", "16", "--layers", "1", "--d-model", "16", "--steps", "3", "--resume", &saved]);
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(table.contains("loss, last steps") && !table.contains("3 steps of"), "{table}");
+    assert!(!stderr.contains("--text is another"), "{stderr}");
+    fs::write(folder.path("other.txt"), "another text that it learns from\n".repeat(40)).unwrap();
+    let (code, stderr) = resume(&["--steps", "4", "--text", &folder.path("other.txt")]);
+    assert!(code == Some(0) && stderr.contains("--text is another from here on than it was"), "{stderr}");
     let (code, stderr) = resume(&["--steps", "4", "--batch", "8"]);
     assert!(code == Some(0) && stderr.contains("--batch is 8 from here on, and was 16"), "{stderr}");
     assert!(
@@ -1046,6 +1054,11 @@ fn the_table_tells_what_was_sent_for_what() {
         for (name, shown) in names.into_iter().zip(shown) {
             assert_eq!(table.contains(name), shown, "{flags:?}, {name}: {table}");
         }
+        // Ranks that share a model wait for each other within its steps: of that there is no figure.
+        let told = String::from_utf8(output.stderr).unwrap();
+        let replicas = flags.windows(2).any(|pair| pair == ["--dp", "2"]);
+        assert!(table.contains("waiting for gradients") == replicas, "{flags:?}: {table}");
+        assert!(told.contains("% waiting for gradients") == replicas && told.contains("tokens/s"), "{flags:?}: {told}");
         // What batch was used, and what would help.
         assert!(table.contains("8 rows = ") && table.contains("--noise-scale says whether a larger batch"), "{table}");
         if flags.contains(&"--pp") {
@@ -1071,7 +1084,11 @@ fn noise_is_measured_and_the_batch_grows() {
     let divided = noise(&["--dp", "2", "--zero", "3"]).unwrap();
     assert!((divided / two - 1.0).abs() < 0.02, "{divided}, {two}");
     assert_eq!(noise(&["--dp", "1"]), None);
-    let told = String::from_utf8(tiny(&[&flags[..], &["--dp", "1"]].concat()).stdout).unwrap();
+    // It is told before the run, and why after it.
+    let output = tiny(&[&flags[..], &["--dp", "1"]].concat());
+    let (begun, told) = (String::from_utf8(output.stderr).unwrap(), String::from_utf8(output.stdout).unwrap());
+    let says = |text: &str| begun.find(text).unwrap_or_else(|| panic!("{text}: {begun}"));
+    assert!(says("--noise-scale: one replica with one micro-batch a step measures no noise") < says("step 1/24"));
     assert!(told.contains("one micro-batch on one replica"), "{told}");
 
     let saved = folder.path("saved");
@@ -1160,7 +1177,7 @@ fn a_budget_that_holds_nothing_is_refused() {
     assert!(last.ends_with("or a larger --memory-budget"), "{told}");
     // Less than the program takes before its first step.
     let (code, tried, last, told) = auto(&["--memory-budget", "3M"]);
-    assert!(code == Some(2) && tried > 1 && told.contains("auto: 1 rows do not fit: "), "{told}");
+    assert!(code == Some(2) && tried > 1 && told.contains("auto: 1 row does not fit: "), "{told}");
     assert!(
         last.starts_with(nothing) && last.contains(" bytes of --memory-budget (") && last.contains(advice),
         "{told}"

@@ -67,12 +67,12 @@ fn the_summary_says_what_batch_was_used_and_what_would_help() {
         ),
         (
             &["--batch", "8", "--pp", "2", "--micro-batch", "2"],
-            &["8 rows = 1 replicas x 1 runs x 4 micro-batches of at most 2 rows"],
+            &["8 rows = 1 replica x 1 run x 4 micro-batches of at most 2 rows"],
         ),
-        (&["--batch-tokens", "200", "--dp", "2"], &["2 replicas, at most 1 rows at once"]),
+        (&["--batch-tokens", "200", "--dp", "2"], &["2 replicas, at most 1 row at once"]),
         (&["--batch", "4", "--noise-scale"], &["take two smaller micro-batches"]),
         (&["--batch", "4", "--noise-scale", "--pp", "2"], &["with `pp` take two replicas (`dp`)"]),
-        (&["--batch", "4", "--noise-scale", "--dp", "2"], &["4 rows = 2 replicas x 1 micro-batches of at most 2 rows"]),
+        (&["--batch", "4", "--noise-scale", "--dp", "2"], &["4 rows = 2 replicas x 1 micro-batch of at most 2 rows"]),
         (
             &["--batch", "4", "--eval", "in:eval.jsonl", "--generate", "why?", "--generate-tokens", "2"],
             &["The model writes:", "loss, last steps", "loss, held-out data", "held by the first rank", " tokens/s"],

@@ -8,7 +8,7 @@ use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs, UdpSoc
 
 use sha2::{Digest, Sha256};
 
-use super::rendezvous::{Rendezvous, nonce, rendezvous_error, wrongly_given};
+use super::rendezvous::{Rendezvous, cannot_listen, nonce, rendezvous_error, wrongly_given};
 use crate::Error;
 
 /// The address of this machine at which the other ranks reach it.
@@ -22,9 +22,8 @@ pub(super) fn connect(rendezvous: &Rendezvous) -> Result<Vec<Option<TcpStream>>,
     }
     let address = own_address(rendezvous)?;
     let cannot = |problem: std::io::Error| {
-        wrongly_given(format!(
-            "rank {rank} cannot listen at {address}: {problem}; {ADDRESS} must be an address of the machine it is set on"
-        ))
+        let advice = format!("{ADDRESS} must be an address of the machine it is set on");
+        cannot_listen((&format!("rank {rank} cannot listen at {address}"), &problem), &advice)
     };
     let listener = TcpListener::bind((address, 0)).map_err(cannot)?;
     let own = listener.local_addr().map_err(cannot)?;

@@ -28,7 +28,7 @@ use serde::Serialize;
 use super::index::{Metadata, WrittenIndex};
 use crate::Error;
 use crate::comm::Communicator;
-use crate::tensor_file::{Draft, PieceWriter, fault, place, write_file};
+use crate::tensor_file::{Draft, PieceWriter, fault, write_file};
 use crate::train::ParallelModule;
 
 /// What was saved, and what that took.
@@ -108,12 +108,12 @@ pub(super) fn save_as<P: ParallelModule>(
     // What a rank finds wrong by itself is told before any waits for it.
     let prepared = attempt(|| {
         let config = config()?;
-        let mut said = config.lines()?;
-        said.push(("the directory".into(), place(dir)));
+        let said = config.lines()?;
         let (own, draft) = (own_params(model, &config)?, Draft::new(dir, config.overwrite)?);
         Ok((config, said, own, draft))
     });
     let (config, said, mut own, draft) = together(prepared, &group)?;
+    group.agree_on_directory("the directory", dir)?;
     group.agree_on(&said.into_iter().collect::<BTreeMap<_, _>>())?;
     let mut params = all_params(&own, &group)?;
     let brought = match config.merged {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use super::acceptor::{Accepted, Acceptor, Client};
 use super::messages::{Limited, framed, read_bytes, write_reply};
-use super::{Digest, MAGIC, MAX_BLOB, Rendezvous, nonce, rendezvous_error, wrongly_given};
+use super::{Digest, MAGIC, MAX_BLOB, Rendezvous, cannot_listen, nonce, rendezvous_error, wrongly_given};
 use crate::Error;
 
 /// How long a handshake may take.
@@ -34,9 +34,10 @@ impl Rendezvous {
             io::ErrorKind::AddrInUse => rendezvous_error(format!(
                 "the address {point} is in use: does another run, or the rest of one, use it? Set another MASTER_PORT"
             )),
-            _ => wrongly_given(format!(
-                "rank 0 cannot listen at {point}: {problem}; MASTER_ADDR must be an address of rank 0's machine"
-            )),
+            _ => cannot_listen(
+                (&format!("rank 0 cannot listen at {point}"), &problem),
+                "MASTER_ADDR must be an address of rank 0's machine",
+            ),
         })?;
         let open = listener.local_addr().is_ok_and(|own| !own.ip().is_loopback());
         if open && self.secret.is_empty() {
