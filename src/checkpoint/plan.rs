@@ -99,8 +99,8 @@ impl WritePlan {
     /// Collective. No rank fails alone, but for what is wrong with what it brings.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if the ranks hold different models; [`Error::Optimizer`] if they have not updated it alike;
-    /// those of the group.
+    /// [`Error::Checkpoint`] if the ranks hold different models; [`Error::Optimizer`] if they have not updated it
+    /// alike; those of the group.
     pub(super) fn new(own: &Contents, group: &Communicator) -> Result<Self, Error> {
         let slices = own.slices.iter().map(|slice| ToldSlice {
             key: slice.key.clone(),
