@@ -86,7 +86,9 @@ impl Checkpointer {
     /// On all ranks alike: [`Error::Checkpoint`] if a rank cannot write, if another run saves in the same directory, if
     /// the ranks hold different models, or if a moment or a value cannot be saved: the state stays as it is, and so do
     /// the checkpoints that there are, so that training can go on. [`Error::Pipeline`]'s words in it if a pipeline is
-    /// not cut yet. The error of the world. Old checkpoints that cannot be removed are a warning in the log.
+    /// not cut yet. [`Error::Optimizer`], with which the world fails, if the ranks have not updated the model alike, in
+    /// the last update or before. The error of the world. Old checkpoints that cannot be removed are a warning in the
+    /// log.
     pub fn save<P: ParallelModule>(&mut self, step: u64, state: TrainState<'_, P>) -> Result<Saved, Error> {
         self.wait()?;
         let snapshot = together(attempt(|| self.snapshot(step, &state)), &self.group)?;

@@ -19,6 +19,7 @@ use super::scalar::StoredScalar;
 use super::scheduler::of_scheduler;
 use super::state::TrainState;
 use crate::Error;
+use crate::graph::{Compared, Updates};
 use crate::lock::lock;
 use crate::params::ParamSlice;
 use crate::tensor::PlainTensor;
@@ -94,8 +95,18 @@ pub(super) struct Snapshot {
     known: KnownStates,
     /// Those of the run up to this save.
     pub(super) own_steps: OwnSteps,
+    updates: SavedUpdates,
     /// How far the save is.
     pub(super) progress: Progress,
+}
+
+/// What `optimize` was given up to this save, by which ranks find out whether they have one state.
+#[derive(Clone)]
+pub(super) struct SavedUpdates {
+    /// A number for all of it, the same on all ranks.
+    pub(super) digest: u64,
+    /// To tell each other in what they differ.
+    pub(super) history: Updates,
 }
 
 /// All that this rank has for a checkpoint.
@@ -104,6 +115,7 @@ pub(super) struct Contents {
     pub(super) scalars: ParamScalars,
     /// Those of whose moments there are slices, by name.
     pub(super) optimizers: BTreeMap<String, HeldOptimizer>,
+    pub(super) updates: SavedUpdates,
     /// How far the save is: told of the bytes that are written.
     pub(super) progress: Progress,
 }
@@ -147,6 +159,8 @@ impl Snapshot {
             values.insert(name.clone(), json);
         }
         let random = SavedRandom::of(state.model);
+        let history = state.model.checked_optimizers().updates().clone();
+        let updates = SavedUpdates { digest: history.digest(Compared::Parts), history };
         Ok(Self {
             step,
             random,
@@ -157,6 +171,7 @@ impl Snapshot {
             values,
             known,
             own_steps,
+            updates,
             progress: Progress::default(),
         })
     }
@@ -176,7 +191,8 @@ impl Snapshot {
             scalars.insert(name.clone(), found.scalars);
             optimizers.insert(name.clone(), HeldOptimizer { state: state.clone(), known: known.clone() });
         }
-        Ok(Contents { slices, scalars, optimizers, progress: self.progress.clone() })
+        let (updates, progress) = (self.updates.clone(), self.progress.clone());
+        Ok(Contents { slices, scalars, optimizers, updates, progress })
     }
 
     /// The optimizers are not what they were at the save before: they are looked at again.

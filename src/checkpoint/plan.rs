@@ -10,9 +10,10 @@ use serde::{Deserialize, Serialize};
 use super::agree::exchange;
 use super::assign::Held;
 use super::checkpoint_error;
-use super::contents::{Contents, ParamScalars};
+use super::contents::{Contents, ParamScalars, SavedUpdates};
 use crate::Error;
 use crate::comm::Communicator;
+use crate::graph::Compared;
 use crate::params::is_statistic;
 use crate::tensor_file::name_of;
 
@@ -66,6 +67,8 @@ impl fmt::Display for TensorKey {
 struct ToldContents {
     slices: Vec<ToldSlice>,
     scalars: ParamScalars,
+    /// A number for all updates so far.
+    updates: u64,
 }
 
 /// A part of a tensor that a rank holds.
@@ -96,7 +99,8 @@ impl WritePlan {
     /// Collective. No rank fails alone, but for what is wrong with what it brings.
     ///
     /// # Errors
-    /// [`Error::Checkpoint`] if the ranks hold different models; those of the group.
+    /// [`Error::Checkpoint`] if the ranks hold different models; [`Error::Optimizer`] if they have not updated it
+    /// alike; those of the group.
     pub(super) fn new(own: &Contents, group: &Communicator) -> Result<Self, Error> {
         let slices = own.slices.iter().map(|slice| ToldSlice {
             key: slice.key.clone(),
@@ -104,13 +108,19 @@ impl WritePlan {
             dtype: name_of(slice.value.dtype()).unwrap_or_default().into(),
             ranges: slice.ranges.clone(),
         });
-        let told = ToldContents { slices: slices.collect(), scalars: own.scalars.clone() };
+        let SavedUpdates { digest, history } = &own.updates;
+        let told = ToldContents { slices: slices.collect(), scalars: own.scalars.clone(), updates: *digest };
         let told = serde_json::to_vec(&told).map_err(|why| checkpoint_error(why.to_string()))?;
         let shared = exchange(told, group)?;
+        let read = |told| serde_json::from_slice(told).map_err(|why| checkpoint_error(why.to_string()));
+        let told = shared.distinct().map(|(rank, told)| Ok((rank, read(told)?)));
+        let told: Vec<(usize, ToldContents)> = told.collect::<Result<_, Error>>()?;
+        if told.iter().any(|(_, told)| told.updates != *digest) {
+            history.explain(Compared::Parts, group)?;
+        }
         let mut held = Held::default();
         let mut scalars = ParamScalars::new();
-        for (rank, told) in shared.distinct() {
-            let told: ToldContents = serde_json::from_slice(told).map_err(|why| checkpoint_error(why.to_string()))?;
+        for (rank, told) in told {
             let holders = shared.same_as(rank);
             for slice in told.slices {
                 held.add(slice, rank, &holders)?;

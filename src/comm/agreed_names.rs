@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{LazyLock, Mutex, MutexGuard};
 
 use super::StepPart;
 use crate::lock::lock;
@@ -54,8 +54,9 @@ pub(super) fn name(number: u64) -> Option<String> {
 
 /// The name of a number, if it was kept.
 pub(super) fn kept(number: u64) -> Option<String> {
-    match FIXED.iter().find(|name| self::number(name) == number) {
-        Some(name) => Some((*name).into()),
+    static NUMBERS: LazyLock<[u64; FIXED.len()]> = LazyLock::new(|| FIXED.map(self::number));
+    match NUMBERS.iter().position(|fixed| *fixed == number) {
+        Some(place) => Some(FIXED[place].into()),
         None => known().get(&number).map(|name| name.to_string()),
     }
 }

@@ -7,7 +7,7 @@ use burn::tensor::DType;
 use super::Operation;
 #[cfg(feature = "cubecl")]
 use super::ReduceOp;
-use super::{agreed_names, element};
+use super::{StepPart, agreed_names, element};
 
 /// The shape of a rank's contribution, without an allocation: up to eight dims, the rest folded into the last. Where
 /// there are more, a call carries a hash of them as well.
@@ -143,7 +143,7 @@ impl Call {
 
     /// That name, if other ranks may not know it.
     pub(crate) fn name_to_tell(&self) -> Option<String> {
-        agreed_names::kept(self.named_number()?)
+        agreed_names::kept(self.named_number().filter(|number| !StepPart::is_number(*number))?)
     }
 
     fn named_number(&self) -> Option<u64> {

@@ -1,6 +1,6 @@
-//! The parts of a training step in which all its ranks meet. A call carries the part that it belongs to, with the
-//! number of the step: ranks that are in different parts call what does not match, and errors say in which part each
-//! is.
+//! The parts of a training step, by which its ranks find out that they are in different ones: the first call of each
+//! part carries its name, with the number of the step. Calls of different parts do not match, and errors say in which
+//! each rank is.
 
 /// A part of a step that is the same on all ranks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +21,7 @@ const PART: u32 = 48;
 const STEP: u64 = (1 << PART) - 1;
 
 impl StepPart {
-    const ALL: [Self; 3] = [Self::Step, Self::Norm, Self::Update];
+    pub(crate) const ALL: [Self; 3] = [Self::Step, Self::Norm, Self::Update];
 
     /// What it is called in errors, before the number of its step.
     pub(crate) fn name(self) -> &'static str {
@@ -37,10 +37,15 @@ impl StepPart {
         MARK | ((self as u64) << PART) | (step & STEP)
     }
 
+    /// Whether a number on which ranks agree says a part.
+    pub(super) fn is_number(number: u64) -> bool {
+        number & MARK != 0
+    }
+
     /// The name of a part with the number of its step, if that is what ranks agree on.
     pub(super) fn described(number: u64) -> Option<String> {
         let (part, step) = ((number & !MARK) >> PART, number & STEP);
-        let part = Self::ALL.get(part as usize).filter(|_| number & MARK != 0)?;
+        let part = Self::ALL.get(part as usize).filter(|_| Self::is_number(number))?;
         Some(match (part, step) {
             (part, 0) => part.name().replace("step", "a step"),
             (part, step) => format!("{} {step}", part.name()),
@@ -51,6 +56,8 @@ impl StepPart {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::comm::ReduceOp;
+    use crate::launch;
 
     #[test]
     fn numbers_tell_the_part_and_the_step() {
@@ -61,5 +68,24 @@ mod tests {
         for number in [0, 1, MARK - 1, MARK | 3 << PART, u64::MAX] {
             assert_eq!(StepPart::described(number), None, "{number:x}");
         }
+    }
+
+    /// A member that counts apart is the same one: its calls come between those of the other, and meet them.
+    #[test]
+    fn parts_meet_wherever_they_are_counted() {
+        let ran = launch::threads(2).run(|rank| {
+            let between = rank.counted_apart();
+            let before = rank.counters().total().calls;
+            let step = rank.all_reduce_agreed(vec![1.0f64], ReduceOp::Sum, StepPart::Step.of(1))?;
+            let norm = between.all_gather_agreed(vec![rank.rank() as u64], StepPart::Norm.of(1))?;
+            assert_eq!((step, norm), (vec![2.0], vec![0, 1]));
+            assert_eq!((rank.counters().total().calls - before, between.counters().total().calls), (1, 1));
+            match rank.rank() {
+                0 => between.all_gather_agreed(vec![0u64], StepPart::Update.of(1)).map(drop),
+                _ => rank.all_reduce_agreed(vec![0.0f64, 0.0], ReduceOp::Sum, StepPart::Step.of(2)).map(drop),
+            }
+        });
+        let error = ran.unwrap_err().to_string();
+        assert!(error.contains("(the update of step 1)") && error.contains("(step 2)"), "{error}");
     }
 }

@@ -1,5 +1,7 @@
 //! The parts of error messages that depend on what there is to say.
 
+use std::collections::BTreeSet;
+
 use super::Error;
 use crate::comm::{ANOTHER_NORM, Call, CallLog, GATHERED_PARAMETERS, NEW_OPTIMIZER, StepPart, WANTED_PARAMETERS};
 
@@ -42,32 +44,66 @@ pub(super) fn left_behind(operation: &str) -> String {
 }
 
 /// What to do, if a rank was waiting for what only those call that were given a new optimizer, or that clip in another
-/// way, in another part of a step than others, or for parameters that replicas divide among themselves. `called` says
-/// what was called.
+/// way, or for parameters that replicas divide among themselves. `called` says what was called.
 pub(super) fn advice(group: &str, called: &str, log: &CallLog) -> &'static str {
+    named(called, log).unwrap_or_else(|| gathering(group, log))
+}
+
+/// The same of a wait that has outlasted the time-out, in `called`; also if ranks wait in different parts of a step.
+pub(super) fn advice_on_wait(group: &str, called: &str, log: &CallLog) -> &'static str {
+    let waiting = log.lines().iter().flat_map(|line| line.split(" < ")).filter(|call| is_in(call));
+    let parts: BTreeSet<&str> = waiting.chain([called]).filter_map(part_of).collect();
+    named(called, log).or((parts.len() > 1).then_some(APART)).unwrap_or_else(|| gathering(group, log))
+}
+
+/// The same of calls that do not match; also if they are of different parts of a step.
+pub(super) fn advice_on_calls(group: &str, calls: &[Call], log: &CallLog) -> &'static str {
+    let said: Vec<String> = calls.iter().map(Call::to_string).collect();
+    let parts: BTreeSet<Option<&str>> = said.iter().map(|call| part_of(call)).collect();
+    let apart = parts.len() > 1;
+    named(&said.join(", "), log).or(apart.then_some(APART)).unwrap_or_else(|| gathering(group, log))
+}
+
+/// What to do if ranks are in different parts of a step.
+const APART: &str = "; ranks that train one model take its steps together: each step is asked for its norm in the same way on all of \
+                     them, equally often (`step.clip_grad_norm`, or on all `model.clip_grad_norm`), and goes to `optimize` on all of \
+                     them, which leaves out one that is `skipped`, as only `clip_grad_norm` sets it, on all; and all make as many \
+                     steps, and restore the same checkpoint or none";
+
+/// The part of a step that a call says that it belongs to.
+fn part_of(call: &str) -> Option<&str> {
+    let mut words = call.split('(').skip(1).filter_map(|behind| behind.split(')').next());
+    words.find(|words| StepPart::ALL.iter().any(|part| words.starts_with(part.name())))
+}
+
+/// What to do, if a rank was in a call whose name says it.
+fn named(called: &str, log: &CallLog) -> Option<&'static str> {
     let is_called = |name| called.contains(name) || log.lines().iter().any(|line| waits_for(line, name));
     if is_called(NEW_OPTIMIZER) {
-        return "; a rank whose optimizer is new, or has a state that was loaded since its last step, compares its moments in \
+        return Some(
+            "; a rank whose optimizer is new, or has a state that was loaded since its last step, compares its moments in \
                 `optimize`, and the others went on with the optimizer that they had, or left `optimize` out: all ranks put a new one \
-                in the place of the old, or load a state into it, after the same step, and call `optimize` after every step";
+                in the place of the old, or load a state into it, after the same step, and call `optimize` after every step",
+        );
     }
     if is_called(ANOTHER_NORM) {
-        return "; that rank was asked by `clip_grad_norm` for another norm than the step came with, or for that of gradients that it has \
+        return Some(
+            "; that rank was asked by `clip_grad_norm` for another norm than the step came with, or for that of gradients that it has \
                 changed, and the others were not: ranks that divide rows among themselves clip alike, and all of them change gradients \
-                before or none; where each changes its own as it likes, all clip by `model.clip_grad_norm(step.grads, ..)`";
+                before or none; where each changes its own as it likes, all clip by `model.clip_grad_norm(step.grads, ..)`",
+        );
     }
-    if [StepPart::Norm, StepPart::Update].iter().any(|part| is_called(part.name())) {
-        return "; ranks that train one model take its steps together: each step is asked for its norm in the same way on all of them, \
-                equally often (`step.clip_grad_norm`, or on all `model.clip_grad_norm`), and goes to `optimize` on all of them, which \
-                leaves out one that is `skipped`, as only `clip_grad_norm` sets it, on all; and all make as many steps";
-    }
-    gathering(group, log)
+    None
 }
 
 /// Whether the line of a rank says that it is in a call of a name that begins like this.
 fn waits_for(line: &str, name: &str) -> bool {
-    let is_in = |call: &str| ["(waiting", "(just begun"].iter().any(|words| call.contains(words));
     line.split(" < ").any(|call| is_in(call) && call.contains(&format!("({name}")))
+}
+
+/// Whether a call of a line is one that the rank is in.
+fn is_in(call: &str) -> bool {
+    ["(waiting", "(just begun"].iter().any(|words| call.contains(words))
 }
 
 fn gathering(group: &str, log: &CallLog) -> &'static str {
@@ -106,4 +142,58 @@ fn odd_one(calls: &[Call]) -> Option<usize> {
         let mut others = calls.iter().enumerate().filter(|(rank, _)| rank != odd).map(|(_, call)| call);
         others.next().is_some_and(|first| !agree(&calls[*odd], first) && others.all(|other| agree(first, other)))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::comm::{CallShape, Operation};
+
+    const WORDS: &str = "take its steps together";
+
+    fn mismatch(calls: Vec<Call>) -> String {
+        Error::Mismatch { group: "world/control".into(), sequence: 7, calls, log: CallLog::default() }.to_string()
+    }
+
+    fn gather(part: StepPart, step: u64, elements: usize) -> Call {
+        Call::new(Operation::AllGather, None, CallShape::flat(elements)).agreeing(part.of(step))
+    }
+
+    fn time_out(operation: &str, lines: &[&str]) -> String {
+        let (operation, log) = (operation.into(), CallLog::new(lines.iter().map(|line| (*line).into())));
+        let (group, waited, missing) = ("world/control".into(), std::time::Duration::from_secs(1), "rank 1".into());
+        Error::Timeout { group, rank: 0, operation, waited, missing, log }.to_string()
+    }
+
+    #[test]
+    fn ranks_in_different_parts_of_a_step_are_told_so() {
+        let update = gather(StepPart::Update, 3, 9);
+        for other in [gather(StepPart::Norm, 3, 7), gather(StepPart::Step, 4, 9), gather(StepPart::Update, 4, 9)] {
+            let said = mismatch(vec![update, other]);
+            assert!(said.contains(WORDS) && said.contains("(the update of step 3)"), "{said}");
+        }
+        let said = mismatch(vec![gather(StepPart::Step, 4, 9), gather(StepPart::Step, 9, 9)]);
+        assert!(said.contains(WORDS) && said.contains("(step 4)") && said.contains("(step 9)"), "{said}");
+        let waiting = ["rank 0: #3 all_gather (the update of step 3) (waiting for 1.0s)", "rank 1: #2 barrier"];
+        let elsewhere = "in `world/other` rank 1: #4 all_reduce(Sum) of F64 [2] (step 4) (waiting for 1.0s)";
+        let said = time_out("all_gather (the update of step 3)", &[waiting[0], waiting[1], elsewhere]);
+        assert!(said.contains(WORDS), "{said}");
+    }
+
+    /// A rank that is slow, was killed, or brings other lengths has done nothing else than the others.
+    #[test]
+    fn others_are_not() {
+        let lengths = mismatch(vec![gather(StepPart::Update, 3, 9), gather(StepPart::Update, 3, 8)]);
+        let other = Call::new(Operation::Barrier, None, CallShape::flat(0));
+        let plain = mismatch(vec![other, Call::new(Operation::AllGather, None, CallShape::flat(1))]);
+        let line =
+            "rank 0: #3 all_gather (the update of step 3) (waiting for 1.0s) < #2 all_gather (the norm of step 3)";
+        let slow = time_out("all_gather (the update of step 3)", &[line, "rank 1: #2 all_gather (the norm of step 3)"]);
+        let (group, log) = ("world/control".into(), CallLog::new(std::iter::once(line.into())));
+        let operation = "all_gather (the update of step 3)".into();
+        let lost = Error::RankLost { group, rank: 1, operation, log }.to_string();
+        for said in [lengths, plain, slow, lost] {
+            assert!(!said.contains(WORDS), "{said}");
+        }
+    }
 }

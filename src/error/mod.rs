@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use burn::tensor::DType;
 
-use self::describe::{advice, describe_calls, last_words, left_behind, rank_failed};
+use self::describe::{advice, advice_on_calls, advice_on_wait, describe_calls, last_words, left_behind, rank_failed};
 pub(crate) use self::quiet::catch_quietly;
 pub use self::stop_signal::StopSignal;
 pub(crate) use self::thrown::{caught, is_thrown, throw};
@@ -29,7 +29,7 @@ pub enum Error {
     #[error(
         "time-out in group `{group}`: rank {rank} waited {waited:.1?} in {operation} for {missing}; raise the limit with \
          BURN_PARALLEL_TIMEOUT_S, `Threads::timeout` or `with_timeout` if the others were only slow{}{log}",
-        advice(.group, .operation, .log)
+        advice_on_wait(.group, .operation, .log)
     )]
     Timeout {
         /// Group in which the wait happened.
@@ -50,7 +50,7 @@ pub enum Error {
     /// The ranks of a group called different collectives, or the same one with other lengths, dtypes or roots.
     #[error(
         "the ranks of group `{group}` do not agree on collective #{sequence}: {}; every rank must issue the same \
-         collectives in the same order with matching arguments{}{log}", describe_calls(.calls), advice(.group, &describe_calls(.calls), .log)
+         collectives in the same order with matching arguments{}{log}", describe_calls(.calls), advice_on_calls(.group, .calls, .log)
     )]
     Mismatch {
         /// Group in which it happened.

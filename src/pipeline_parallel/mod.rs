@@ -46,6 +46,7 @@ mod captured_step;
 mod config;
 pub mod cut;
 mod eager;
+mod engine;
 mod evaluate;
 mod graph_stage;
 mod loaded;

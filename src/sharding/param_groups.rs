@@ -16,9 +16,13 @@ pub(crate) struct Member {
 /// A group of less is joined with the one before it.
 const SMALL_BYTES: usize = 64 << 10;
 
+/// So much joins a group at most: many small blocks are not to be whole all at once.
+const JOINED_BYTES: usize = 1 << 20;
+
 /// Divides parameters, given in the order of the module, into groups that are gathered together: those of a block, of
 /// one dtype, all trained or all frozen. A block is the path up to its first number (`encoder.layers.3`), or the first
-/// name of a path without one. A group of fewer than 64 KiB joins the one before it, if that goes with it.
+/// name of a path without one. A group of fewer than 64 KiB joins the one before it, if that goes with it, up to
+/// 1 MiB of them.
 ///
 /// Numbers in the groups are places in `members`.
 pub(crate) fn groups(members: &[Member]) -> Vec<Vec<usize>> {
@@ -34,15 +38,19 @@ pub(crate) fn groups(members: &[Member]) -> Vec<Vec<usize>> {
         }
     }
     let bytes = |group: &[usize]| group.iter().map(|place| members[*place].bytes).sum::<usize>();
-    let mut joined: Vec<Vec<usize>> = Vec::new();
+    // Each with the bytes that have joined it.
+    let mut joined: Vec<(Vec<usize>, usize)> = Vec::new();
     for group in found {
-        let small = bytes(&group) < SMALL_BYTES;
-        match joined.iter_mut().rev().find(|before| goes_with(&members[before[0]], &members[group[0]])) {
-            Some(before) if small => before.extend(group),
-            _ => joined.push(group),
+        let more = bytes(&group);
+        match joined.iter_mut().rev().find(|(before, _)| goes_with(&members[before[0]], &members[group[0]])) {
+            Some((before, less)) if more < SMALL_BYTES && *less + more <= JOINED_BYTES => {
+                before.extend(group);
+                *less += more;
+            }
+            _ => joined.push((group, 0)),
         }
     }
-    joined
+    joined.into_iter().map(|(group, _)| group).collect()
 }
 
 fn goes_with(one: &Member, other: &Member) -> bool {
@@ -82,6 +90,17 @@ mod tests {
             member("head.weight", 500, true),
         ];
         assert_eq!(groups(&members), [vec![0], vec![1, 2], vec![3, 4, 5], vec![6]]);
+    }
+
+    /// What is small joins a large block as well, but not without end.
+    #[test]
+    fn many_small_blocks_are_several_groups() {
+        let small = (0..100).map(|number| member(&format!("layers.{number}.weight"), 60, true));
+        let members: Vec<Member> = std::iter::once(member("embedding.weight", 5000, true)).chain(small).collect();
+        let joined = 1024 / 60;
+        let sizes: Vec<usize> = groups(&members).iter().map(Vec::len).collect();
+        assert_eq!(sizes[..2], [joined + 1; 2]);
+        assert_eq!((sizes.len(), sizes.iter().sum::<usize>()), (100usize.div_ceil(joined + 1), 101));
     }
 
     #[test]

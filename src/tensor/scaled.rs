@@ -13,8 +13,8 @@ use burn::tensor::Shape;
 use super::PlainTensor;
 
 impl PlainTensor {
-    /// Float tensors times a number: in place those whose memory nobody holds but they. Without a change if the number
-    /// is 1.
+    /// Float tensors times a number: in place those whose memory nobody holds but they, if they are at least half of
+    /// it. Without a change if the number is 1.
     ///
     /// # Panics
     /// If one is a tensor of another kind.
@@ -23,17 +23,17 @@ impl PlainTensor {
             return tensors;
         }
         let mut scaled: Vec<Option<Self>> = Vec::new();
-        let mut by_memory: BTreeMap<usize, Vec<(usize, FlexTensor)>> = BTreeMap::new();
+        let mut by_holder: BTreeMap<usize, Vec<(usize, FlexTensor)>> = BTreeMap::new();
         for (place, tensor) in tensors.into_iter().enumerate() {
             if !tensor.on_flex() || tensor.elements() == 0 {
                 scaled.push(Some(tensor.scale(factor)));
                 continue;
             }
             let Ok(view) = tensor.into_flex() else { unreachable!("the tensor is in host memory") };
-            by_memory.entry(view.bytes().as_ptr().addr()).or_default().push((place, view));
+            by_holder.entry(Arc::as_ptr(&view.data_arc()).addr()).or_default().push((place, view));
             scaled.push(None);
         }
-        for views in by_memory.into_values() {
+        for views in by_holder.into_values() {
             let (places, views): (Vec<usize>, Vec<FlexTensor>) = views.into_iter().unzip();
             for (place, view) in places.into_iter().zip(scale_views(views, factor)) {
                 scaled[place] = Some(view);
@@ -48,11 +48,12 @@ fn scale_views(mut views: Vec<FlexTensor>, factor: f64) -> Vec<PlainTensor> {
     let holders = views.first().map_or(0, |view| Arc::strong_count(&view.data_arc()) - 1);
     let same_dtype = views.windows(2).all(|two| two[0].dtype() == two[1].dtype());
     let layouts: Vec<Layout> = views.iter().map(|view| view.layout().clone()).collect();
+    let theirs: usize = layouts.iter().map(Layout::num_elements).sum();
+    let elements = views.first().map_or(0, |view| view.bytes().len() / view.dtype().size());
     match views.pop() {
-        Some(last) if holders == layouts.len() && same_dtype => {
+        // With what lies between them, which is nobody's.
+        Some(last) if holders == layouts.len() && same_dtype && 2 * theirs >= elements => {
             drop(views);
-            // With what lies between them, which is nobody's.
-            let elements = last.bytes().len() / last.dtype().size();
             let all = last.with_layout(Layout::contiguous(Shape::from(vec![elements])));
             let Ok(all) = PlainTensor::from_flex(all).scale(factor).into_flex() else {
                 unreachable!("the tensor is in host memory")
@@ -106,6 +107,14 @@ mod tests {
             );
             assert_eq!(scaled[0].shape().to_vec(), [2, 3]);
         }
+    }
+
+    /// A few elements of a large memory would keep all of it, and have all of it multiplied.
+    #[test]
+    fn a_small_part_of_a_memory_leaves_it() {
+        let part = numbers(100, DType::F32).narrow(0, 2..4);
+        let scaled = PlainTensor::scale_all(vec![part], 2.0).remove(0);
+        assert_eq!((values(&scaled), scaled.into_flex().unwrap().bytes().len()), (vec![4.0, 6.0], 8));
     }
 
     #[test]

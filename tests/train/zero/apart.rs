@@ -4,7 +4,6 @@
 
 use std::time::Duration;
 
-use burn::module::Module;
 use burn_parallel::prelude::*;
 use burn_parallel::train::{Engine, Parallel};
 
@@ -39,10 +38,9 @@ fn train(ranks: usize, strategy: &Strategy, optim: &str, (number, way): (usize, 
                 model = model.optimize(&mut optim, 0.01, done)?;
             }
         }
-        assert!(model.num_params() > 0);
         Ok(())
     });
-    ran.expect_err(&format!("{strategy}: nobody has noticed"))
+    ran.map(drop).expect_err(&format!("{strategy}: nobody has noticed"))
 }
 
 /// What the last rank does otherwise, in which step, and what ranks are in that take rows of parameters apart (ZeRO 1
@@ -134,8 +132,17 @@ fn so_it_is_with_parts_and_stages_and_with_updates_of_whole_matrices() {
             let error = train(axes.iter().product(), &strategy, optim, (number, way), LONG);
             assert!(!matches!(error, Error::Timeout { .. }), "{strategy}, {optim}: a rank {what}: {error}");
             let said = error.to_string();
-            let words = ["take its steps together", "equally often"];
-            assert!(words.iter().any(|words| said.contains(words)), "{strategy}, {optim}: a rank {what}: {error}");
+            let about = format!("{strategy}, {optim}: a rank {what}: {error}");
+            match &error {
+                Error::Optimizer { problem } => assert!(problem.contains("equally often"), "{about}"),
+                _ => {
+                    // In the first line, that of the calls.
+                    let calls = said.lines().next().unwrap();
+                    let parts = ["(the update of step ", "(the norm of step ", "(step "];
+                    assert!(parts.into_iter().filter(|part| calls.contains(part)).count() > 1, "{about}");
+                    assert!(said.contains("take its steps together"), "{about}");
+                }
+            }
         }
     }
 }

@@ -8,7 +8,7 @@ use burn::tensor::DType;
 use super::error::{DEEPEST, MOST_NAMES, StaticNames};
 use super::{Reader, Writer};
 use crate::Error;
-use crate::comm::{Call, CallLog, CallShape, Operation, ReduceOp, agreed_names, element};
+use crate::comm::{Call, CallLog, CallShape, Operation, ReduceOp, StepPart, agreed_names, element};
 
 fn there_and_back(error: &Error) -> Option<Error> {
     let mut writer = Writer::default();
@@ -163,6 +163,17 @@ fn names_of_splits_travel() {
     assert_eq!(there(number, "what only another rank has").as_deref(), Some("split(what only another rank has)"));
     let number = agreed_names::number("two\nlines");
     assert_eq!(there(number, "two\nlines"), Some(format!("split by a name of hash {number:016x}")));
+}
+
+/// What all ranks can make of a number themselves does not travel.
+#[test]
+fn parts_of_steps_need_no_name() {
+    let call = Call::new(Operation::AllGather, Some(DType::F64), CallShape::flat(7)).agreeing(StepPart::Norm.of(3));
+    let mut writer = Writer::default();
+    writer.call(&call);
+    assert!(writer.0.ends_with(&0u64.to_le_bytes()), "a text of no bytes comes last");
+    let back = Reader(&writer.0).call().unwrap();
+    assert_eq!((back, back.to_string().as_str()), (call, "all_gather of F64 [7] (the norm of step 3)"));
 }
 
 #[test]

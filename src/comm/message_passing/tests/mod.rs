@@ -5,6 +5,7 @@ mod failing_endpoint;
 mod malformed_messages;
 mod memory_endpoint;
 mod out_of_memory;
+mod step_parts;
 
 use std::sync::Arc;
 use std::time::Duration;
