@@ -59,9 +59,8 @@ pub(super) fn advice_on_wait(group: &str, called: &str, log: &CallLog) -> &'stat
 /// The same of calls that do not match; also if they are of different parts of a step.
 pub(super) fn advice_on_calls(group: &str, calls: &[Call], log: &CallLog) -> &'static str {
     let said: Vec<String> = calls.iter().map(Call::to_string).collect();
-    let parts: BTreeSet<Option<&str>> = said.iter().map(|call| part_of(call)).collect();
-    let apart = parts.len() > 1;
-    named(&said.join(", "), log).or(apart.then_some(APART)).unwrap_or_else(|| gathering(group, log))
+    let parts: BTreeSet<&str> = said.iter().filter_map(|call| part_of(call)).collect();
+    named(&said.join(", "), log).or((parts.len() > 1).then_some(APART)).unwrap_or_else(|| gathering(group, log))
 }
 
 /// What to do if ranks are in different parts of a step.
