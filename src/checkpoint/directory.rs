@@ -108,13 +108,13 @@ fn somebodys(mut entries: fs::ReadDir) -> Option<String> {
 pub(super) fn check_free(root: &Path, step: u64) -> Result<(), Error> {
     let (dir, aside) = (root.join(name_of(step)), root.join(format!(".{}.{REPLACED}", name_of(step))));
     for path in [&dir, &aside].into_iter().filter(|path| path.symlink_metadata().is_ok()) {
-        let what = match fs::read_dir(path).map(somebodys) {
-            Ok(Some(name)) => format!("has `{name}` in it, which no save has made"),
+        let (what, it) = match fs::read_dir(path).map(somebodys) {
             Ok(None) if is_checkpoint(path) || *path == aside => continue,
-            _ => format!("is none ({INDEX_CHECKSUM} is missing in it)"),
+            Ok(Some(name)) if is_checkpoint(path) => (format!("has `{name}` in it, which no save has made"), "that"),
+            _ => (format!("is none ({INDEX_CHECKSUM} is missing in it)"), "it"),
         };
         let problem = format!(
-            "is in the place of the checkpoint of step {step}, and {what}, so it stays as it is: move that elsewhere, or save \
+            "is in the place of the checkpoint of step {step}, and {what}, so it stays as it is: move {it} elsewhere, or save \
              into another directory"
         );
         return Err(file_problem(path, problem));
