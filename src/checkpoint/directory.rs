@@ -92,9 +92,9 @@ fn is_of_a_save(dir: &Path) -> bool {
 
 /// The first of these entries that no save has made.
 fn somebodys(mut entries: fs::ReadDir) -> Option<String> {
-    // Under such a name NFS keeps a file that was removed while somebody had it open.
-    let of_nfs = |name: &str| name.starts_with(".nfs");
-    let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name) || of_nfs(name);
+    // So systems call what they keep by themselves, as NFS a file that was removed while somebody had it open.
+    let of_system = |name: &str| [".nfs", ".fuse_hidden", "._", ".DS_Store"].iter().any(|it| name.starts_with(it));
+    let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name) || of_system(name);
     entries.find_map(|entry| {
         let name = entry.map_or(String::new(), |it| it.file_name().to_string_lossy().into_owned());
         (!is_made(&name)).then_some(name)
@@ -131,7 +131,12 @@ pub(super) fn put_back(root: &Path) -> Result<(), Error> {
         let Some((of, REPLACED)) = left(&name) else { continue };
         let (path, whole) = (root.join(&name), root.join(of));
         if !whole.exists() && is_checkpoint(&path) {
-            fs::rename(&path, &whole).map_err(|why| failed(&path, &why))?;
+            fault::point("puts back");
+            match fs::rename(&path, &whole) {
+                // Another has done so, or the save has gone on.
+                Err(_) if whole.exists() => {}
+                renamed => renamed.map_err(|why| failed(&path, &why))?,
+            }
         }
     }
     Ok(())
