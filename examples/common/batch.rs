@@ -85,7 +85,8 @@ impl GrowthFlags {
     pub fn check_found(&self, batch: usize) -> Result<(), String> {
         match self.grow_batch {
             Some(most) if most < batch => {
-                Err(format!("--grow-batch {most} is smaller than the {batch} rows that --batch auto has found"))
+                let found = count(batch, "row");
+                Err(format!("--grow-batch {most} is smaller than the {found} that --batch auto has found"))
             }
             _ => Ok(()),
         }

@@ -149,7 +149,7 @@ impl Most {
             return Self { rows, why };
         }
         let among = if micro_batches == 1 { String::new() } else { format!(", for {micro_batches} micro-batches") };
-        Self { rows: given, why: format!("{called} has {all} rows{among}") }
+        Self { rows: given, why: format!("{called} has {}{among}", count(all as usize, "row")) }
     }
 }
 

@@ -85,11 +85,6 @@ impl Given {
     /// does if a rank is to write JSON that does not, and the one that does is not.
     pub fn agree(&self, world: &Communicator) -> Result<(), Error> {
         let other = |why| match why {
-            Error::Settings { rank, name, value, value_of_0, .. } if name == WRONG => {
-                let said = |value: &str| serde_json::from_str::<String>(value);
-                let (rank, why) = said(&value).map_or((0, said(&value_of_0)), |why| (rank, Ok(why)));
-                refused(Error::user(format!("rank {rank} was given what is wrong: {}", why.unwrap_or_default())))
-            }
             Error::Settings { .. } => refused(why),
             why => why,
         };
@@ -105,5 +100,17 @@ impl Given {
             }
             None => Ok(()),
         }
+    }
+}
+
+/// What a rank was told of another that was given what is [wrong](Given::wrong), in words; other errors as they are.
+pub fn in_words(why: Error) -> Error {
+    match why {
+        Error::Settings { rank, name, value, value_of_0, .. } if name == WRONG => {
+            let said = |value: &str| serde_json::from_str::<String>(value);
+            let (rank, why) = said(&value).map_or((0, said(&value_of_0)), |why| (rank, Ok(why)));
+            Error::user(format!("rank {rank} was given what is wrong: {}", why.unwrap_or_default()))
+        }
+        why => why,
     }
 }

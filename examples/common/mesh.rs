@@ -11,7 +11,7 @@ use clap::builder::{PossibleValuesParser, TypedValueParser, ValueParser};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
-use super::flags::up_to;
+use super::flags::{count, up_to};
 
 /// What may be in the file of `--strategy`.
 pub const STRATEGY_KEYS: &str = r#"Keys of a --strategy file, in TOML, with what they are when left out:
@@ -155,8 +155,9 @@ impl MeshSizes {
     pub fn every_micro_batch(&self, rows: usize) -> Result<(), String> {
         match self.micro_batches() {
             Some(micro_batches) if micro_batches > rows => Err(format!(
-                "--strategy: `pipeline.micro_batches = {micro_batches}` is more than the {rows} rows that a replica has of a batch: \
+                "--strategy: `pipeline.micro_batches = {micro_batches}` is more than the {} that a replica has of a batch: \
                  give fewer, or --batch {}",
+                count(rows, "row"),
                 micro_batches.saturating_mul(self.axes.dp)
             )),
             _ => Ok(()),
@@ -182,10 +183,11 @@ impl MeshSizes {
             (_, most) => format!("take {most} ranks or fewer, or another schedule"),
         };
         Err(format!(
-            "{} with schedule {} makes {stages} stages, more than the {blocks} blocks of a model of {layers} layers (embedding, \
+            "{} with schedule {} makes {stages} stages, more than the {blocks} blocks of a model of {} (embedding, \
              attention and MLP of each layer, head): {advice}",
             self.axes.said("pp", pp),
-            pipeline.schedule
+            pipeline.schedule,
+            count(layers, "layer")
         ))
     }
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use burn_parallel::launch::{ProcessInfo, RunNames};
 use burn_parallel::prelude::*;
 
+use super::flags::count;
 use super::program::refused;
 use super::saving::{RUN, STEPS, SaveFlags, checkpoint, has_checkpoints, writable};
 
@@ -245,7 +246,7 @@ impl SaveFlags {
         }
         match world.rank() {
             0 if steps == all => eprintln!("nothing to do: --resume {dir:?} has made all {steps} steps of the run"),
-            0 => eprintln!("goes on after step {steps} of {all}, on {} ranks", world.size()),
+            0 => eprintln!("goes on after step {steps} of {all}, on {}", count(world.size(), "rank")),
             _ => {}
         }
         Ok((steps, saves.then_some(checkpoints)))

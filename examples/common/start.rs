@@ -10,7 +10,7 @@ use clap::{Args, ValueEnum};
 
 use super::device::Compute;
 use super::flags::up_to;
-use super::given::Given;
+use super::given::{Given, in_words};
 use super::program::{Ended, refused};
 
 /// How long ranks have to save a last checkpoint when they are told to end.
@@ -168,7 +168,7 @@ fn problem(why: &Error) -> String {
 fn wrongly_started(why: Error) -> Error {
     match why {
         Error::InvalidArgument { operation: "rendezvous" | "mpi", .. } | Error::Environment { .. } => refused(why),
-        why => why,
+        why => in_words(why),
     }
 }
 

@@ -13,7 +13,7 @@ use crate::common::batch::{self, GrowthFlags, Rows};
 use crate::common::command_line::parse;
 use crate::common::device::Compute;
 use crate::common::fit::{self, FitFlags};
-use crate::common::flags::{learning_rate, norm, up_to, writable, wrong};
+use crate::common::flags::{count, learning_rate, norm, up_to, writable, wrong};
 use crate::common::given::Given;
 use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS, described, recomputes};
 use crate::common::saving::{SaveFlags, has_checkpoints};
@@ -323,7 +323,7 @@ impl Args {
             BatchSize::Tokens { most, .. } => most / seq / dp,
         };
         if let Some(micro_batch) = flags.micro_batch.filter(|rows| *rows > share) {
-            return Err(format!("--micro-batch {micro_batch} is more than the {share} rows of a replica"));
+            return Err(format!("--micro-batch {micro_batch} is more than the {} of a replica", count(share, "row")));
         }
         if pp > 1 && flags.micro_batch.is_some() && mesh.file.is_some() {
             return Err("--micro-batch: the file of --strategy says the micro-batches of its pipeline".into());

@@ -70,7 +70,7 @@ pub fn run(rank: Rank, args: &Args, input: &Input) -> Result<Ended<Outcome>, Err
         finite("loss", number, loss)?;
         // Without --clip the norm is measured, and nothing clipped.
         step = step.clip_grad_norm(&run.model, args.clip.map_or(Clip::never(), Clip::at))?;
-        let norm = step.grad_norm.unwrap_or_default();
+        let norm = step.grad_norm.unwrap_or(f64::NAN);
         finite("gradient norm", number, norm)?;
         if last {
             memory = Memory { step: memory.step, ..Memory::of_step(&run.model, &step.grads) };

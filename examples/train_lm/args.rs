@@ -12,7 +12,7 @@ use crate::common::attention::Attention;
 use crate::common::batch::{self, Batch, GrowthFlags, Rows};
 use crate::common::command_line::parse;
 use crate::common::fit::{self, FitFlags};
-use crate::common::flags::{learning_rate, norm, up_to, writable, wrong};
+use crate::common::flags::{count, learning_rate, norm, up_to, writable, wrong};
 use crate::common::given::Given;
 use crate::common::mesh::{Axes, MeshFlags, STRATEGY_KEYS, described};
 use crate::common::saving::SaveFlags;
@@ -195,7 +195,10 @@ impl Args {
                 return Err(format!("--micro-batches {micro_batches} is for pipelines: give --pp as well"));
             }
             if micro_batches > rows {
-                return Err(format!("--micro-batches {micro_batches} is more than the {rows} rows of a replica"));
+                return Err(format!(
+                    "--micro-batches {micro_batches} is more than the {} of a replica",
+                    count(rows, "row")
+                ));
             }
         }
         flags.growth.check(batch)?;

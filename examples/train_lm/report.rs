@@ -64,7 +64,10 @@ impl Outcome {
             let (sizes, at_once) = (self.batch.sizes(*batch), count(args.rows_at_once(), "row"));
             let split = args.split(&self.batch);
             rows.extend([
-                row("training", format!("{steps} steps of {sizes} x {seq} bytes, at most {at_once} at once")),
+                row(
+                    "training",
+                    format!("{} of {sizes} x {seq} bytes, at most {at_once} at once", count(*steps, "step")),
+                ),
                 row("batch", split.map_or_else(|why| why.to_string(), |split| split.to_string())),
                 row("gradient noise scale", self.batch.advice(args.growth)),
             ]);

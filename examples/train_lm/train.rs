@@ -78,7 +78,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         finite("loss", number, loss)?;
         if let Some(max) = args.clip {
             step = step.clip_grad_norm(&run.model, max)?;
-            finite("gradient norm", number, step.grad_norm.unwrap_or_default())?;
+            finite("gradient norm", number, step.grad_norm.unwrap_or(f64::NAN))?;
             run.grad_norms.extend(step.grad_norm);
         } else if args.growth.measures() && step.noise() == Err(NoNoise::NoNorm) {
             // In the steps that measure the noise, which it completes; others have no use for it.

@@ -92,9 +92,9 @@ fn is_of_a_save(dir: &Path) -> bool {
 
 /// The first of these entries that no save has made.
 fn somebodys(mut entries: fs::ReadDir) -> Option<String> {
-    // Under such a name NFS keeps a file that was removed while somebody had it open.
-    let of_nfs = |name: &str| name.starts_with(".nfs");
-    let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name) || of_nfs(name);
+    // So systems call what they keep by themselves, as NFS a file that was removed while somebody had it open.
+    let of_system = |name: &str| [".nfs", ".fuse_hidden", "._", ".DS_Store"].iter().any(|it| name.starts_with(it));
+    let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name) || of_system(name);
     entries.find_map(|entry| {
         let name = entry.map_or(String::new(), |it| it.file_name().to_string_lossy().into_owned());
         (!is_made(&name)).then_some(name)
@@ -108,13 +108,13 @@ fn somebodys(mut entries: fs::ReadDir) -> Option<String> {
 pub(super) fn check_free(root: &Path, step: u64) -> Result<(), Error> {
     let (dir, aside) = (root.join(name_of(step)), root.join(format!(".{}.{REPLACED}", name_of(step))));
     for path in [&dir, &aside].into_iter().filter(|path| path.symlink_metadata().is_ok()) {
-        let what = match fs::read_dir(path).map(somebodys) {
-            Ok(Some(name)) => format!("has `{name}` in it, which no save has made"),
+        let (what, it) = match fs::read_dir(path).map(somebodys) {
             Ok(None) if is_checkpoint(path) || *path == aside => continue,
-            _ => format!("is none ({INDEX_CHECKSUM} is missing in it)"),
+            Ok(Some(name)) if is_checkpoint(path) => (format!("has `{name}` in it, which no save has made"), "that"),
+            _ => (format!("is none ({INDEX_CHECKSUM} is missing in it)"), "it"),
         };
         let problem = format!(
-            "is in the place of the checkpoint of step {step}, and {what}, so it stays as it is: move that elsewhere, or save \
+            "is in the place of the checkpoint of step {step}, and {what}, so it stays as it is: move {it} elsewhere, or save \
              into another directory"
         );
         return Err(file_problem(path, problem));
@@ -131,7 +131,12 @@ pub(super) fn put_back(root: &Path) -> Result<(), Error> {
         let Some((of, REPLACED)) = left(&name) else { continue };
         let (path, whole) = (root.join(&name), root.join(of));
         if !whole.exists() && is_checkpoint(&path) {
-            fs::rename(&path, &whole).map_err(|why| failed(&path, &why))?;
+            fault::point("puts back");
+            match fs::rename(&path, &whole) {
+                // Another has done so, or the save has gone on.
+                Err(_) if whole.exists() => {}
+                renamed => renamed.map_err(|why| failed(&path, &why))?,
+            }
         }
     }
     Ok(())

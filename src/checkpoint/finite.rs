@@ -22,7 +22,11 @@ pub(super) fn check<T: Serialize + ?Sized>(value: &T) -> Result<(), Error> {
 struct Finite;
 
 fn finite(float: f64) -> Result<(), Error> {
-    if float.is_finite() { Ok(()) } else { Err(Error::custom(format!("JSON has no number for {float}"))) }
+    if float.is_finite() {
+        Ok(())
+    } else {
+        Err(Error::custom(format!("JSON has no number for {float}: make it an `Option`")))
+    }
 }
 
 macro_rules! plain {

@@ -1,7 +1,8 @@
 //! The index of a checkpoint: what there is, and where.
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
-use std::fs;
+use std::fs::{self, File};
+use std::io::Read;
 use std::ops::Range;
 use std::path::{Component, Path};
 
@@ -283,17 +284,24 @@ pub(super) fn index_text(dir: &Path) -> Result<Vec<u8>, Error> {
     let read = |name| {
         let path = dir.join(name);
         let failed = |why: std::io::Error| file_problem(&path, format!("cannot be read: {why}"));
-        let size = fs::metadata(&path).map_err(failed)?.len();
-        if size > LONGEST {
-            return Err(file_problem(&path, format!("has {size} bytes, too many for an index")));
+        let there = fs::metadata(&path).map_err(failed)?;
+        // What is no file, as a pipe, would not end.
+        if name == INDEX && !there.is_file() {
+            return Err(file_problem(&path, "is not a file"));
         }
-        fs::read(&path).map_err(failed)
+        if there.len() > LONGEST {
+            return Err(file_problem(&path, format!("has {} bytes, too many for an index", there.len())));
+        }
+        let mut text = Vec::new();
+        File::open(&path).and_then(|file| file.take(LONGEST).read_to_end(&mut text)).map_err(failed)?;
+        Ok(text)
     };
     let text = read(INDEX)?;
     if !dir.join(INDEX_CHECKSUM).exists() {
         return Err(file_problem(
             &dir.join(INDEX_CHECKSUM),
-            "is not there, as it is in every checkpoint: if the directory is somebody else's, move it elsewhere; if it is a              checkpoint that lost the file, restore another one with `restore_step`",
+            "is not there, as it is in every checkpoint: if the directory is somebody else's, move it elsewhere; if it is a \
+             checkpoint that lost the file, restore another one with `restore_step`",
         ));
     }
     let sum = read(INDEX_CHECKSUM)?;

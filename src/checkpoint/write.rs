@@ -29,7 +29,8 @@ pub(super) fn file_name(rank: usize) -> String {
 
 /// Whether that is the name of the file of some rank.
 pub(super) fn is_file_of_rank(name: &str) -> bool {
-    name.starts_with("rank-") && name.ends_with(".safetensors")
+    let rank = name.strip_prefix("rank-").and_then(|rest| rest.strip_suffix(".safetensors")?.parse().ok());
+    rank.is_some_and(|rank| file_name(rank) == name)
 }
 
 /// That the files of ranks are in a directory, as long as they were written.

@@ -64,11 +64,10 @@ impl From<WorldConfig> for WorldText {
 const NAME: &str = "world";
 
 /// What a time-out must be that is given in seconds.
-const EXPECTED: &str = "a positive number of seconds";
+const EXPECTED: &str = "a positive number of seconds, less than 1.8e19";
 
 fn seconds_of(seconds: f64) -> Option<Duration> {
-    let timeout = Duration::try_from_secs_f64(seconds.min(LONGEST_TIMEOUT.as_secs_f64()));
-    timeout.ok().filter(|timeout| !timeout.is_zero())
+    Duration::try_from_secs_f64(seconds).ok().filter(|timeout| !timeout.is_zero())
 }
 
 impl WorldConfig {

@@ -11,14 +11,14 @@ use crate::Error;
 
 /// A directory as a rank names it.
 #[derive(Serialize, Deserialize)]
-struct Named {
+struct NamedDirectory {
     name: String,
     absolute: bool,
     place: String,
     machine: String,
 }
 
-impl Named {
+impl NamedDirectory {
     fn of(dir: &Path) -> Self {
         let text = |path: &Path| path.display().to_string();
         Self { name: text(dir), absolute: dir.is_absolute(), place: text(&place(dir)), machine: machine() }
@@ -40,10 +40,10 @@ impl Communicator {
     /// # Errors
     /// As [`agree_on`](Self::agree_on).
     pub fn agree_on_directory(&self, name: &str, dir: impl AsRef<Path>) -> Result<(), Error> {
-        let own = Named::of(dir.as_ref());
+        let own = NamedDirectory::of(dir.as_ref());
         let unreadable = |why: serde_json::Error| Error::invalid("agree_on_directory", why.to_string());
         let first = self.share_bytes(serde_json::to_vec(&own).map_err(unreadable)?, 0)?;
-        let first: Named = serde_json::from_slice(&first).map_err(unreadable)?;
+        let first: NamedDirectory = serde_json::from_slice(&first).map_err(unreadable)?;
         self.agree_on(&json!({ name: if own.is(&first) { first.place } else { own.place } }))
     }
 }
@@ -111,7 +111,7 @@ mod tests {
 
     #[test]
     fn the_same_name_is_the_same_on_another_machine() {
-        let named = |name: &str, place: &str, machine: &str| Named {
+        let named = |name: &str, place: &str, machine: &str| NamedDirectory {
             name: name.into(),
             absolute: name.starts_with('/'),
             place: place.into(),

@@ -113,6 +113,16 @@ fn files_that_are_damaged() {
     fs::rename(&path, path.with_extension("away")).unwrap();
     refused(&dir, &net, &["rank-00001.safetensors: cannot be read", "restore_step"]);
     fs::rename(path.with_extension("away"), &path).unwrap();
+    #[cfg(unix)]
+    {
+        // It would be read for ever.
+        let (index, away) = (dir.path().join(INDEX), dir.path().join("away"));
+        fs::rename(&index, &away).unwrap();
+        std::os::unix::fs::symlink("/dev/zero", &index).unwrap();
+        refused(&dir, &net, &["checkpoint.json: is not a file"]);
+        fs::remove_file(&index).unwrap();
+        fs::rename(&away, &index).unwrap();
+    }
     assert_eq!(restore(&dir, &net), Ok(()));
 }
 

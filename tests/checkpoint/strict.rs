@@ -1,5 +1,7 @@
 //! What does not fit is an error that says what, on all ranks alike, and changes nothing.
 
+use std::sync::Mutex;
+
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::momentum::MomentumConfig;
@@ -194,4 +196,55 @@ fn what_one_rank_cannot_do_is_the_error_of_all() {
     for (error, words) in errors[0].iter().zip(["it will not", "it will not", "it panics", "it panics"]) {
         assert!(error.contains("rank 1: ") && error.contains(words), "{error}");
     }
+}
+
+/// What is logged.
+#[derive(Default)]
+struct Heard(Mutex<Vec<String>>);
+
+impl log::Log for Heard {
+    fn enabled(&self, _: &log::Metadata) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record) {
+        self.0.lock().unwrap().push(format!("{} {}", record.level(), record.args()));
+    }
+
+    fn flush(&self) {}
+}
+
+/// Patterns that match everything have a model of others' parameters restored, which stay as they are: the log says
+/// so, once.
+#[test]
+fn that_nothing_is_restored_is_a_warning() {
+    let heard: &'static Heard = Box::leak(Box::default());
+    log::set_logger(heard).unwrap();
+    log::set_max_level(log::LevelFilter::Info);
+    let dir = Dir::fresh();
+    saved(&dir);
+    let all = CheckpointConfig::new().with_allow_missing(["*"]).with_allow_unexpected(["*"]);
+    let restore = |which| {
+        let run = launch::threads(2).run(|world| {
+            let other = Other { first: linear(4), third: linear(4) };
+            let mut model = own(&other).data_parallel(&world, DataParallelConfig::new())?;
+            let mut alone = own(&other.third).data_parallel(&world, DataParallelConfig::new())?;
+            let mut checkpoints = Checkpointer::new(&world, dir.path(), all.clone())?;
+            match which {
+                "some" => checkpoints.restore(TrainState::new(&mut model)).map(drop),
+                _ => checkpoints.restore(TrainState::new(&mut alone)).map(drop),
+            }
+        });
+        run.unwrap();
+        let here = dir.path().display().to_string();
+        let said: Vec<String> = heard.0.lock().unwrap().drain(..).filter(|said| said.contains(&here)).collect();
+        said
+    };
+    let some = restore("some");
+    assert!(
+        some.len() == 1 && some[0].starts_with("INFO") && some[0].ends_with("third.bias, third.weight"),
+        "{some:?}"
+    );
+    let none = restore("none");
+    assert!(none.len() == 1 && none[0].starts_with("WARN") && none[0].contains("none of the 2 parameters"), "{none:?}");
 }

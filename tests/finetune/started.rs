@@ -159,7 +159,7 @@ fn ranks_that_are_lost_are_started_again_or_left_out() {
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");
     assert!(stderr.contains("restart 1 of 1: 1 ranks are started, of 2 before"), "{stderr}");
-    assert!(stderr.contains("goes on after step") && stderr.contains("on 1 ranks"), "{stderr}");
+    assert!(stderr.contains("goes on after step") && stderr.contains("on 1 rank"), "{stderr}");
     same(&expected, &losses(&directory), 1e-5, &"lost");
     assert!(directory.path().join("lost/model/model.safetensors").exists());
 }

@@ -7,7 +7,9 @@ use std::sync::Mutex;
 use std::sync::mpsc::channel;
 
 use super::{DIR, model, values};
+use crate::checkpoint::directory::{name_of, put_back};
 use crate::checkpoint::fault::{self, NO_EXCHANGE};
+use crate::checkpoint::index::INDEX_CHECKSUM;
 use crate::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use crate::data_parallel::{DataParallel, DataParallelConfig};
 use crate::launch::{self, Rank};
@@ -72,4 +74,18 @@ fn one_that_is_set_aside_is_there_to_others() {
     let dir = Dir::new();
     let mut command = killed::helper("checkpoint::tests::aside::replaces_what_another_reads", None);
     assert!(command.env(DIR, &dir.0).env(NO_EXCHANGE, "1").status().unwrap().success());
+}
+
+/// Of two that look at the same moment one puts it back, and both find it.
+#[test]
+fn what_another_has_put_back_is_there() {
+    let dir = Dir::new();
+    let (whole, aside) = (dir.0.join(name_of(1)), dir.0.join(".step-000000001.replaced"));
+    fs::create_dir(&aside).unwrap();
+    fs::write(aside.join(INDEX_CHECKSUM), "").unwrap();
+    let (from, to) = (aside.clone(), whole.clone());
+    fault::at("puts back", move || fs::rename(&from, &to).unwrap());
+    put_back(&dir.0).unwrap();
+    fault::at("", || {});
+    assert!(whole.is_dir() && !aside.exists());
 }

@@ -17,6 +17,7 @@
 //! more those that come late.
 
 mod acceptor;
+mod cannot_listen;
 mod client;
 #[cfg(fuzzing)]
 pub(in crate::comm::tcp) mod fuzzing;
@@ -24,7 +25,6 @@ mod messages;
 mod server;
 
 use std::hash::{BuildHasher, RandomState};
-use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ use hmac::{Hmac, Mac};
 use sha2::Sha256;
 
 pub(super) use self::acceptor::MAX_UNKNOWN;
-use super::descriptors::exhausted;
+pub(super) use self::cannot_listen::cannot_listen;
 use crate::Error;
 use crate::comm::config::bounded;
 
@@ -171,28 +171,6 @@ pub(in crate::comm::tcp) fn wrongly_given(problem: impl Into<String>) -> Error {
     Error::invalid("rendezvous", problem)
 }
 
-/// What is wrong where a rank cannot listen, and `advice` if that is with the address that it was given.
-pub(in crate::comm::tcp) fn cannot_listen((what, problem): (&str, &io::Error), advice: &str) -> Error {
-    match exhausted(problem) {
-        Some(why) => rendezvous_error(format!("{what}: {why}")),
-        None => wrongly_given(format!("{what}: {problem}; {advice}")),
-    }
-}
-
 pub(in crate::comm::tcp) fn rendezvous_error(problem: impl Into<String>) -> Error {
     Error::Transport { transport: "rendezvous", problem: problem.into() }
-}
-
-#[cfg(all(test, unix))]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_out_is_not_what_was_given() {
-        let says = |number| cannot_listen(("rank 0", &io::Error::from_raw_os_error(number)), "give another address");
-        let said = says(libc::EADDRNOTAVAIL);
-        assert!(matches!(said, Error::InvalidArgument { .. }) && said.to_string().contains("give another"), "{said}");
-        let said = says(libc::EMFILE);
-        assert!(matches!(said, Error::Transport { .. }) && said.to_string().contains("ulimit -n"), "{said}");
-    }
 }
