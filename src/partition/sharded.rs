@@ -11,8 +11,8 @@
 //! In the backward pass a parameter is gathered again, unless it is to be kept. What the forward pass has made of it by
 //! moving its elements or casting them (a transposed weight) would keep it as well: the backward pass makes that anew.
 //!
-//! A gradient is scattered once all those of its group are made. One reduction is under way at a time: the next waits
-//! for it.
+//! A gradient is scattered once all those of its group are made, and that is as early as can be. One reduction is under
+//! way at a time: the next waits for it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -103,13 +103,44 @@ fn live(graph: &mut StepGraph) -> [Vec<OperationIr>; 2] {
 pub(crate) fn rewrite(parts: Parts<'_>, next_id: u64, gathering: Gathering) -> u64 {
     let Parts { passes, params, gradients, results } = parts;
     let mut work = ShardRewriter { params, next_id, tickets: 0 };
-    let mut operations: Vec<Vec<OperationIr>> = passes.iter().map(|pass| (**pass).clone()).collect();
+    let made: HashSet<TensorId> = gradients.iter().map(|(_, gradient)| gradient.id).collect();
+    let mut operations: Vec<Vec<OperationIr>> = passes.iter().map(|pass| made_early((**pass).clone(), &made)).collect();
     work.scatter(&mut operations, gradients);
     if gathering.gathers {
         work.gather(&mut operations, results, gathering.keeps);
     }
     passes.into_iter().zip(operations).for_each(|(pass, operations)| *pass = operations);
     work.next_id
+}
+
+/// The operations of a pass, with those that give the gradient of a vector its dims right behind what makes it. burn
+/// puts what undoes the reshape of a bias behind all layers: the gradients of its group would wait for that, and so
+/// those of all groups be whole at once.
+fn made_early(operations: Vec<OperationIr>, gradients: &HashSet<TensorId>) -> Vec<OperationIr> {
+    let mut moved = vec![false; operations.len()];
+    for (place, op) in operations.iter().enumerate() {
+        let of_vector = |out: &TensorIr| gradients.contains(&out.id) && out.shape.num_dims() == 1;
+        moved[place] = only_moves(op) && op.outputs().any(of_vector);
+    }
+    let made: HashSet<TensorId> = operations.iter().flat_map(|op| op.outputs().map(|out| out.id)).collect();
+    let mut waiting: HashMap<TensorId, Vec<OperationIr>> = HashMap::new();
+    let mut put = Vec::with_capacity(operations.len());
+    for (op, moved) in operations.into_iter().zip(moved) {
+        let input = op.inputs().next().map(|input| input.id);
+        match input {
+            Some(input) if moved && made.contains(&input) => waiting.entry(input).or_default().push(op),
+            _ => put.push(op),
+        }
+    }
+    let mut early = Vec::with_capacity(put.len());
+    for op in put {
+        let mut next = vec![op];
+        while let Some(op) = next.pop() {
+            next.extend(op.outputs().filter_map(|out| waiting.remove(&out.id)).flatten());
+            early.push(op);
+        }
+    }
+    early
 }
 
 struct ShardRewriter {

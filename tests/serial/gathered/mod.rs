@@ -168,6 +168,23 @@ fn two_groups_are_whole_by_default() {
     });
 }
 
+/// So it is however many layers there are: their gradients are scattered as backward comes by, also where each has a
+/// bias, whose gradient burn gives its dims behind all layers.
+#[test]
+fn gradients_of_two_groups_are_whole_in_a_captured_step() {
+    let _turn = crate::turn();
+    let device = Device::flex().autodiff();
+    const WIDE: usize = 200;
+    const GROUP: isize = 4 * (WIDE * WIDE + WIDE) as isize;
+    let bucket = DataParallelConfig::new().bucket_bytes;
+    let [few, many] = [12, 48].map(|layers| {
+        let layer = |_| LinearConfig::new(WIDE, WIDE).init(&device);
+        let model = Chain { layers: (0..layers).map(layer).collect() };
+        beside_rows((&model, &device), (Engine::Captured, bucket), [2, WIDE], Chain::plain)
+    });
+    assert!(many - few < 8 * GROUP, "{few} of 12 layers, {many} of 48, groups of {GROUP}");
+}
+
 /// So it is at any time of a step by the model's own forward, on a device with gradient checkpointing: what is whole
 /// does not grow with the number of layers.
 #[test]
