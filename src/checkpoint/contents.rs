@@ -135,7 +135,6 @@ impl Snapshot {
         state: &TrainState<'_, P>,
         known: KnownStates,
         own_steps: OwnSteps,
-        first: bool,
     ) -> Result<Self, Error> {
         names("optimizers", state.optimizers.iter().map(|(name, _)| name))?;
         names("schedulers", state.schedulers.iter().map(|(name, _)| name))?;
@@ -153,8 +152,7 @@ impl Snapshot {
             schedulers.insert(name.clone(), of_scheduler(name, scheduler)?);
         }
         let mut values = BTreeMap::new();
-        // Those of the first rank are saved.
-        for (name, value) in state.values.iter().filter(|_| first) {
+        for (name, value) in &state.values {
             let json = value
                 .to_json()
                 .map_err(|why| checkpoint_error(format!("value `{name}` cannot be saved as JSON: {why}")))?;

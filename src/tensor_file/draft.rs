@@ -13,8 +13,6 @@ use crate::Error;
 const UNFINISHED: &str = ".unfinished";
 /// Behind the name of one that another takes the place of.
 const REPLACED: &str = ".replaced";
-/// Behind the name of one that is being removed.
-const REMOVED: &str = ".removed";
 
 /// How often what is set aside for a draft may be put back by others, who take it for what a killed save has left,
 /// before the draft has its name.
@@ -117,13 +115,7 @@ impl Draft {
         }
         self.sync_parent()?;
         fault::point("new renamed");
-        // Under that name it would be put back when the new one is gone.
-        let dead = self.dir.with_file_name(hidden(self.dir.file_name().unwrap_or_default(), REMOVED));
-        let renamed = remove(&dead).and_then(|()| match fs::rename(&self.replaced, &dead) {
-            Err(why) if why.kind() != io::ErrorKind::NotFound => Err(refused(&self.replaced, &why)),
-            _ => Ok(()),
-        });
-        warn_of(renamed.and_then(|()| remove(&dead)));
+        warn_of(remove(&self.replaced));
         Ok(())
     }
 

@@ -197,23 +197,21 @@ fn a_rank_that_cannot_write_fails_the_save_of_all() {
         let mut model = AXES.wrap(&world, &net)?;
         let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
         checkpoints.save(1, TrainState::new(&mut model))?;
-        // A value that this rank cannot write. Those of the others are not saved, whatever they are.
+        // A value that only this rank cannot write.
         let mut broken = std::collections::BTreeMap::from([((1, 2), 3)]);
         let mut whole = 3;
         let state = TrainState::new(&mut model);
         let state = match world.rank() {
-            0 => state.with_value("value", &mut broken),
+            1 => state.with_value("value", &mut broken),
             _ => state.with_value("value", &mut whole),
         };
         let error = checkpoints.save(2, state).unwrap_err().to_string();
         assert_eq!(checkpoints.latest()?, Some(1));
-        let mut number = if world.rank() == 0 { 0.5 } else { f64::NAN };
-        checkpoints.save(1, TrainState::new(&mut model).with_value("value", &mut number))?;
         Ok(error)
     });
     let errors = errors.unwrap();
     assert_eq!(errors[0], errors[1]);
-    assert!(errors[0].contains("rank 0: value `value` cannot be saved as JSON"), "{}", errors[0]);
+    assert!(errors[0].contains("rank 1: value `value` cannot be saved as JSON"), "{}", errors[0]);
     assert_eq!(names(&dir), ["step-000000001"]);
 }
 
