@@ -102,7 +102,7 @@ impl<E: StepEngine> Replica<E> {
             let inputs = micro_batches.next();
             let updates = self.engine.checked_optimizers().updates();
             let head = Head::of(inputs.as_ref(), micro_batches.peek().is_some())?;
-            let head = head.meet(updates, shards.replicas(), StepPart::Step.of(self.steps + 1))?;
+            let head = head.meet(updates, shards.replicas(), StepPart::Step.of(self.steps.saturating_add(1)))?;
             if !head.any() {
                 break;
             }

@@ -80,7 +80,7 @@ impl<E: StepEngine> Replica<E> {
         forward: ForwardState,
         next: Next,
     ) -> Result<FoundParams, Error> {
-        reducer.begin_step(self.steps + 1);
+        reducer.begin_step(self.steps.saturating_add(1));
         self.try_to_admit(reducer, forward, next).inspect_err(|_| {
             self.loss_weight = LossWeight::default();
             self.losses.clear();
