@@ -261,7 +261,10 @@ impl Strategy {
             return wrong(format!("dp {dp} x pp {pp} x tp {tp} are not the {ranks} ranks of the world: {all}"));
         }
         if *pp > 1 && self.pipeline.is_none() {
-            return wrong(format!("pp is {pp}, but `pipeline` is missing, which says into how many micro-batches"));
+            return wrong(format!(
+                "pp is {pp}, but `pipeline` is missing, which says into how many micro-batches: `micro_batches` in \
+                 `[pipeline]`"
+            ));
         }
         if let Some(pipeline) = self.pipeline.as_ref().filter(|pipeline| *pp > 1 && !pipeline.schedule.trains()) {
             return wrong(format!(
@@ -271,7 +274,10 @@ impl Strategy {
             ));
         }
         if *tp > 1 && self.tensor.plan == Default::default() {
-            return wrong(format!("tp is {tp}, but `tensor.plan` says of no parameter how it is split"));
+            return wrong(format!(
+                "tp is {tp}, but `tensor.plan` says of no parameter how it is split: `plan = \"megatron\"` in \
+                 `[tensor]`, or rules"
+            ));
         }
         if *engine == Engine::Eager && (*pp > 1 || *tp > 1) {
             return wrong(format!("engine is `eager`, but pp {pp} x tp {tp} needs captured steps: leave it out"));
