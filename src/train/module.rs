@@ -59,8 +59,8 @@ pub trait ParallelModule: Module + sealed::Sealed {
     /// The model that closures see.
     type Model: Module;
 
-    /// This rank's part of the model: to look at its parameters. Its own forward is not the model's where layers are split,
-    /// cut into stages or divided; that is [`forward_with`](Self::forward_with), or [`assemble`](Self::assemble) first.
+    /// This rank's part of the model, to look at its parameters. Its own forward is not the model's where layers are
+    /// split, cut into stages or divided: that is [`forward_with`](Self::forward_with).
     fn local(&self) -> &Self::Model;
 
     /// Which of the replicas this rank belongs to, counted from 0, and how many there are: 0 and 1 without replicas. By
