@@ -50,10 +50,11 @@ pub(super) fn names(root: &Path) -> Result<Vec<String>, Error> {
     Ok(names)
 }
 
-/// The step of which a directory is the checkpoint. It gets its name when it is whole: what is called like one and has
-/// no index is none of ours.
+/// The step of which a directory is the checkpoint, whole or damaged: an older one in the place of one that lost its
+/// index would be silent. It gets its name when it is whole: what is called like one and has neither the index nor the
+/// checksum of it is none of ours.
 pub(super) fn checkpoint_of(dir: &Path) -> Option<u64> {
-    step_of(dir.file_name()?.to_str()?).filter(|_| dir.join(INDEX).is_file())
+    step_of(dir.file_name()?.to_str()?).filter(|_| dir.join(INDEX).is_file() || is_checkpoint(dir))
 }
 
 /// The steps of which there are checkpoints, in order.

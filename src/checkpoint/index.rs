@@ -296,15 +296,16 @@ pub(super) fn index_text(dir: &Path) -> Result<Vec<u8>, Error> {
         File::open(&path).and_then(|file| file.take(LONGEST).read_to_end(&mut text)).map_err(failed)?;
         Ok(text)
     };
-    let text = read(INDEX)?;
-    if !dir.join(INDEX_CHECKSUM).exists() {
+    if let Some(lost) = [INDEX, INDEX_CHECKSUM].into_iter().find(|name| !dir.join(name).exists())
+        && dir.is_dir()
+    {
         return Err(file_problem(
-            &dir.join(INDEX_CHECKSUM),
+            &dir.join(lost),
             "is not there, as it is in every checkpoint: if the directory is somebody else's, move it elsewhere; if it is a \
              checkpoint that lost the file, restore another one with `restore_step`",
         ));
     }
-    let sum = read(INDEX_CHECKSUM)?;
+    let (text, sum) = (read(INDEX)?, read(INDEX_CHECKSUM)?);
     if sum.trim_ascii() != checksum(&text).as_bytes() {
         return Err(wrong(dir, format!("is damaged: its checksum is not the one in {INDEX_CHECKSUM}")));
     }

@@ -83,6 +83,10 @@ pub(super) fn index_checksum(root: &Path, step: u64) -> Option<String> {
 /// The text of the file; none if it is not there.
 fn read(root: &Path) -> Result<String, Error> {
     let path = root.join(ORDER);
+    // What is no file, as a pipe, would not end.
+    if path.exists() && !path.is_file() {
+        return Err(file_problem(&path, "is not a file: move it elsewhere, and the highest step is the latest"));
+    }
     match fs::read_to_string(&path) {
         Err(why) if why.kind() == io::ErrorKind::NotFound => Ok(String::new()),
         text => text.map_err(|why| failed(&path, &why)),

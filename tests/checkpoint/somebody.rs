@@ -43,6 +43,52 @@ fn what_somebody_has_in_the_place_of_the_latest_is_named() {
     assert_eq!(restored(), (Some(1), Ok(1)));
 }
 
+/// The one before it would be restored, and then saved over it, without a word.
+#[test]
+fn a_latest_that_lost_its_index_is_named() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let run = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
+        for step in [1, 2] {
+            checkpoints.save(step, TrainState::new(&mut model))?;
+        }
+        if world.rank() == 0 {
+            fs::remove_file(dir.path().join("step-000000002/checkpoint.json")).unwrap();
+        }
+        world.barrier()?;
+        let latest = checkpoints.latest()?;
+        let refused = checkpoints.restore(TrainState::new(&mut model)).unwrap_err().to_string();
+        checkpoints.restore_step(1, TrainState::new(&mut model))?;
+        Ok((latest, refused))
+    });
+    let (latest, refused) = run.unwrap().swap_remove(0);
+    assert_eq!(latest, Some(2));
+    for words in ["step-000000002/checkpoint.json: is not there", "`restore_step`"] {
+        assert!(refused.contains(words), "`{words}` is missing in: {refused}");
+    }
+}
+
+/// A pipe in its place would never end.
+#[cfg(unix)]
+#[test]
+fn an_order_that_is_no_file_is_named() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let run = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
+        checkpoints.save(1, TrainState::new(&mut model))?;
+        if world.rank() == 0 {
+            let order = dir.path().join(".order");
+            let _ = fs::remove_file(&order);
+            assert!(std::process::Command::new("mkfifo").arg(&order).status().unwrap().success());
+        }
+        world.barrier()?;
+        Ok(checkpoints.latest().unwrap_err().to_string())
+    });
+    assert!(run.unwrap()[0].contains(".order: is not a file"));
+}
+
 /// It is in the way of the removal of one checkpoint, and not of the others'.
 #[test]
 fn what_somebody_has_where_a_checkpoint_is_removed_stays() {
