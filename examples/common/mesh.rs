@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use burn::tensor::Device;
 use burn_parallel::prelude::*;
@@ -105,13 +104,6 @@ impl Axes {
     /// What the user calls the size of an axis: a flag, or a key of the file.
     pub fn said(&self, axis: &str, size: usize) -> String {
         said(self.in_file, axis, size)
-    }
-
-    /// The share of the time in which replicas have waited for gradients and gathers. Nothing of ranks that share a
-    /// model: what these exchange is a part of their steps.
-    pub fn waits(&self, waited: Duration, elapsed: Duration) -> String {
-        let share = 100.0 * waited.as_secs_f64() / elapsed.as_secs_f64();
-        if self.dp == 1 { String::new() } else { format!("{share:.1} % waiting for gradients") }
     }
 }
 

@@ -1,6 +1,7 @@
 //! The training loop.
 
 use std::ops::Range;
+use std::time::Duration;
 
 use burn::lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig;
 use burn::lr_scheduler::linear::LinearLrSchedulerConfig;
@@ -98,7 +99,7 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         run.losses.push(loss);
         tokens += rows * args.seq;
         let waited = run.model.counters().waited;
-        progress.step(number, rows * args.seq, |elapsed| [format!("loss {loss:.4}"), args.axes.waits(waited, elapsed)]);
+        progress.step(number, rows * args.seq, |elapsed| [format!("loss {loss:.4}"), waits(args.axes.dp, waited, elapsed)]);
         if let Some(signal) = saving.after_step(number + 1, |checkpoints| run.save(number + 1, checkpoints))? {
             return Ok(Ended::Stopped(signal));
         }
@@ -140,4 +141,11 @@ pub fn held_out_loss(model: &Gpt, text: &Text) -> Option<f64> {
         tokens += count;
     }
     (tokens > 0).then(|| nats / tokens as f64)
+}
+
+/// The share of the time in which replicas have waited for gradients and gathers. Nothing of ranks that share a model:
+/// what these exchange is a part of their steps.
+fn waits(replicas: usize, waited: Duration, elapsed: Duration) -> String {
+    let share = 100.0 * waited.as_secs_f64() / elapsed.as_secs_f64();
+    if replicas == 1 { String::new() } else { format!("{share:.1} % waiting for gradients") }
 }
