@@ -99,7 +99,8 @@ pub fn train(rank: Rank, model: Gpt, args: &Args, text: &Text) -> Result<Ended<O
         run.losses.push(loss);
         tokens += rows * args.seq;
         let waited = run.model.counters().waited;
-        progress.step(number, rows * args.seq, |elapsed| [format!("loss {loss:.4}"), waits(args.axes.dp, waited, elapsed)]);
+        let learned = |elapsed| [format!("loss {loss:.4}"), waits(args.axes.dp, waited, elapsed)];
+        progress.step(number, rows * args.seq, learned);
         if let Some(signal) = saving.after_step(number + 1, |checkpoints| run.save(number + 1, checkpoints))? {
             return Ok(Ended::Stopped(signal));
         }

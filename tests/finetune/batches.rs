@@ -123,7 +123,7 @@ fn the_batch_that_fits_is_found() {
         assert!(count(" rows do not fit: ") < count("--batch auto: tries "), "{told}");
         outcome(&directory)["rows"].as_u64().unwrap()
     };
-    let (little, more) = (rows("60000"), rows("100000"));
+    let (little, more) = (rows("64000"), rows("100000"));
     assert!(2 <= little && little < more && more < 256, "{little}, {more}");
     // So many models that none is made, also where it is not known what a step needs.
     for more in [&[][..], &["--recompute"]] {
