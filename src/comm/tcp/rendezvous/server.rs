@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::ops::Range;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::acceptor::{Accepted, Acceptor, Client};
@@ -13,6 +14,8 @@ use crate::Error;
 
 /// How long a handshake may take.
 const HANDSHAKE_LIMIT: Duration = Duration::from_secs(5);
+/// How long an address may be in use.
+const IN_USE: Duration = Duration::from_secs(2);
 /// How long a rank that has refused another waits for the others, to tell them: what starts a world starts its ranks
 /// within seconds.
 const LATE: Duration = Duration::from_secs(10);
@@ -30,7 +33,7 @@ pub(super) struct ClientHello {
 impl Rendezvous {
     pub(super) fn listen(&self, blob: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
         let point = format!("{}:{}", self.address, self.port);
-        let listener = TcpListener::bind((self.address.as_str(), self.port)).map_err(|problem| match problem.kind() {
+        let listener = self.bind().map_err(|problem| match problem.kind() {
             io::ErrorKind::AddrInUse => rendezvous_error(format!(
                 "the address {point} is in use: does another run, or the rest of one, use it? Set another MASTER_PORT"
             )),
@@ -51,6 +54,20 @@ impl Rendezvous {
         blobs.extend(clients.iter_mut().map(|client| std::mem::take(&mut client.blob)));
         self.reply(&mut clients, Ok(&blobs));
         Ok(blobs)
+    }
+
+    /// A process that this one has just started holds its sockets for a moment, until it is the program that it is to
+    /// be: the listener of a rendezvous that is over as well.
+    fn bind(&self) -> io::Result<TcpListener> {
+        let since = Instant::now();
+        loop {
+            match TcpListener::bind((self.address.as_str(), self.port)) {
+                Err(problem) if problem.kind() == io::ErrorKind::AddrInUse && since.elapsed() < IN_USE.min(self.timeout) => {
+                    thread::sleep(Duration::from_millis(10));
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Accepts connections until all ranks of `expected` have connected, and returns them in order of rank. `other`
