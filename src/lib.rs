@@ -98,6 +98,10 @@ pub mod train;
 
 pub use error::Error;
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
 /// What a training program needs.
 pub mod prelude {
     pub use crate::Error;

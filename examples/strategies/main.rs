@@ -38,7 +38,7 @@ struct Flags {
     text: Option<PathBuf>,
 
     /// Where the figures go
-    #[arg(long, value_name = "DIR", default_value = "docs/figures")]
+    #[arg(long, value_name = "DIR", default_value = "target/figures")]
     out: PathBuf,
 
     /// How many seeds the curves are of

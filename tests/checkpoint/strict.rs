@@ -1,7 +1,5 @@
 //! What does not fit is an error that says what, on all ranks alike, and changes nothing.
 
-use std::sync::Mutex;
-
 use burn::module::Module;
 use burn::nn::{Linear, LinearConfig};
 use burn::optim::momentum::MomentumConfig;
@@ -11,6 +9,7 @@ use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, TrainState};
 use burn_parallel::prelude::*;
 
 use crate::Dir;
+use crate::common::heard::Heard;
 use crate::common::models::device;
 use crate::common::reference::{filled, optimizer, own, values};
 
@@ -198,29 +197,11 @@ fn what_one_rank_cannot_do_is_the_error_of_all() {
     }
 }
 
-/// What is logged.
-#[derive(Default)]
-struct Heard(Mutex<Vec<String>>);
-
-impl log::Log for Heard {
-    fn enabled(&self, _: &log::Metadata) -> bool {
-        true
-    }
-
-    fn log(&self, record: &log::Record) {
-        self.0.lock().unwrap().push(format!("{} {}", record.level(), record.args()));
-    }
-
-    fn flush(&self) {}
-}
-
 /// Patterns that match everything have a model of others' parameters restored, which stay as they are: the log says
 /// so, once.
 #[test]
 fn that_nothing_is_restored_is_a_warning() {
-    let heard: &'static Heard = Box::leak(Box::default());
-    log::set_logger(heard).unwrap();
-    log::set_max_level(log::LevelFilter::Info);
+    let heard = Heard::install(log::LevelFilter::Info);
     let dir = Dir::fresh();
     saved(&dir);
     let all = CheckpointConfig::new().with_allow_missing(["*"]).with_allow_unexpected(["*"]);
@@ -237,7 +218,7 @@ fn that_nothing_is_restored_is_a_warning() {
         });
         run.unwrap();
         let here = dir.path().display().to_string();
-        let said: Vec<String> = heard.0.lock().unwrap().drain(..).filter(|said| said.contains(&here)).collect();
+        let said: Vec<String> = heard.take().into_iter().filter(|said| said.contains(&here)).collect();
         said
     };
     let some = restore("some");

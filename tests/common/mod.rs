@@ -9,6 +9,7 @@ pub mod failing;
 pub mod fill;
 pub mod finetune;
 pub mod forwarding;
+pub mod heard;
 pub mod llama;
 pub mod models;
 pub mod ports;

@@ -6,6 +6,7 @@ use burn::prelude::*;
 use burn_parallel::prelude::*;
 
 use super::{bert, device, gpt2, tokens};
+use crate::common::heard::Heard;
 use crate::common::llama::{self, LLAMA, LlamaConfig, QWEN2};
 use crate::common::models::seeded;
 use crate::common::rotary::Rotary;
@@ -109,20 +110,7 @@ fn a_plan_of_other_names_says_what_it_leaves_whole() {
 
 #[test]
 fn wrapping_by_a_plan_of_other_names_warns() {
-    #[derive(Default)]
-    struct Heard(std::sync::Mutex<Vec<String>>);
-    impl log::Log for Heard {
-        fn enabled(&self, _: &log::Metadata) -> bool {
-            true
-        }
-        fn log(&self, record: &log::Record) {
-            self.0.lock().unwrap().push(format!("{} {}", record.level(), record.args()));
-        }
-        fn flush(&self) {}
-    }
-    let heard: &'static Heard = Box::leak(Box::default());
-    log::set_logger(heard).unwrap();
-    log::set_max_level(log::LevelFilter::Warn);
+    let heard = Heard::install(log::LevelFilter::Warn);
     let linear = |takes, gives| LinearConfig::new(takes, gives).with_bias(false).init(&device());
     let model = Other { inward: linear(48, 97), outward: linear(97, 48), query: linear(8, 8) }.train();
     launch::threads(2)
@@ -131,7 +119,7 @@ fn wrapping_by_a_plan_of_other_names_warns() {
     // Small enough for no padding to be worth it.
     let tiny = Other { inward: linear(3, 3), outward: linear(3, 3), query: linear(3, 3) };
     assert_eq!(Plan::suggest(&tiny, 7), Plan::new());
-    let heard = heard.0.lock().unwrap();
+    let heard = heard.take();
     assert_eq!(heard.iter().filter(|said| said.contains("WARN the plan leaves 99.3 %")).count(), 1, "{heard:?}");
     assert!(
         heard.iter().any(|said| said.contains("WARN the plan that is suggested for 7 ranks splits no")),
