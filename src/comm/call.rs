@@ -36,11 +36,12 @@ impl CallShape {
         Self { rank: shape.len().min(Self::MAX) as u8, dims }
     }
 
-    /// A hash of the dims behind the first, where there are more than a shape holds; else 0. Below the highest bit.
+    /// A hash of the dims behind the first, where there are more than a shape holds; else 0. It leaves out the two
+    /// highest bits.
     pub(crate) fn folded_hash(shape: &[usize]) -> u64 {
         let Some(folded) = shape.get(Self::MAX - 1..).filter(|folded| folded.len() > 1) else { return 0 };
         let add = |hash: u64, dim: &usize| (hash ^ *dim as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
-        folded.iter().fold(folded.len() as u64, add).max(2) >> 1
+        folded.iter().fold(folded.len() as u64, add).max(4) >> 2
     }
 
     /// The shape of a plain buffer.
@@ -144,6 +145,11 @@ impl Call {
     /// That name, if other ranks may not know it.
     pub(crate) fn name_to_tell(&self) -> Option<String> {
         agreed_names::kept(self.named_number().filter(|number| !StepPart::is_number(*number))?)
+    }
+
+    /// The number of the part of a step that it says that it belongs to.
+    pub(crate) fn step_part(&self) -> Option<u64> {
+        self.named_number().filter(|number| StepPart::is_number(*number))
     }
 
     fn named_number(&self) -> Option<u64> {

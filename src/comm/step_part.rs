@@ -13,7 +13,7 @@ pub(crate) enum StepPart {
     Update,
 }
 
-/// Marks the numbers of parts; names of other numbers leave this bit out, and [`Call`](super::Call) uses the one above.
+/// Marks the numbers of parts; hashes on which ranks agree leave this bit out, and [`Call`](super::Call) uses the one above.
 pub(super) const MARK: u64 = 1 << 62;
 
 /// The lowest bit of the part; those below it are of the step.
@@ -42,12 +42,26 @@ impl StepPart {
         number & MARK != 0
     }
 
+    /// Whether words are what [`described`](Self::described) says of some part.
+    pub(crate) fn is_described(words: &str) -> bool {
+        let of = |part: Self| {
+            let number = words.strip_prefix(part.name()).and_then(|number| number.strip_prefix(' '));
+            number.is_some_and(|number| number.parse::<u64>().is_ok()) || words == part.of_no_step()
+        };
+        Self::ALL.into_iter().any(of)
+    }
+
+    /// What it is called where nobody counts steps.
+    fn of_no_step(self) -> String {
+        self.name().replace("step", "a step")
+    }
+
     /// The name of a part with the number of its step, if that is what ranks agree on.
     pub(super) fn described(number: u64) -> Option<String> {
         let (part, step) = ((number & !MARK) >> PART, number & STEP);
         let part = Self::ALL.get(part as usize).filter(|_| Self::is_number(number))?;
         Some(match (part, step) {
-            (part, 0) => part.name().replace("step", "a step"),
+            (part, 0) => part.of_no_step(),
             (part, step) => format!("{} {step}", part.name()),
         })
     }
@@ -67,6 +81,14 @@ mod tests {
         assert_eq!(StepPart::described(StepPart::Update.of(1 << 40)).unwrap(), "the update of step 1099511627776");
         for number in [0, 1, MARK - 1, MARK | 3 << PART, u64::MAX] {
             assert_eq!(StepPart::described(number), None, "{number:x}");
+        }
+        for part in StepPart::ALL {
+            assert!(
+                [0, 1, 77].into_iter().all(|step| StepPart::is_described(&StepPart::described(part.of(step)).unwrap()))
+            );
+        }
+        for words in ["steps", "stepper 3", "step", "step 3x", "the norm of steps 3", ""] {
+            assert!(!StepPart::is_described(words), "{words}");
         }
     }
 

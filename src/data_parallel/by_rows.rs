@@ -98,29 +98,33 @@ impl<E: StepEngine> Replica<E> {
         shards.begin_step(turn.is_ok().then(|| self.engine.gradient_layout().elsewhere));
         let (mut sums, mut unit) = (Sums::new(shards), None);
         let (mut losses, mut outputs, mut runs) = (Vec::new(), Vec::new(), Vec::new());
-        loop {
-            let inputs = micro_batches.next();
-            let updates = self.engine.checked_optimizers().updates();
-            let head = Head::of(inputs.as_ref(), micro_batches.peek().is_some())?;
-            let head = head.meet(updates, shards.replicas(), StepPart::Step.of(self.steps.saturating_add(1)))?;
-            if !head.any() {
-                break;
-            }
-            let unit = *unit.get_or_insert(head.rows());
-            match inputs {
-                Some(inputs) => {
-                    let gave = self.engine.run(&mut params, inputs, step.again(), Some(unit), &mut sums)?;
-                    losses.extend(gave.loss);
-                    outputs.extend(gave.outputs);
-                    runs.extend(gave.run);
+        let ran = (|| {
+            loop {
+                let inputs = micro_batches.next();
+                let updates = self.engine.checked_optimizers().updates();
+                let head = Head::of(inputs.as_ref(), micro_batches.peek().is_some())?;
+                let head = head.meet(updates, shards.replicas(), StepPart::Step.of(self.steps.saturating_add(1)))?;
+                if !head.any() {
+                    return Ok(());
                 }
-                None => self.take_part(shards, &params, &mut sums)?,
+                let unit = *unit.get_or_insert(head.rows());
+                match inputs {
+                    Some(inputs) => {
+                        let gave = self.engine.run(&mut params, inputs, step.again(), Some(unit), &mut sums)?;
+                        losses.extend(gave.loss);
+                        outputs.extend(gave.outputs);
+                        runs.extend(gave.run);
+                    }
+                    None => self.take_part(shards, &params, &mut sums)?,
+                }
+                if !head.more() {
+                    return Ok(());
+                }
             }
-            if !head.more() {
-                break;
-            }
-        }
+        })();
+        // What it kept whole is of no step that follows, however it ended.
         shards.end_step();
+        ran?;
         let shared = turn.is_ok() && self.engine.shares_between_stages();
         let noise = shards.take_noise().map(|noise| (noise, f64::from(u8::from(shared))));
         let carrier = NormCarrier::of(&self.engine, Some(shards.comms()));

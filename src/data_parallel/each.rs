@@ -134,15 +134,17 @@ impl ShardSum {
             self.unit = reduced.weight;
         }
         let factor = if self.unit > 0.0 { reduced.weight / self.unit } else { 1.0 };
-        for (param, gradient) in reduced.gradients {
-            let sum = accumulate(self.gradients.remove(&param), gradient.scale(factor));
+        let (params, gradients): (Vec<usize>, Vec<PlainTensor>) = reduced.gradients.into_iter().unzip();
+        for (param, gradient) in params.into_iter().zip(PlainTensor::scale_all(gradients, factor)) {
+            let sum = accumulate(self.gradients.remove(&param), gradient);
             self.gradients.insert(param, sum);
         }
     }
 
     fn mean(self) -> Reduced {
         let factor = if self.weight > 0.0 { self.unit / self.weight } else { 1.0 };
-        let gradients = self.gradients.into_iter().map(|(param, sum)| (param, sum.scale(factor))).collect();
+        let (params, sums): (Vec<usize>, Vec<PlainTensor>) = self.gradients.into_iter().unzip();
+        let gradients = params.into_iter().zip(PlainTensor::scale_all(sums, factor)).collect();
         let (loss, weight, norm) = (self.loss / self.weight, self.weight, self.norm);
         Reduced { loss, weight, gradients, waited: self.waited, noise: self.noise, norm }
     }

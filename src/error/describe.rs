@@ -59,20 +59,20 @@ pub(super) fn advice_on_wait(group: &str, called: &str, log: &CallLog) -> &'stat
 /// The same of calls that do not match; also if they are of different parts of a step.
 pub(super) fn advice_on_calls(group: &str, calls: &[Call], log: &CallLog) -> &'static str {
     let said: Vec<String> = calls.iter().map(Call::to_string).collect();
-    let parts: BTreeSet<&str> = said.iter().filter_map(|call| part_of(call)).collect();
+    let parts: BTreeSet<u64> = calls.iter().filter_map(Call::step_part).collect();
     named(&said.join(", "), log).or((parts.len() > 1).then_some(APART)).unwrap_or_else(|| gathering(group, log))
 }
 
 /// What to do if ranks are in different parts of a step.
 const APART: &str = "; ranks that train one model take its steps together: each step is asked for its norm in the same way on all of \
                      them, equally often (`step.clip_grad_norm`, or on all `model.clip_grad_norm`), and goes to `optimize` on all of \
-                     them, which leaves out one that is `skipped`, as only `clip_grad_norm` sets it, on all; and all make as many \
+                     them or, as one that `clip_grad_norm` has `skipped`, on none (nobody else sets that); and all make as many \
                      steps, and restore the same checkpoint or none";
 
-/// The part of a step that a call says that it belongs to.
+/// The part of a step that a call of a log says that it belongs to.
 fn part_of(call: &str) -> Option<&str> {
     let mut words = call.split('(').skip(1).filter_map(|behind| behind.split(')').next());
-    words.find(|words| StepPart::ALL.iter().any(|part| words.starts_with(part.name())))
+    words.find(|words| StepPart::is_described(words))
 }
 
 /// What to do, if a rank was in a call whose name says it.

@@ -11,8 +11,8 @@
 //! In the backward pass a parameter is gathered again, unless it is to be kept. What the forward pass has made of it by
 //! moving its elements or casting them (a transposed weight) would keep it as well: the backward pass makes that anew.
 //!
-//! A gradient is scattered once all those of its group are made, and that is as early as can be. One reduction is under
-//! way at a time: the next waits for it.
+//! A gradient is scattered once all those of its group are made, those of vectors as early as what they are views of.
+//! One reduction is under way at a time: the next waits for it.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 

@@ -72,7 +72,7 @@ impl ShardComms {
 
     /// Carries what the ranks call first after an update. A rank that was given a new optimizer meets the others there,
     /// who must have been given one too: else they are where the call of this rank does not match theirs, and its name
-    /// tells why.
+    /// tells why. It counts with parameters where steps gather them, else with what goes between steps.
     pub(crate) fn next(&self) -> &Communicator {
         &self.next
     }
@@ -87,7 +87,7 @@ impl ShardComms {
         self.control.size()
     }
 
-    /// Carries the parameters that steps gather.
+    /// Carries the parameters that steps gather; what goes between steps, if they gather none.
     pub(crate) fn parameters(&self) -> &Communicator {
         self.parameters.as_ref().unwrap_or(&self.between)
     }

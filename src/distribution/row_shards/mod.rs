@@ -355,8 +355,8 @@ impl RowShards {
         let rows = |number: &usize| self.params.get(*number).map(|param| param.rows.clone());
         let rows: Option<Vec<Rows>> = numbers.iter().map(rows).collect();
         let unknown = || graph_error("replicas exchange a parameter that this one has not");
-        // The highest bit is left to say where buffers are.
-        let number = numbers.iter().fold(HASH, |hash, number| hashed(hash, *number as u64 + 1)) >> 1;
+        // The highest bits are left to say where buffers are, and that a number is a part of a step.
+        let number = numbers.iter().fold(HASH, |hash, number| hashed(hash, *number as u64 + 1)) >> 2;
         let (pack, gathered, sums) = (Pack::new(rows.ok_or_else(unknown)?), self.gathered.clone(), self.sums.clone());
         Ok(Bundle { pack, number, reduce_dtype: self.reduce_dtype, gathered, sums })
     }

@@ -143,6 +143,28 @@ fn each_group_is_gathered_once_a_pass_and_scattered_once() {
     }
 }
 
+/// The place of the collective of a group in the backward pass.
+fn place(graph: &StepGraph, id: &str, of: usize) -> usize {
+    let is = |op: &OperationIr| match op {
+        OperationIr::Custom(op) if op.id == id => match op.scalars[0] {
+            ScalarIr::UInt(number) => group(&graph.params[number as usize].path) == of,
+            _ => false,
+        },
+        _ => false,
+    };
+    graph.operations[graph.forward_len..].iter().position(is).unwrap()
+}
+
+/// burn makes the gradients of biases behind all layers: no group waits for that.
+#[test]
+fn a_layer_is_scattered_before_the_layer_behind_the_next() {
+    let graph = in_rows(&captured(&Lm::new()), Gathering { gathers: true, keeps: false });
+    for layer in [3, 2] {
+        assert!(place(&graph, START_SCATTER, layer) < place(&graph, START_SCATTER, layer - 1));
+    }
+    assert!(place(&graph, START_SCATTER, 3) < place(&graph, WAIT_GATHER, 1));
+}
+
 /// The bytes of gathered tensors that are alive at once, what is on its way and views of what is there included; and
 /// those that are alive between the passes.
 fn alive(graph: &StepGraph) -> (usize, usize) {

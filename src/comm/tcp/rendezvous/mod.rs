@@ -37,7 +37,7 @@ use crate::Error;
 use crate::comm::config::bounded;
 
 /// What both sides begin with: a name, and in the last byte the version of this protocol.
-const MAGIC: [u8; 8] = *b"burnpar3";
+const MAGIC: [u8; 8] = *b"burnpar4";
 /// Most bytes of a blob.
 const MAX_BLOB: usize = 1 << 20;
 

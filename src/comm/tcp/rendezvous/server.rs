@@ -62,7 +62,9 @@ impl Rendezvous {
         let since = Instant::now();
         loop {
             match TcpListener::bind((self.address.as_str(), self.port)) {
-                Err(problem) if problem.kind() == io::ErrorKind::AddrInUse && since.elapsed() < IN_USE.min(self.timeout) => {
+                Err(problem)
+                    if problem.kind() == io::ErrorKind::AddrInUse && since.elapsed() < IN_USE.min(self.timeout) =>
+                {
                     thread::sleep(Duration::from_millis(10));
                 }
                 outcome => return outcome,

@@ -114,7 +114,7 @@ pub(super) fn perform(comm: &Communicator, context: &RankContext, step: &GroupOp
             same(&result, &expected, "all_gather_into")
         }
         11 => {
-            let agreed = seed >> 1;
+            let agreed = seed >> 2;
             same(&comm.all_gather_agreed(mine(), agreed)?, &all(), "all_gather_agreed")?;
             let own = comm.reduce_scatter_in(None, mine(), ReduceOp::Sum, agreed)?;
             same(&own, &sum(seed, size, len)[part(len, size, rank)], "reduce_scatter_in")?;
