@@ -72,6 +72,7 @@ mod write;
 
 pub use checkpointer::Checkpointer;
 pub use config::CheckpointConfig;
+pub use directory::saved_steps;
 pub use job::Saved;
 pub use position::DataPosition;
 pub use restore::Restored;
