@@ -117,7 +117,7 @@ impl Checkpointer {
     }
 
     fn snapshot<P: ParallelModule>(&self, step: u64, state: &TrainState<'_, P>) -> Result<Snapshot, Error> {
-        Snapshot::of(step, state, self.known.clone(), self.steps.clone())
+        Snapshot::of(step, state, self.group.rank() == 0, (self.known.clone(), self.steps.clone()))
     }
 
     /// Waits for the save in the background, if there is one, and gives its outcome. Dropping the checkpointer waits as

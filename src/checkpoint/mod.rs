@@ -51,7 +51,6 @@ mod cover;
 mod directory;
 mod draft_lock;
 mod fault;
-mod finite;
 mod index;
 mod job;
 mod moments;
