@@ -113,7 +113,7 @@ pub mod prelude {
     pub use crate::launch::{self, Rank};
     pub use crate::layout::{self, Layout};
     pub use crate::mesh::Mesh;
-    pub use crate::optim::FusedOptimizer;
+    pub use crate::optim::{FusedOptimizer, LoadOnHost};
     pub use crate::pipeline_parallel::cut::Cut;
     pub use crate::pipeline_parallel::{PipelineConfig, PipelineParallel, schedule::Schedule};
     pub use crate::plan::Plan;

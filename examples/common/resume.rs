@@ -3,12 +3,13 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use burn_parallel::checkpoint::saved_steps;
 use burn_parallel::launch::{ProcessInfo, RunNames};
 use burn_parallel::prelude::*;
 
 use super::flags::count;
 use super::program::refused;
-use super::saving::{RUN, STEPS, SaveFlags, checkpoint, has_checkpoints, writable};
+use super::saving::{RUN, STEPS, SaveFlags, has_checkpoints, writable};
 
 /// How the ranks were started.
 fn process() -> Option<ProcessInfo> {
@@ -60,7 +61,7 @@ fn run_of(all: &Path, folder: fn(&Path) -> PathBuf) -> Option<&Path> {
 fn instead_of(dir: &Path, folder: fn(&Path) -> PathBuf) -> Option<String> {
     let step = || dir.file_name()?.to_str()?.strip_prefix("step-")?.parse::<u64>().ok();
     if let (Some(all), Some(step)) = (dir.parent(), step())
-        && let (Some(run), Some(_)) = (run_of(all, folder), checkpoint(all, step))
+        && let Some(run) = run_of(all, folder).filter(|_| saved_steps(all).is_ok_and(|steps| steps.contains(&step)))
     {
         return Some(format!("it is one checkpoint: give --resume {} --resume-step {step}", run.display()));
     }

@@ -1,9 +1,9 @@
 //! Where a run is saved, and when.
 
-use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::{fs, io, process};
 
+use burn_parallel::checkpoint::saved_steps;
 use burn_parallel::launch::{StopSignal, StopSignals};
 use burn_parallel::prelude::*;
 use clap::Args;
@@ -38,18 +38,9 @@ pub struct SaveFlags {
     pub resume_step: Option<u64>,
 }
 
-/// The checkpoint of a step in a directory, if it is there.
-pub(super) fn checkpoint(dir: &Path, step: u64) -> Option<PathBuf> {
-    Some(dir.join(format!("step-{step:09}"))).filter(|path| path.join("checkpoint.json").is_file())
-}
-
 /// Whether there are checkpoints in a directory.
 pub fn has_checkpoints(dir: &Path) -> bool {
-    let is_one = |name: &OsStr| {
-        let step = name.to_str().and_then(|name| name.strip_prefix("step-")?.parse().ok());
-        step.and_then(|step| checkpoint(dir, step)).is_some_and(|path| path.file_name() == Some(name))
-    };
-    fs::read_dir(dir).is_ok_and(|mut found| found.any(|it| it.is_ok_and(|it| is_one(&it.file_name()))))
+    saved_steps(dir).is_ok_and(|steps| !steps.is_empty())
 }
 
 /// Finds out before the training, not after it, that nothing can be saved in a directory; what is made for that is

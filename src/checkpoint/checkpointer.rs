@@ -117,7 +117,7 @@ impl Checkpointer {
     }
 
     fn snapshot<P: ParallelModule>(&self, step: u64, state: &TrainState<'_, P>) -> Result<Snapshot, Error> {
-        Snapshot::of(step, state, self.known.clone(), self.steps.clone())
+        Snapshot::of(step, state, self.group.rank() == 0, (self.known.clone(), self.steps.clone()))
     }
 
     /// Waits for the save in the background, if there is one, and gives its outcome. Dropping the checkpointer waits as
@@ -192,7 +192,8 @@ impl Checkpointer {
     /// saved on: each rank reads the slices that it needs, checks them, and pads and casts them as its own parameters
     /// are. Moments are of the parameter's dtype as well where the optimizer can load such, as the
     /// [fused](crate::optim::FusedOptimizer) can; burn's own loads them in its default dtype, and from then on updates
-    /// parameters of fewer bits in that.
+    /// parameters of fewer bits in that. Fused ones, and those that [load on the host](crate::optim::LoadOnHost), have
+    /// them on the device of their parameter alone, others on burn's default device first.
     ///
     /// A pipeline whose stages may share parameters is [prepared](ParallelModule::prepare) before its optimizer is
     /// restored: each stage that holds one needs its moments, and which do is known then. Without it the first step of

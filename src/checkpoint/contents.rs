@@ -90,6 +90,7 @@ pub(super) struct Snapshot {
     infos: Vec<ParamInfo>,
     optimizers: Vec<(String, ModuleOptimizer, OfMoments)>,
     pub(super) schedulers: BTreeMap<String, BTreeMap<String, StoredScalar>>,
+    /// Those of the program, on rank 0.
     pub(super) values: BTreeMap<String, Value>,
     /// What the save before has found out of the optimizers.
     known: KnownStates,
@@ -127,14 +128,16 @@ pub(super) struct HeldOptimizer {
 }
 
 impl Snapshot {
+    /// That of rank 0, the `first`, has the values of the program: the others' are not saved.
+    ///
     /// # Errors
     /// [`Error::Pipeline`] if it is not known who holds what; [`Error::Checkpoint`] if a name comes twice, or a value
     /// is nothing that JSON has.
     pub(super) fn of<P: ParallelModule>(
         step: u64,
         state: &TrainState<'_, P>,
-        known: KnownStates,
-        own_steps: OwnSteps,
+        first: bool,
+        (known, own_steps): (KnownStates, OwnSteps),
     ) -> Result<Self, Error> {
         names("optimizers", state.optimizers.iter().map(|(name, _)| name))?;
         names("schedulers", state.schedulers.iter().map(|(name, _)| name))?;
@@ -152,14 +155,14 @@ impl Snapshot {
             schedulers.insert(name.clone(), of_scheduler(name, scheduler)?);
         }
         let mut values = BTreeMap::new();
-        for (name, value) in &state.values {
+        for (name, value) in state.values.iter().filter(|_| first) {
             let json = value
                 .to_json()
                 .map_err(|why| checkpoint_error(format!("value `{name}` cannot be saved as JSON: {why}")))?;
             values.insert(name.clone(), json);
         }
         let random = SavedRandom::of(state.model);
-        let history = state.model.checked_optimizers().updates().clone();
+        let history = state.model.checked_optimizers().updates().copied();
         let updates = SavedUpdates { digest: history.digest(Compared::Parts), history };
         Ok(Self {
             step,

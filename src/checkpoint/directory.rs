@@ -67,6 +67,23 @@ pub(super) fn steps(root: &Path) -> Result<Vec<u64>, Error> {
     Ok(steps)
 }
 
+/// The steps of which there are checkpoints in a directory, in order: without a world, and without a change of the
+/// directory. Also the one that a killed save has left under a hidden name, which has its own again once a
+/// [`Checkpointer`](super::Checkpointer) opens the directory. None if the directory is not there.
+///
+/// # Errors
+/// [`Error::Checkpoint`] if the system refuses, or if it is no directory.
+pub fn saved_steps(dir: impl AsRef<Path>) -> Result<Vec<u64>, Error> {
+    let root = dir.as_ref();
+    let mut steps = steps(root)?;
+    for name in names(root)?.iter().filter(|name| is_checkpoint(&root.join(name))) {
+        steps.extend(left(name).filter(|(_, what)| *what == REPLACED).and_then(|(of, _)| step_of(of)));
+    }
+    steps.sort_unstable();
+    steps.dedup();
+    Ok(steps)
+}
+
 /// Of which checkpoint a save, or a removal, has left something under a hidden name while it runs, and what.
 fn left(name: &str) -> Option<(&str, &str)> {
     let (hidden, what) = name.strip_prefix('.')?.rsplit_once('.')?;
@@ -88,18 +105,26 @@ fn is_checkpoint(dir: &Path) -> bool {
 /// Whether there is nothing in a directory but what saves make: a checkpoint, or what a save that was ended has left or
 /// half removed. What else there is would go with it.
 fn is_of_a_save(dir: &Path) -> bool {
-    fs::read_dir(dir).is_ok_and(|entries| somebodys(entries).is_none())
+    somebodys(dir).is_ok_and(|name| name.is_none())
 }
 
-/// The first of these entries that no save has made.
-fn somebodys(mut entries: fs::ReadDir) -> Option<String> {
-    // So systems call what they keep by themselves, as NFS a file that was removed while somebody had it open.
+/// Something in a directory that no save has made.
+///
+/// # Errors
+/// If the directory cannot be listed: nobody knows what is in it.
+fn somebodys(dir: &Path) -> io::Result<Option<String>> {
+    // So systems call what they keep by themselves and nobody misses: NFS and FUSE a file that was removed while
+    // somebody had it open, macOS what its Finder remembers of a directory and the attributes of files. They would have
+    // checkpoints stay for ever that somebody has looked at.
     let of_system = |name: &str| [".nfs", ".fuse_hidden", "._", ".DS_Store"].iter().any(|it| name.starts_with(it));
     let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name) || of_system(name);
-    entries.find_map(|entry| {
-        let name = entry.map_or(String::new(), |it| it.file_name().to_string_lossy().into_owned());
-        (!is_made(&name)).then_some(name)
-    })
+    for entry in fs::read_dir(dir)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if !is_made(&name) {
+            return Ok(Some(name));
+        }
+    }
+    Ok(None)
 }
 
 /// That no directory of somebody else is in the place of the checkpoint of a step, or where it is set aside.
@@ -109,9 +134,10 @@ fn somebodys(mut entries: fs::ReadDir) -> Option<String> {
 pub(super) fn check_free(root: &Path, step: u64) -> Result<(), Error> {
     let (dir, aside) = (root.join(name_of(step)), root.join(format!(".{}.{REPLACED}", name_of(step))));
     for path in [&dir, &aside].into_iter().filter(|path| path.symlink_metadata().is_ok()) {
-        let (what, it) = match fs::read_dir(path).map(somebodys) {
+        let (what, it) = match somebodys(path) {
             Ok(None) if is_checkpoint(path) || *path == aside => continue,
             Ok(Some(name)) if is_checkpoint(path) => (format!("has `{name}` in it, which no save has made"), "that"),
+            Err(why) if path.is_dir() => (format!("cannot be listed ({why})"), "it"),
             _ => (format!("is none ({INDEX_CHECKSUM} is missing in it)"), "it"),
         };
         let problem = format!(
@@ -123,10 +149,11 @@ pub(super) fn check_free(root: &Path, step: u64) -> Result<(), Error> {
     Ok(())
 }
 
-/// Gives checkpoints their names again that runs which were killed between two renames have left without one.
+/// Gives checkpoints their names again that runs which were killed between two renames have left without one. Who may
+/// not write there reads what there is otherwise, which the log says.
 ///
 /// # Errors
-/// [`Error::Checkpoint`] if the system refuses.
+/// [`Error::Checkpoint`] if the system refuses for another reason.
 pub(super) fn put_back(root: &Path) -> Result<(), Error> {
     for name in names(root)? {
         let Some((of, REPLACED)) = left(&name) else { continue };
@@ -135,12 +162,19 @@ pub(super) fn put_back(root: &Path) -> Result<(), Error> {
             fault::point("puts back");
             match fs::rename(&path, &whole) {
                 // Another has done so, or the save has gone on.
-                Err(_) if whole.exists() => {}
+                Err(why) if whole.exists() || why.kind() == io::ErrorKind::NotFound => {}
+                Err(why) if is_forbidden(&why) => {
+                    log::warn!("{} is the checkpoint `{of}`, which cannot be called so: {why}", path.display());
+                }
                 renamed => renamed.map_err(|why| failed(&path, &why))?,
             }
         }
     }
     Ok(())
+}
+
+fn is_forbidden(why: &io::Error) -> bool {
+    matches!(why.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
 }
 
 /// Removes what runs that have ended have left half written or half removed, and nothing else; of whom a draft is,
@@ -163,6 +197,8 @@ pub(super) fn clean_up(root: &Path, writer: impl Fn(&str) -> DraftWriter) -> Res
                 log::warn!("{} is a checkpoint, and what is called `{of}` is none: both stay", path.display());
                 continue;
             }
+            // Half removed it would count as the one that there is, once the other is removed.
+            REPLACED => (None, format!("{name}.{REMOVED}")),
             _ => (None, name.clone()),
         };
         if !is_of_a_save(&path) {
@@ -211,8 +247,13 @@ pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Re
             log::warn!("{} has no {INDEX_CHECKSUM}, as every checkpoint has: it stays", path.display());
             continue;
         }
-        if let Some(name) = fs::read_dir(&path).ok().and_then(somebodys) {
-            log::warn!("{} has `{name}` in it, which no save has made: it stays", path.display());
+        let is = match somebodys(&path) {
+            Ok(None) => None,
+            Ok(Some(name)) => Some(format!("has `{name}` in it, which no save has made")),
+            Err(why) => Some(format!("cannot be listed ({why})")),
+        };
+        if let Some(is) = is {
+            log::warn!("{} {is}: it stays", path.display());
             continue;
         }
         let removed: PathBuf = root.join(format!(".{}.{REMOVED}", name_of(*step)));
@@ -223,7 +264,24 @@ pub(super) fn prune(root: &Path, config: &CheckpointConfig, steps: &[u64]) -> Re
 
 #[cfg(test)]
 mod tests {
-    use super::{name_of, step_of};
+    use std::fs;
+
+    use super::{name_of, somebodys, step_of};
+    use crate::tensor_file::killed::Dir;
+
+    #[test]
+    fn what_systems_keep_is_nobodys() {
+        let dir = Dir::new();
+        let files =
+            [".nfs0000000000a1b2c300000001", ".fuse_hidden0000a1b200000001", "._rank-00000.safetensors", ".DS_Store"];
+        for name in files.iter().chain(&["checkpoint.json", "checkpoint.json.xxh3", "rank-00000.safetensors"]) {
+            fs::write(dir.0.join(name), "").unwrap();
+            assert_eq!(somebodys(&dir.0).unwrap(), None, "{name}");
+        }
+        fs::write(dir.0.join("notes.txt"), "").unwrap();
+        assert_eq!(somebodys(&dir.0).unwrap().as_deref(), Some("notes.txt"));
+        assert!(somebodys(&dir.0.join("none")).is_err());
+    }
 
     #[test]
     fn names_of_steps() {

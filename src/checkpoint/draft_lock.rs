@@ -19,6 +19,10 @@ pub(super) enum Lock {
 }
 
 pub(super) fn lock_of(dir: &Path) -> Lock {
+    // What is none, as a pipe, might not be opened before somebody writes.
+    if dir.exists() && !dir.is_dir() {
+        return Lock::Refused;
+    }
     let dir = match File::open(dir) {
         Ok(dir) => dir,
         Err(why) if why.kind() == io::ErrorKind::NotFound => return Lock::Gone,

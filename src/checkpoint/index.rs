@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fs::{self, File};
-use std::io::Read;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Component, Path};
 
@@ -276,6 +276,14 @@ impl Index {
     }
 }
 
+/// Opens a file. What is none, as a pipe, might have a reader wait for ever, and is an error.
+pub(super) fn open_file(path: &Path) -> io::Result<File> {
+    match fs::metadata(path)?.is_file() {
+        true => File::open(path),
+        false => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is not a file")),
+    }
+}
+
 /// Reads the text of the index in a directory, and compares its checksum.
 ///
 /// # Errors
@@ -283,17 +291,14 @@ impl Index {
 pub(super) fn index_text(dir: &Path) -> Result<Vec<u8>, Error> {
     let read = |name| {
         let path = dir.join(name);
-        let failed = |why: std::io::Error| file_problem(&path, format!("cannot be read: {why}"));
-        let there = fs::metadata(&path).map_err(failed)?;
-        // What is no file, as a pipe, would not end.
-        if name == INDEX && !there.is_file() {
-            return Err(file_problem(&path, "is not a file"));
-        }
-        if there.len() > LONGEST {
-            return Err(file_problem(&path, format!("has {} bytes, too many for an index", there.len())));
+        let failed = |why: io::Error| file_problem(&path, format!("cannot be read: {why}"));
+        let file = open_file(&path).map_err(failed)?;
+        let bytes = file.metadata().map_err(failed)?.len();
+        if bytes > LONGEST {
+            return Err(file_problem(&path, format!("has {bytes} bytes, too many for an index")));
         }
         let mut text = Vec::new();
-        File::open(&path).and_then(|file| file.take(LONGEST).read_to_end(&mut text)).map_err(failed)?;
+        file.take(LONGEST).read_to_end(&mut text).map_err(failed)?;
         Ok(text)
     };
     if let Some(lost) = [INDEX, INDEX_CHECKSUM].into_iter().find(|name| !dir.join(name).exists())
@@ -327,4 +332,26 @@ fn is_plain(name: &str) -> bool {
     let mut parts = Path::new(name).components();
     let one = matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None));
     one && !name.contains(['/', '\\', ':', '\0'])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It would take the place of a checkpoint that can be.
+    #[test]
+    fn what_could_not_be_read_again_is_not_written() {
+        let random = SavedRandom { step: 1, by: RandomUse::Unused, replicas: 1 };
+        let mut index = Index::new(1, random, 1);
+        assert_eq!(Index::parse(&index.text().unwrap()).unwrap().step, 1);
+        index.files.push(StoredFile { name: "../elsewhere".into(), bytes: 1 });
+        let said = index.text().unwrap_err().to_string();
+        assert!(said.contains("could not be read again: its index speaks of `../elsewhere`"), "{said}");
+        index.files.clear();
+        // Nothing is in a file that is not there.
+        let slice = StoredSlice::new(0, "a".into(), &[0..1, 0..2], vec![checksum(&[0; 8])]);
+        index.model.insert("a".into(), StoredTensor { dtype: "F32".into(), dims: vec![1, 2], slices: vec![slice] });
+        let said = index.text().unwrap_err().to_string();
+        assert!(said.contains("its index lies about `model/a`"), "{said}");
+    }
 }

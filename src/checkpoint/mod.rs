@@ -51,7 +51,6 @@ mod cover;
 mod directory;
 mod draft_lock;
 mod fault;
-mod finite;
 mod index;
 mod job;
 mod moments;
@@ -72,6 +71,7 @@ mod write;
 
 pub use checkpointer::Checkpointer;
 pub use config::CheckpointConfig;
+pub use directory::saved_steps;
 pub use job::Saved;
 pub use position::DataPosition;
 pub use restore::Restored;

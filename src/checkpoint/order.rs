@@ -4,13 +4,13 @@
 //! counts as later, so a commit alone makes a checkpoint the latest, whenever the process is ended. Of a checkpoint
 //! that is about to be replaced the file has the checksum as well: it lists that one, and not the next of this step.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
 
 use super::directory::{failed, name_of, steps};
 use super::file_problem;
-use super::index::INDEX_CHECKSUM;
+use super::index::{INDEX_CHECKSUM, open_file};
 use crate::Error;
 use crate::tensor_file::{sync_dir, write_file};
 
@@ -74,7 +74,7 @@ pub(super) fn put_down_order(root: &Path, own: &[u64], next: Option<u64>) -> Res
 
 /// The checksum that the checkpoint of a step has of its index, if there is one.
 pub(super) fn index_checksum(root: &Path, step: u64) -> Option<String> {
-    let file = File::open(root.join(name_of(step)).join(INDEX_CHECKSUM)).ok()?;
+    let file = open_file(&root.join(name_of(step)).join(INDEX_CHECKSUM)).ok()?;
     let mut text = String::new();
     file.take(LONGEST_CHECKSUM).read_to_string(&mut text).ok()?;
     Some(text.trim().to_owned()).filter(|checksum| !checksum.is_empty())

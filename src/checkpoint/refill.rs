@@ -180,7 +180,8 @@ impl Wanted<'_> {
             return Err(checkpoint_error(format!(
                 "optimizer `{optimizer}` loads moments as {found:?}, and `{path}` is {dtype:?}, which would be updated with fewer \
                  digits, or not at all: make the optimizer with `init_fused`, which loads any, have burn's default device \
-                 make {dtype:?} by `Device::configure` as the program begins, or restore without this optimizer"
+                 (with `load_on_host` the host) make {dtype:?} by `Device::configure` as the program begins, or restore \
+                 without this optimizer"
             )));
         }
         Ok(Some(*found))

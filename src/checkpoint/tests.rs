@@ -20,6 +20,7 @@ use crate::train::ParallelModule;
 
 mod aside;
 mod beside;
+mod forbidden;
 // Elsewhere it is not known whether a process of this machine has ended.
 #[cfg(target_os = "linux")]
 mod locks;

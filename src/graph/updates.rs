@@ -43,7 +43,7 @@ pub enum Compared {
 #[derive(Debug, Clone, Default)]
 pub struct Updates(Arc<Mutex<History>>);
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct History {
     /// How many there were.
     count: u64,
@@ -54,6 +54,11 @@ struct History {
 }
 
 impl Updates {
+    /// These as they are now, to which none are added: a clone gets all that the original does.
+    pub fn copied(&self) -> Self {
+        Self(Arc::new(Mutex::new(lock(&self.0).clone())))
+    }
+
     pub fn record(&self, update: Update) {
         let mut history = lock(&self.0);
         let [max, options] = AskedNorm::words(update.asked);
@@ -178,6 +183,18 @@ mod tests {
             assert!(error.contains(words), "`{words}` is missing in: {error}");
         }
         compared(Compared::Parts, [&[new(0)], &[new(3)]]).unwrap();
+    }
+
+    /// A save in the background tells what there was when it began, while training goes on.
+    #[test]
+    fn a_copy_is_of_the_updates_up_to_it() {
+        let (updates, update) = (Updates::default(), Update { rate: 0.1, asked: None, new_moments: None });
+        updates.record(update);
+        let (copy, clone) = (updates.copied(), updates.clone());
+        updates.record(update);
+        let told = |updates: &Updates| lock(&updates.0).told(0);
+        assert!(told(&copy)[1] == 1 && told(&clone)[1] == 2);
+        assert_ne!(copy.digest(Compared::Parts), updates.digest(Compared::Parts));
     }
 
     /// What comes now and then, or in another way each time, is not expected.

@@ -32,10 +32,16 @@
 //! that device first. A record of a fused optimizer shares the moments that are in host memory with it.
 //!
 //! An update is in place where nothing else holds the memory of the parameter; a clone of the model keeps its values.
+//!
+//! # The moments of a rank on its own device
+//! burn's default device is the same for all ranks of a process: the first GPU, if there is one. With `init` of burn
+//! all moments of a record come onto it before the next step moves them. Not so with fused optimizers, nor with any
+//! other that is made with [`load_on_host`](LoadOnHost::load_on_host).
 
 mod adam;
 mod given;
 mod number;
+mod on_host;
 mod read_out;
 mod recorded;
 mod sgd;
@@ -49,6 +55,7 @@ use serde::de::DeserializeOwned;
 
 pub use self::adam::{FusedAdam, FusedAdamState, FusedAdamW};
 pub(crate) use self::given::record_of;
+pub use self::on_host::{HostLoaded, HostLoadedState, LoadOnHost};
 pub(crate) use self::read_out::{MOST_AT_ONCE, ParamState, StateNames, has_others, portions, without};
 pub use self::sgd::{FusedSgd, FusedSgdState};
 pub(crate) use self::widened::{ASKED, Widened};

@@ -51,7 +51,7 @@ pub(super) fn on_device<const D: usize>(moment: Tensor<D>, device: &Device) -> T
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::collections::BTreeMap;
 
     use burn::optim::{AdamConfig, AdamWConfig, Optimizer, RecordState, SgdConfig, StateSink, StateSource, momentum};
@@ -61,19 +61,19 @@ mod tests {
     use crate::optim::FusedOptimizer;
 
     /// The state of an optimizer after a step of a parameter of this dtype.
-    fn state<O: Optimizer>(optimizer: &O, dtype: DType) -> O::State<2> {
+    pub(in crate::optim) fn state<O: Optimizer>(optimizer: &O, dtype: DType) -> O::State<2> {
         let value = || Tensor::<2>::ones([2, 3], (&Device::flex(), dtype));
         optimizer.step(0.1, value(), value(), None).1.unwrap()
     }
 
-    fn flat<S: RecordState>(state: &S) -> StateSink {
+    pub(in crate::optim) fn flat<S: RecordState>(state: &S) -> StateSink {
         let mut sink = StateSink::default();
         state.state_flatten("7", &mut sink);
         sink.tensors.sort_by(|(one, _), (other, _)| one.cmp(other));
         sink
     }
 
-    fn of<S: RecordState>(sink: StateSink, device: &Device) -> S {
+    pub(in crate::optim) fn of<S: RecordState>(sink: StateSink, device: &Device) -> S {
         let mut source = StateSource::new(sink.scalars.into_iter().collect::<BTreeMap<_, _>>());
         sink.tensors.into_iter().for_each(|(name, data)| source.insert_tensor(name, data));
         S::state_unflatten("7", &mut source, device).unwrap()

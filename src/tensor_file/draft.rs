@@ -55,9 +55,7 @@ impl Draft {
     pub(crate) fn begin(&self) -> Result<(), Error> {
         // A save that was ended between two renames, or behind them, has left what it replaced.
         match self.dir.exists() {
-            false if self.replaced.exists() => {
-                fs::rename(&self.replaced, &self.dir).map_err(|why| refused(&self.replaced, &why))?;
-            }
+            false if self.replaced.exists() => self.put_back()?,
             _ => remove(&self.replaced)?,
         }
         let taken = match fs::read_dir(&self.dir) {
@@ -88,7 +86,8 @@ impl Draft {
     /// the log.
     ///
     /// # Errors
-    /// [`file_error`] if the system refuses; what was there before is there still.
+    /// [`file_error`] if the system refuses; what was there before is there still, unless it refuses to wait for the
+    /// directory in which the draft has its name already.
     pub(crate) fn commit(&self) -> Result<(), Error> {
         sync_dir(&self.made_in)?;
         if self.dir.exists() && exchanged(&self.made_in, &self.dir) {
@@ -107,7 +106,7 @@ impl Draft {
             let Err(why) = fs::rename(&self.made_in, &self.dir) else { break };
             let put_back = there && self.dir.exists();
             if there && !put_back {
-                fs::rename(&self.replaced, &self.dir).map_err(|why| refused(&self.replaced, &why))?;
+                self.put_back()?;
             }
             if !put_back || last == 0 {
                 return Err(refused(&self.dir, &why));
@@ -115,8 +114,21 @@ impl Draft {
         }
         self.sync_parent()?;
         fault::point("new renamed");
-        warn_of(remove(&self.replaced));
+        // As where names are exchanged, what there was has the name of the draft then: under the other it would count
+        // as the one that there is, once the new one is removed and it has not been.
+        match fs::rename(&self.replaced, &self.made_in) {
+            Ok(()) => warn_of(self.discard()),
+            Err(_) => warn_of(remove(&self.replaced)),
+        }
         Ok(())
+    }
+
+    /// Gives what was set aside its name again, unless another has done so just now.
+    fn put_back(&self) -> Result<(), Error> {
+        match fs::rename(&self.replaced, &self.dir) {
+            Err(why) if !self.dir.exists() => Err(refused(&self.replaced, &why)),
+            _ => Ok(()),
+        }
     }
 
     fn sync_parent(&self) -> Result<(), Error> {

@@ -115,13 +115,18 @@ fn files_that_are_damaged() {
     fs::rename(path.with_extension("away"), &path).unwrap();
     #[cfg(unix)]
     {
-        // It would be read for ever.
-        let (index, away) = (dir.path().join(INDEX), dir.path().join("away"));
-        fs::rename(&index, &away).unwrap();
-        std::os::unix::fs::symlink("/dev/zero", &index).unwrap();
-        refused(&dir, &net, &["checkpoint.json: is not a file"]);
-        fs::remove_file(&index).unwrap();
-        fs::rename(&away, &index).unwrap();
+        // It would be read for ever, or waited for.
+        for (name, said) in [(INDEX, "checkpoint.json"), (SUM, "checkpoint.json.xxh3")] {
+            let (path, away) = (dir.path().join(name), dir.path().join("away"));
+            fs::rename(&path, &away).unwrap();
+            std::os::unix::fs::symlink("/dev/zero", &path).unwrap();
+            refused(&dir, &net, &[&format!("{said}: cannot be read: it is not a file")]);
+            fs::remove_file(&path).unwrap();
+            assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+            refused(&dir, &net, &[&format!("{said}: "), "not a file"]);
+            fs::remove_file(&path).unwrap();
+            fs::rename(&away, &path).unwrap();
+        }
     }
     assert_eq!(restore(&dir, &net), Ok(()));
 }

@@ -3,19 +3,20 @@
 use std::collections::BTreeMap;
 use std::fs;
 
-use burn::module::{Module, Param};
+use burn::module::{Module, ModuleVisitor, Param};
 use burn::nn::{Linear, LinearConfig};
+use burn::optim::{GradientsParams, ModuleOptimizer};
 use burn::tensor::Tensor;
 use burn_parallel::checkpoint::{CheckpointConfig, Checkpointer, DataPosition, TrainState};
 use burn_parallel::prelude::*;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::Dir;
 use crate::common::models::device;
 use crate::common::reference::{filled, optimizer, values};
 use crate::keep::{AXES, names};
-use crate::net::{Net, train};
+use crate::net::{Axes, Net, train};
 
 /// A table of no rows beside a layer.
 #[derive(Module, Debug)]
@@ -27,21 +28,44 @@ struct NoRows {
 #[derive(Module, Debug)]
 struct Nothing {}
 
-/// Saves a model on two ranks and restores it on one. Returns the bytes that it reads.
+/// Gradients of ones.
+#[derive(Default)]
+struct Ones(GradientsParams);
+
+impl ModuleVisitor for Ones {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        self.0.register(param.id, param.val().inner().ones_like());
+    }
+}
+
+fn update<M: Module>(model: M, optim: &mut ModuleOptimizer) -> M {
+    let mut ones = Ones::default();
+    model.visit(&mut ones);
+    optim.step(0.1, model, ones.0)
+}
+
+/// Saves a model, and an optimizer that has updated it, on two ranks, and restores both on one. Returns the bytes that
+/// it reads.
 fn comes_back<M: Module + Sync>(model: &M, step: u64) -> u64 {
-    let dir = Dir::fresh();
+    let (dir, mut optim) = (Dir::fresh(), optimizer());
+    let model = update(model.clone(), &mut optim);
     let saved = launch::threads(2).run(|world| {
-        let mut model = model.clone().data_parallel(&world, DataParallelConfig::new())?;
-        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(step, TrainState::new(&mut model))
+        let mut wrapped = model.clone().data_parallel(&world, DataParallelConfig::new())?;
+        let mut optim = optim.clone();
+        let state = TrainState::new(&mut wrapped).with_optimizer("adamw", &mut optim);
+        Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?.save(step, state)
     });
     saved.unwrap();
+    let next = values(&update(model.clone(), &mut optim));
     let restored = launch::threads(1).run(|world| {
-        let mut model = model.clone().data_parallel(&world, DataParallelConfig::new())?;
-        let before = values(model.local());
+        let mut wrapped = model.clone().data_parallel(&world, DataParallelConfig::new())?;
+        let (before, mut optim) = (values(wrapped.local()), optimizer());
         let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
         assert_eq!(checkpoints.latest()?, Some(step));
-        let restored = checkpoints.restore(TrainState::new(&mut model))?.unwrap();
-        assert_eq!((restored.step, values(model.local())), (step, before));
+        let state = TrainState::new(&mut wrapped).with_optimizer("adamw", &mut optim);
+        let restored = checkpoints.restore(state)?.unwrap();
+        assert_eq!((restored.step, values(wrapped.local())), (step, before));
+        assert_eq!(values(&update(wrapped.local().clone(), &mut optim)), next);
         Ok(restored.bytes_read)
     });
     restored.unwrap()[0]
@@ -51,7 +75,8 @@ fn comes_back<M: Module + Sync>(model: &M, step: u64) -> u64 {
 fn models_of_nothing_come_back() {
     let none = Param::from_tensor(Tensor::zeros([0, 3], &device()));
     let layer = filled(LinearConfig::new(4, 3).init(&device()));
-    assert_eq!(comes_back(&NoRows { none, layer }, 1), 4 * 15);
+    // With the moments.
+    assert_eq!(comes_back(&NoRows { none, layer }, 1), 3 * 4 * 15);
     assert_eq!(comes_back(&Nothing {}, 1), 0);
 }
 
@@ -101,21 +126,56 @@ struct Forgetful {
     number: u64,
 }
 
+/// Such as the best loss before the first evaluation.
+#[test]
+fn values_that_json_has_no_number_for_come_back() {
+    type Best = (f64, Vec<f32>, BTreeMap<String, Option<f64>>);
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let best = || (f64::INFINITY, vec![0.1, f32::NAN], BTreeMap::from([("a".to_owned(), Some(f64::NEG_INFINITY))]));
+    let run = launch::threads(2).run(|world| {
+        let mut model = AXES.wrap(&world, &net)?;
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
+        checkpoints.save(1, TrainState::new(&mut model).with_value("best", &mut best()))?;
+        let mut restored = Best::default();
+        checkpoints.restore(TrainState::new(&mut model).with_value("best", &mut restored))?;
+        Ok([Some(restored), checkpoints.read_value::<Best>(1, "best")?].map(|best| format!("{best:?}")))
+    });
+    assert!(run.unwrap().concat().iter().all(|restored| *restored == format!("{:?}", Some(best()))));
+}
+
 /// They would be read as other ones, or not at all, when the run that needs them is gone.
 #[test]
 fn values_that_would_not_come_back_are_not_saved() {
-    for said in [
-        says(&vec![0.5, f64::NAN]),
-        says(&Some(f32::INFINITY)),
-        says(&BTreeMap::from([("a".to_owned(), Some(f64::NEG_INFINITY))])),
-    ] {
-        assert!(said.contains("JSON has no number"), "{said}");
-    }
     let deep = (0..300).fold(Nested::default(), |inner, _| Nested { inner: Some(Box::new(inner)) });
     assert!(says(&deep).contains("within each other"));
     assert!(says(&Forgetful { number: 1 }).contains("missing field `number`"));
     says(&BTreeMap::from([("$float".to_owned(), "0.5".to_owned())]));
     says(&serde_json::json!({ "$float": "0.5" }));
+}
+
+/// It cannot be written below 0.
+#[derive(Clone, Copy, Deserialize)]
+struct NotNegative(f64);
+
+impl Serialize for NotNegative {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        if self.0 < 0.0 { Err(serde::ser::Error::custom("it is negative")) } else { serializer.serialize_f64(self.0) }
+    }
+}
+
+/// That of rank 0 is: what the others have need not even be anything that could be.
+#[test]
+fn values_of_other_ranks_are_not_saved() {
+    let (dir, net) = (Dir::fresh(), Net::new());
+    let run = launch::threads(3).run(|world| {
+        let mut model = Axes::new(3, 1, 1).wrap(&world, &net)?;
+        let mut loss = NotNegative(if world.rank() == 0 { 0.5 } else { -1.0 });
+        let mut checkpoints = Checkpointer::new(&world, dir.path(), CheckpointConfig::new())?;
+        checkpoints.save(1, TrainState::new(&mut model).with_value("loss", &mut loss))?;
+        checkpoints.restore(TrainState::new(&mut model).with_value("loss", &mut loss))?;
+        Ok(loss.0)
+    });
+    assert_eq!(run.unwrap(), [0.5; 3]);
 }
 
 /// By its index it is of another step than by its name.

@@ -21,8 +21,8 @@ const MESHES: [Axes; 8] = [
     Axes::new(2, 2, 2).sharded(Sharding::Parameters),
 ];
 
-/// A maker of optimizers, and its name.
-type Made = (&'static str, fn() -> ModuleOptimizer);
+/// Makers of one kind of optimizer, and its name: what one has saved the other goes on from.
+type Made = (&'static str, [fn() -> ModuleOptimizer; 2]);
 
 fn muon() -> ModuleOptimizer {
     // By path, so that what is restored must find its group again.
@@ -30,22 +30,35 @@ fn muon() -> ModuleOptimizer {
     AdamWConfig::new().init().with_group(matrices, MuonConfig::new().build(), None)
 }
 
-const OPTIMIZERS: [Made; 3] =
-    [("muon", muon), ("lamb", || LambConfig::new().init()), ("adafactor", || AdafactorConfig::new().init())];
+/// Those of burn that load records into host memory.
+fn adafactor() -> ModuleOptimizer {
+    AdafactorConfig::new().build().load_on_host().into()
+}
+
+fn muon_on_host() -> ModuleOptimizer {
+    let matrices = ParamGroup::from_regex("(up|down).weight$").unwrap();
+    AdamWConfig::new().init_fused().with_group(matrices, MuonConfig::new().build().load_on_host(), None)
+}
+
+const OPTIMIZERS: [Made; 3] = [
+    ("muon", [muon, muon_on_host]),
+    ("lamb", [|| LambConfig::new().init(); 2]),
+    ("adafactor", [|| AdafactorConfig::new().init(), adafactor]),
+];
 
 #[test]
 fn moments_of_whole_matrices_go_on_under_any_mesh() {
     let (dir, net) = (Dir::fresh(), Net::new());
-    for (name, optimizer) in OPTIMIZERS {
+    for (name, made) in OPTIMIZERS {
         let alone = launch::threads(1)
-            .run(|world| Ok(train(Axes::new(1, 1, 1).wrap(&world, &net)?, &mut optimizer(), (0, 4))?.1))
+            .run(|world| Ok(train(Axes::new(1, 1, 1).wrap(&world, &net)?, &mut made[0](), (0, 4))?.1))
             .unwrap()
             .swap_remove(0);
         for (number, saved) in MESHES.into_iter().enumerate() {
             let at = dir.path().join(format!("{name}-{number}"));
             launch::threads(saved.ranks())
                 .run(|world| {
-                    let mut optim = optimizer();
+                    let mut optim = made[number % 2]();
                     let (mut model, _) = train(saved.wrap(&world, &net)?, &mut optim, (0, 2))?;
                     let mut checkpoints = Checkpointer::new(&world, &at, CheckpointConfig::new())?;
                     checkpoints.save(2, TrainState::new(&mut model).with_optimizer("optim", &mut optim))
@@ -55,7 +68,7 @@ fn moments_of_whole_matrices_go_on_under_any_mesh() {
                 let axes = MESHES[(number + other) % MESHES.len()];
                 let losses = launch::threads(axes.ranks())
                     .run(|world| {
-                        let (mut model, mut optim) = (axes.wrap(&world, &net)?, optimizer());
+                        let (mut model, mut optim) = (axes.wrap(&world, &net)?, made[(number + other) % 2]());
                         let mut checkpoints = Checkpointer::new(&world, &at, CheckpointConfig::new())?;
                         checkpoints.restore(TrainState::new(&mut model).with_optimizer("optim", &mut optim))?;
                         Ok(train(model, &mut optim, (2, 4))?.1)

@@ -5,15 +5,23 @@
 mod text;
 
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use burn::tensor::FloatDType;
 use burn_parallel::prelude::*;
+use clap::Parser;
 use serde_json::Value;
 
 use crate::common::ports::free_port;
+use crate::programs::saving::SaveFlags;
+
+/// The flags by which a run is saved and goes on.
+#[derive(Parser)]
+struct Flags {
+    #[command(flatten)]
+    saving: SaveFlags,
+}
 
 /// The example beside this test. A plain `cargo test` builds it; with `--test cli` alone, build it first.
 pub fn example() -> PathBuf {
@@ -526,30 +534,39 @@ fn a_checkpoint_that_is_removed_meanwhile_is_followed_by_the_latest() {
     json(&folder, &[&run[..], &["--save", &saved]].concat());
     let step = |number: u64| Path::new(&saved).join(format!("step-{number:09}"));
     fs::rename(step(3), folder.path("later")).unwrap();
-    // Whoever reads the checksum of the second waits until it is written, each time into another pipe.
-    let (sum, pipe) = (step(2).join("checkpoint.json.xxh3"), folder.path("pipe"));
-    let text = fs::read(&sum).unwrap();
-    let next_pipe = || {
-        assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
-        fs::rename(&pipe, &sum).unwrap();
-    };
-    next_pipe();
-    let goes_on = std::thread::scope(|scope| {
-        let goes_on = scope.spawn(|| tiny(&["--steps", "4", "--resume", &saved]));
-        // Once the directory is opened, and then the checkpoint is read.
-        let mut opened = fs::OpenOptions::new().write(true).open(&sum).unwrap();
-        next_pipe();
-        opened.write_all(&text).unwrap();
-        drop(opened);
-        let mut reads = fs::OpenOptions::new().write(true).open(&sum).unwrap();
-        fs::rename(folder.path("later"), step(3)).unwrap();
-        fs::remove_dir_all(step(2)).unwrap();
-        reads.write_all(&text).unwrap();
-        drop(reads);
-        goes_on.join().unwrap()
+    let flags = Flags::parse_from(["test", "--resume", &saved]).saving;
+    let run = launch::threads(2).run(|world| {
+        let mut read = Vec::new();
+        let restore = |checkpoints: &mut Checkpointer, number| {
+            world.barrier()?;
+            // Its first value is read by now.
+            if world.rank() == 0 && read.is_empty() {
+                fs::rename(folder.path("later"), step(3)).unwrap();
+                fs::remove_dir_all(step(2)).unwrap();
+            }
+            world.barrier()?;
+            read.push(number);
+            checkpoints.read_value::<String>(number, "none").map(drop)
+        };
+        let (steps, _) = flags.resume(&world, Path::to_owned, (&Strategy::new(), 4), restore)?;
+        Ok((steps, read))
     });
+    assert_eq!(run.unwrap(), vec![(3, vec![2, 3]); 2]);
+}
+
+/// It is one still: it is neither taken for none, nor is another run saved beside it.
+#[test]
+fn a_checkpoint_that_lost_its_index_is_not_passed_over() {
+    let folder = Folder::new("lost");
+    let saved = folder.path("saved");
+    assert!(tiny(&["--save", &saved, "--dp", "1", "--steps", "1"]).status.success());
+    fs::remove_file(Path::new(&saved).join("step-000000001/checkpoint.json")).unwrap();
+    refused(&["--save", &saved, "--steps", "1"], "there are checkpoints already: give --resume");
+    let goes_on = tiny(&["--resume", &saved, "--steps", "2"]);
     let stderr = String::from_utf8(goes_on.stderr).unwrap();
-    assert!(goes_on.status.success() && stderr.contains("goes on after step 3 of 4"), "{stderr}");
+    assert!(goes_on.status.code() == Some(2) && stderr.contains("checkpoint.json: is not there"), "{stderr}");
+    let one = Path::new(&saved).join("step-000000001");
+    refused(&["--resume", one.to_str().unwrap(), "--steps", "2"], "--resume-step 1");
 }
 
 /// What a run is to go on from is not made where it is not, whatever starts the ranks.
