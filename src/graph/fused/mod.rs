@@ -38,6 +38,7 @@ mod parts;
 mod product_sums;
 mod products;
 mod run;
+mod simplify;
 mod single;
 mod sums;
 mod terms;
