@@ -1,14 +1,14 @@
 //! The functions of fused kernels, written so that the compiler makes vectors of them: no branches, no tables, no
 //! calls.
 //!
-//! Those of `f32` are computed in `f64` and rounded once, but for `exp` and `erf`, of which there are most: they are made
-//! of multiply-adds that are rounded once, wherever these are written so and nowhere else, so that a result has the
-//! same bits whatever vectors the processor has. (One without such an instruction has them from a function of the C
-//! library, which takes long; `gemm` has no vectors for it either.) Errors against the exact value, over all of `f32`
-//! ([tests](self#tests)), in units in the last place: `exp` 0.87, and 0.76 where that is no normal number any more, `erf`
-//! 0.98, `log`, `log1p` and `tanh` 0.51; burn's own (the C library's, and `libm`'s `erff`) are within 1. The share of a
-//! normal distribution that GELU has is not made of `erf`: twice it is within 1.09 times 2^-23, where `1 + erf` is within
-//! 1.15. Those of `f64` are burn's.
+//! Those of `f32` are computed in `f64` and rounded once, but for `exp`, `erf` and the share of a normal distribution
+//! that GELU has, of which there are most: they are made of multiply-adds that are rounded once, wherever these are
+//! written so and nowhere else, so that a result has the same bits whatever vectors the processor has. (One without
+//! such an instruction has it from a function of the C library, which takes long; `gemm` has no vectors for it either.)
+//! Errors against the exact value, over all of `f32` ([tests](self#tests)), in units in the last place: `exp` 0.87, and
+//! 0.76 where that is no normal number any more, `erf` 0.98, `log`, `log1p` and `tanh` 0.51; burn's own (the C
+//! library's, and `libm`'s `erff`) are within 1. Twice the share of a normal distribution is within 1.09 times 2^-23,
+//! where `1 + erf` is within 1.15. Those of `f64` are burn's.
 
 /// An element that kernels compute with.
 pub(super) trait Float: Copy + Default + PartialOrd + Send + Sync + 'static {
@@ -91,7 +91,7 @@ impl Float for f32 {
         let vanishes = self < -104.0;
         let x = if vanishes { 0.0 } else { self };
         let x = if x > 89.0 { 89.0 } else { x };
-        let Reduced { shifted, r, rest } = Reduced::of(x);
+        let WithoutDoublings { shifted, r, rest } = WithoutDoublings::of(x);
         // Less 1, which is added last.
         let p = r + (r * r).mul_add(over_square(r), rest);
         // Powers of two by their exponents: two, since one may be none that an `f32` holds.
@@ -137,7 +137,7 @@ impl Float for f32 {
         let p = x.mul_add(-1.728_534_7e-5, 3.831_971_3e-4);
         let p = (x * x).mul_add(p, x.mul_add(-3.883_964_4e-3, 2.425_462_2e-2));
         let p = x.mul_add(x.mul_add(p, -1.067_778_8e-1), -6.348_467e-1);
-        let Reduced { shifted, r, .. } = Reduced::of(x.mul_add(x.mul_add(p, -1.287_175_1e-1), -x));
+        let WithoutDoublings { shifted, r, .. } = WithoutDoublings::of(x.mul_add(x.mul_add(p, -1.287_175_1e-1), -x));
         let scale = power(shifted.to_bits() << 23);
         let above = 1.0 - scale;
         let large = scale.mul_add(-(r * r).mul_add(over_square(r), r), above).copysign(self);
@@ -153,7 +153,7 @@ impl Float for f32 {
         let p = x.mul_add(x.mul_add(p, 1.290_499_8e-4), 9.491_791e-5);
         let p = x.mul_add(x.mul_add(p, -4.895_990_7e-3), 3.638_757_8e-2);
         let p = x.mul_add(x.mul_add(p, 3.182_988_8e-1), 7.978_853e-1);
-        let Reduced { shifted, r, .. } = Reduced::of(-x * p);
+        let WithoutDoublings { shifted, r, .. } = WithoutDoublings::of(-x * p);
         let scale = power(shifted.to_bits() << 23);
         let (below, by) = if self < 0.0 { (scale, scale) } else { (2.0 - scale, -scale) };
         let y = by.mul_add((r * r).mul_add(over_square(r), r), below);
@@ -194,7 +194,7 @@ impl Float for f64 {
 }
 
 /// What is left of an `f32` without its multiples of the logarithm of 2.
-struct Reduced {
+struct WithoutDoublings {
     /// The number of multiples, in the lowest bits.
     shifted: f32,
     r: f32,
@@ -202,7 +202,7 @@ struct Reduced {
     rest: f32,
 }
 
-impl Reduced {
+impl WithoutDoublings {
     #[inline(always)]
     fn of(x: f32) -> Self {
         // Adding it leaves the nearest integer in the lowest bits.
