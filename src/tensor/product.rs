@@ -78,6 +78,19 @@ impl<T> Strided<T> {
         Self { row: self.column, column: self.row, ..self }
     }
 
+    /// The elements of one that lies column by column, row by row at `first`.
+    ///
+    /// # Safety
+    /// The matrix has these rows and columns, and there is room for as many elements, which nobody else has.
+    pub(crate) unsafe fn turned_to(self, first: *mut T, [rows, columns]: [usize; 2]) -> Self
+    where
+        T: Copy,
+    {
+        // SAFETY: as the caller says.
+        unsafe { Panel { first, rows, columns, apart: columns }.fill(self) };
+        Self { first: first.cast_const(), row: columns as isize, column: 1 }
+    }
+
     /// From a row on.
     pub(crate) fn below(self, row: usize) -> Self {
         Self { first: self.first.wrapping_offset(row as isize * self.row), ..self }

@@ -102,11 +102,6 @@ fn sigmoid<T: Float>(x: T) -> T {
 }
 
 #[inline(always)]
-fn half_cdf<T: Float>(x: T) -> T {
-    T::from_f64(1.0).add(x.div(T::from_f64(std::f64::consts::SQRT_2)).erf())
-}
-
-#[inline(always)]
 pub(super) fn unary<T: Float>(op: Unary, out: &mut [T], x: &[T]) {
     let [zero, one, half] = [0.0, 1.0, 0.5].map(T::from_f64);
     match op {
@@ -124,7 +119,7 @@ pub(super) fn unary<T: Float>(op: Unary, out: &mut [T], x: &[T]) {
         Unary::Erf => each(out, x, T::erf),
         Unary::Relu => each(out, x, |x| if x.is_nan() || x > zero { x } else { zero }),
         Unary::Sigmoid => each(out, x, sigmoid),
-        Unary::Gelu => each(out, x, |x| half.mul(x).mul(half_cdf(x))),
+        Unary::Gelu => each(out, x, |x| half.mul(x).mul(x.twice_normal())),
         Unary::ClampMin(least) => {
             let least = T::from_f64(least);
             each(out, x, |x| if x.is_nan() || x > least { x } else { least });
@@ -171,7 +166,7 @@ pub(super) fn binary<T: Float>(op: Binary, out: &mut [T], a: Operand<'_, T>, b: 
         Binary::GeluBackward => {
             let scale = one.div(T::from_f64(2.0).mul(T::from_f64(std::f64::consts::PI)).sqrt());
             both(out, a, b, |x, grad| {
-                let cdf = half.mul(half_cdf(x));
+                let cdf = half.mul(x.twice_normal());
                 let pdf = scale.mul(half.neg().mul(x).mul(x).exp());
                 grad.mul(cdf.add(x.mul(pdf)))
             });
@@ -204,6 +199,13 @@ fn fold<T: Float>(x: &[T], start: T, f: impl Fn(T, T) -> T) -> T {
     for (lane, x) in lanes.iter_mut().zip(rest) {
         *lane = f(*lane, *x);
     }
+    across(lanes, f)
+}
+
+/// Halves onto each other. A function of its own: as a part of the loop before it, it would have the compiler keep the
+/// sums in pieces.
+#[inline(never)]
+fn across<T: Float>(mut lanes: [T; LANES], f: impl Fn(T, T) -> T) -> T {
     let mut width = LANES;
     while width > 1 {
         width /= 2;

@@ -8,6 +8,7 @@ use burn_ir::{OperationIr, TensorId, TensorIr};
 
 use super::kernel::{BlockOp, Extent, Kernel, Output, Value, homes};
 use super::loops::{Binary, RowReduction, Unary};
+use super::simplify::simplified;
 use super::work::{Work, is_wide};
 
 /// The kernel of `operations`, which run over `dims`, with its inputs and results; `wanted` are the tensors that others
@@ -41,7 +42,8 @@ pub(super) fn lower(
             results.push(out.clone());
         }
     }
-    let Lowering { wide, values, inputs, views, extents, code, outputs, .. } = lowering;
+    let Lowering { wide, values, inputs, views, mut extents, known, code, outputs, .. } = lowering;
+    let code = simplified(code, &mut extents, &known, &outputs);
     let at: Vec<Value> = inputs.iter().map(|input| values[&input.id]).collect();
     let read = at.iter().map(|value| extents[*value]).collect();
     let (homes, registers) = homes(&extents, &at, &code, &outputs);

@@ -17,7 +17,7 @@
 //! # Numbers
 //! Sums, products, quotients and roots have the bits that burn gives them, but for sums of matrix products, which are
 //! accumulated product by product. The transcendental functions are those of
-//! [`functions`], within 0.7 units in the last place in `f32`, and burn's own in `f64`. Sums along a dim are added in
+//! [`functions`], within 1 unit in the last place in `f32`, and burn's own in `f64`. Sums along a dim are added in
 //! another order than burn's. Elements of 16 bits are computed in `f32` and rounded after each operation, as burn does.
 //! All results are the same for every number of threads, to the last bit.
 //!
@@ -38,6 +38,7 @@ mod parts;
 mod product_sums;
 mod products;
 mod run;
+mod simplify;
 mod single;
 mod sums;
 mod terms;

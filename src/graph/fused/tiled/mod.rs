@@ -12,6 +12,7 @@
 //! element-wise operations and reductions over its last dim which it goes through, and the products that these end in.
 //! A tile has no more columns than its mask leaves ([`narrowing`]): with a causal mask half of all.
 
+mod enters;
 mod find;
 mod flat_program;
 mod leaves;

@@ -16,6 +16,7 @@ use super::super::block::{BoundKernel, Source, Target};
 use super::super::multiply::{Factor, offset};
 use super::super::native::{Native, check};
 use super::super::run::{BLOCK, SPLIT_FROM};
+use super::enters::Enters;
 use super::leaves::Leaves;
 use super::{Input, Leaving, Narrowing, Tiled};
 use crate::error::Error;
@@ -23,8 +24,8 @@ use crate::graph::step_memory::StepMemory;
 use crate::tensor::{Multiplied, PlainTensor, Pool, Product, Room, Strided};
 
 /// Elements of a tile, of which there are a few: they fit into the second cache. More only where rows are so long that
-/// a tile had few.
-const TILE: usize = 8 * 1024;
+/// a tile had few. The fewer rows, the less a causal mask leaves of the columns.
+const TILE: usize = 4 * 1024;
 /// The least and the most rows of a tile.
 const ROWS: [usize; 2] = [32, 128];
 /// Of fewer matrices the rows are split, each into so many parts that there are about as many parts: whatever the
@@ -42,7 +43,7 @@ struct Tiles<'a, T> {
     height: usize,
     /// Into how many parts the rows of a matrix are split.
     parts: usize,
-    entering: Vec<(Factor<'a, T>, Factor<'a, T>)>,
+    entering: Vec<Enters<'a, T>>,
     results: Vec<Leaves<'a, T>>,
     pool: &'a Arc<Pool>,
 }
@@ -82,7 +83,9 @@ impl Tiled {
         let entering = self.entering.iter().map(|product| {
             let (left, right) = (&natives[product.left], &natives[product.right]);
             let inner = left.layout().shape().last().copied().unwrap_or(0);
-            (Factor::<T>::new(left, batch, [rows, inner]), Factor::<T>::new(right, batch, [inner, columns]))
+            let factor = |tensor, dims| Factor::<T>::new(tensor, batch, dims);
+            let (left, right) = (factor(left, [rows, inner]), factor(right, [inner, columns]));
+            Enters { left, right, rows, inner, columns }
         });
         assert_eq!(self.leaving.len(), op.outputs.len(), "an operation has the results of its tiles");
         let pool = memory.pool();
@@ -159,9 +162,11 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
     /// Some parts of matrices of the batch, whose results nobody else writes.
     fn part(&self, parts: Range<usize>) {
         let (kernel, of_tile) = (&self.tiled.kernel, self.height * self.columns);
-        let number = self.entering.len() + self.results.len().max(kernel.outputs.len());
-        let room = self.pool.room(number * of_tile * size_of::<T>());
+        let tiles = self.entering.len() + self.results.len().max(kernel.outputs.len());
+        let turned: usize = self.entering.iter().map(Enters::turned).sum();
+        let room = self.pool.room((tiles * of_tile + turned) * size_of::<T>());
         let tile = |number: usize| room.pointer().cast::<T>().wrapping_add(number * of_tile);
+        let mut rights: Vec<Strided<T>> = Vec::new();
         let sources = self.tiled.inputs.iter().zip(&kernel.inputs).map(|(input, extent)| match *input {
             Input::Given(given) => Source { direct: false, ..kernel.source::<T>(&self.inputs[given], *extent) },
             Input::Product(product) => Source {
@@ -195,6 +200,9 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
         let of_matrix = self.rows.div_ceil(self.height);
         for place in parts {
             let (number, part) = (place / self.parts, place % self.parts);
+            if rights.is_empty() || part == 0 {
+                rights = self.rights(number, tile(tiles));
+            }
             let mut begins = true;
             // From the end, where a causal mask leaves all columns, so that there are no zeros to add to.
             for tile in (of_matrix * part / self.parts..of_matrix * (part + 1) / self.parts).rev() {
@@ -206,13 +214,24 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
                         self.clear(number, part);
                         begins = false;
                     }
-                    if self.tile(&mut running, [number, part], rows.clone(), columns, begins) {
+                    if self.tile(&mut running, &rights, [number, part], rows.clone(), columns, begins) {
                         break;
                     }
                 }
                 begins = false;
             }
         }
+    }
+
+    /// The right factors of one of the batch, with room for those that are put the right way round.
+    fn rights(&self, number: usize, mut room: *mut T) -> Vec<Strided<T>> {
+        let right = |enters: &Enters<'_, T>| {
+            let own = room;
+            room = room.wrapping_add(enters.turned());
+            // SAFETY: the caller has room for all, which this thread alone has.
+            unsafe { enters.right(number, self.batch, own) }
+        };
+        self.entering.iter().map(right).collect()
     }
 
     /// Sets all sums of a part to 0.
@@ -242,6 +261,7 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
     fn tile(
         &self,
         running: &mut BoundKernel<'_, T>,
+        rights: &[Strided<T>],
         [number, part]: [usize; 2],
         rows: Range<usize>,
         columns: usize,
@@ -251,12 +271,11 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
         let of = |tile: *mut T| Strided { first: tile.cast_const(), row: columns as isize, column: 1 };
         let product =
             |[rows, columns, inner]: [usize; 3], left, right, adds| Product { rows, inner, columns, left, right, adds };
-        for (entering, (left, right)) in self.entering.iter().enumerate() {
-            let inner = left_columns(&self.inputs[self.tiled.entering[entering].left]);
+        for (entering, (enters, right)) in self.entering.iter().zip(rights).enumerate() {
             let out = self.tile_of(running, entering);
-            let (left, right) = (left.of(number, self.batch).below(first), right.of(number, self.batch));
+            let left = enters.left.of(number, self.batch).below(first);
             // SAFETY: the factors have these rows and columns, and the tile has room for as many.
-            unsafe { product([height, columns, inner], left, right, false).write_to(of(out)) };
+            unsafe { product([height, columns, enters.inner], left, *right, false).write_to(of(out)) };
             let dtype = self.tiled.entering[entering].dtype;
             if dtype != T::DTYPE {
                 // SAFETY: the tile has just been written.
@@ -306,10 +325,6 @@ impl<T: Native + Multiplied + Element + Pod> Tiles<'_, T> {
         let input = self.tiled.inputs.iter().position(is);
         input.map_or(ptr::null_mut(), |input| running.sources[input].base.cast_mut().cast())
     }
-}
-
-fn left_columns(tensor: &FlexTensor) -> usize {
-    tensor.layout().shape().last().copied().unwrap_or(0)
 }
 
 #[cfg(test)]
