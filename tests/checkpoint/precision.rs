@@ -34,9 +34,10 @@ const OPTIMIZERS: [Made; 6] = [
     ("muon", muon, "F32"),
 ];
 
+/// Host memory has a default dtype as well.
 fn muon() -> ModuleOptimizer {
     let matrices = burn::module::ParamGroup::from_regex("(up|down).weight$").unwrap();
-    adamw().init_fused().with_group(matrices, MuonConfig::new().build(), None)
+    adamw().init_fused().with_group(matrices, MuonConfig::new().build().load_on_host(), None)
 }
 
 struct Cast(FloatDType);
