@@ -120,5 +120,5 @@ pub mod prelude {
     pub use crate::sharding::{Keep, Sharding};
     pub use crate::step::{Loss, Step};
     pub use crate::tensor_parallel::{TensorParallel, TensorParallelConfig};
-    pub use crate::train::{Clip, ParallelModule, Parallelize, Strategy};
+    pub use crate::train::{Clip, Engine, Parallel, ParallelModule, Parallelize, Strategy};
 }

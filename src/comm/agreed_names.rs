@@ -14,8 +14,11 @@ pub(crate) const NEW_OPTIMIZER: &str = "the moments of a new optimizer";
 /// What ranks that divide rows call which do not take the norm that came with the step.
 pub(crate) const ANOTHER_NORM: &str = "another norm than the one of the step";
 
+/// What ranks with different numbers of batches call before each step.
+pub(crate) const BATCH_LEFT: &str = "whether any rank has a batch left";
+
 /// Names that are known before anybody gives them.
-const FIXED: [&str; 2] = [NEW_OPTIMIZER, ANOTHER_NORM];
+const FIXED: [&str; 3] = [NEW_OPTIMIZER, ANOTHER_NORM, BATCH_LEFT];
 
 /// Most bytes of a name that is kept.
 const LONGEST: usize = 48;

@@ -73,7 +73,7 @@ mod ticks;
 mod transport;
 mod wait_graph;
 
-pub(crate) use agreed_names::{ANOTHER_NORM, NEW_OPTIMIZER, keep as agreed_number};
+pub(crate) use agreed_names::{ANOTHER_NORM, BATCH_LEFT, NEW_OPTIMIZER, keep as agreed_number};
 pub use call::{Call, CallShape};
 pub use call_log::{CallHistory, CallLog};
 pub use communicator::Communicator;

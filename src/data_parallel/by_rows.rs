@@ -210,7 +210,7 @@ struct Head {
 impl Head {
     fn of<I: TensorTree + Clone>(inputs: Option<&I>, more: bool) -> Result<Self, Error> {
         let Some(inputs) = inputs else { return Ok(Self { here: false, rows: 0, more }) };
-        let (_, rows) = rows(inputs.clone())?;
+        let (_, rows) = rows_of_step(inputs.clone())?;
         Ok(Self { here: true, rows: rows.unwrap_or(1), more })
     }
 

@@ -3,7 +3,7 @@
 use burn::data::dataloader::{DataLoader, DataLoaderIterator};
 
 use crate::Error;
-use crate::comm::{Communicator, ReduceOp};
+use crate::comm::{BATCH_LEFT, Communicator, ReduceOp, agreed_number};
 
 /// Iterates over the batches of a rank until *every* rank has run out: `Some(batch)` as long as this rank has one, then
 /// `None` while others still do. Made by [`ParallelModule::join`](crate::train::ParallelModule::join).
@@ -25,7 +25,8 @@ impl<I> Join<I> {
             None => Ok(batch.is_some()),
             Some(control) => {
                 let mine = vec![u8::from(batch.is_some())];
-                control.all_reduce(mine, ReduceOp::Max).map(|anyone| anyone != [0])
+                let agreed = agreed_number(BATCH_LEFT);
+                control.all_reduce_agreed(mine, ReduceOp::Max, agreed).map(|anyone| anyone != [0])
             }
         };
         match anyone {

@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 
 use super::Error;
-use crate::comm::{ANOTHER_NORM, Call, CallLog, GATHERED_PARAMETERS, NEW_OPTIMIZER, StepPart, WANTED_PARAMETERS};
+use crate::comm::{
+    ANOTHER_NORM, BATCH_LEFT, Call, CallLog, GATHERED_PARAMETERS, NEW_OPTIMIZER, StepPart, WANTED_PARAMETERS,
+};
 
 /// What says by itself what is wrong, as errors of settings do, is likely found by all ranks, and one of them was
 /// first; what they have called before is of no use then.
@@ -38,7 +40,7 @@ pub(super) fn left_behind(operation: &str) -> String {
         }
         _ => format!(
             "{operation} was waiting for it: its process has ended, or it dropped its communicator, or the rank that waits calls one more \
-             than the others, such as a barrier; keep communicators alive until every rank has issued its last collective"
+             than the others, such as a barrier, or a step where the others have no batch left, for which there is `join`; keep communicators alive until every rank has issued its last collective"
         ),
     }
 }
@@ -83,6 +85,12 @@ fn named(called: &str, log: &CallLog) -> Option<&'static str> {
             "; a rank whose optimizer is new, or has a state that was loaded since its last step, compares its moments in \
                 `optimize`, and the others went on with the optimizer that they had, or left `optimize` out: all ranks put a new one \
                 in the place of the old, or load a state into it, after the same step, and call `optimize` after every step",
+        );
+    }
+    if is_called(BATCH_LEFT) {
+        return Some(
+            "; `join` asks before each step whether any rank has a batch left: all ranks loop over it, and take a step for each item, \
+                also for a `None`, which `step_micro_batches` takes for no micro-batch",
         );
     }
     if is_called(ANOTHER_NORM) {

@@ -301,7 +301,9 @@ fn place(row: &mut PlanRow, layout: Layout, (axis, degree): (&str, usize)) -> Re
 
 fn unmatched(what: &str, rows: &[PlanRow]) -> Error {
     let paths = compress_paths(rows.iter().map(|row| row.path.as_str()));
-    plan_error(format!("{what} none of the parameters {paths}; `*` stands for any characters"))
+    plan_error(format!(
+        "{what} none of the parameters {paths}; `*` stands for any characters, and `Plan::suggest_for` writes a plan for any names"
+    ))
 }
 
 /// A parameter that is met again at another path.

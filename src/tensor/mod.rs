@@ -42,7 +42,7 @@ pub(crate) use self::squares::looked;
 pub(crate) use self::squares::{Look, Squares};
 #[doc(hidden)]
 pub use self::tree::{TensorMapper, TensorTree};
-pub(crate) use self::tree::{place, rows};
+pub(crate) use self::tree::{place, rows, rows_of_step};
 pub(crate) use self::vectors::vectorized;
 use crate::Error;
 

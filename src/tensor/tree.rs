@@ -144,6 +144,22 @@ pub(crate) fn rows<I: TensorTree>(inputs: I) -> Result<(I, Option<usize>), Error
     Ok((inputs, rows.0))
 }
 
+/// The same of the inputs of a step.
+///
+/// # Errors
+/// Also [`Error::InvalidArgument`] if they have no rows: many an operation of burn cannot take such, and a mean over
+/// them is no number.
+pub(crate) fn rows_of_step<I: TensorTree>(inputs: I) -> Result<(I, Option<usize>), Error> {
+    match rows(inputs)? {
+        (_, Some(0)) => {
+            let problem = "the inputs have no rows: a rank without data takes part with no micro-batch, as in \
+                           `step_micro_batches(None, ..)`, which is what `join` gives it";
+            Err(Error::invalid("step", problem))
+        }
+        found => Ok(found),
+    }
+}
+
 struct RowCount(Option<usize>);
 
 impl TensorMapper for RowCount {

@@ -24,7 +24,7 @@ use crate::params::{self, FoundParams, ParamSlice, SliceSource, one_device};
 use crate::partition::{Exchange, ShardReport};
 use crate::plan::PlanTable;
 use crate::step::{StepCounters, StepFn};
-use crate::tensor::{TensorTree, rows};
+use crate::tensor::{TensorTree, rows, rows_of_step};
 
 /// A model split over a group: a burn [`Module`] with the paths and ids of the model and this rank's parts of its
 /// parameters, so optimizers, records and visitors take it as they take the model. Its own `forward` makes no sense on
@@ -202,10 +202,10 @@ impl<M: Module> StepEngine for Sharded<M> {
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatchResult, Error> {
+        let (inputs, rows) = rows_of_step(inputs)?;
         let signature = self.split.of_step(&self.local, params)?;
         let updates = self.checked_optimizers.updates();
         let comparison = self.same_inputs.start(ComparedCall::Step, &inputs, updates)?;
-        let (inputs, rows) = rows(inputs)?;
         let mut state = lock(&self.state);
         let captured = Cell::new(false);
         let whole = || {

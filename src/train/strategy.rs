@@ -253,7 +253,10 @@ impl Strategy {
         }
         let parts = pp.checked_mul(*tp).filter(|parts| ranks.is_multiple_of(*parts));
         let Some(parts) = parts else {
-            return wrong(format!("pp {pp} x tp {tp} does not divide the {ranks} ranks of the world"));
+            let dp = dp.map_or(String::new(), |dp| {
+                format!(", and dp {dp} is to multiply that: start {} ranks", dp.saturating_mul(*pp).saturating_mul(*tp))
+            });
+            return wrong(format!("pp {pp} x tp {tp} does not divide the {ranks} ranks of the world{dp}"));
         };
         let dp = dp.unwrap_or(ranks / parts);
         if dp.checked_mul(parts) != Some(ranks) {

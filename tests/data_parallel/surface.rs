@@ -273,6 +273,56 @@ fn a_dataloader_whose_worker_panics_is_an_error_on_all_ranks() {
     }
 }
 
+/// What one rank of each world brings is no batch.
+#[test]
+fn a_batch_without_rows_is_an_error_that_names_the_way_out() {
+    let case = cases::mlp();
+    let plan = "[tensor]\nplan = { parameters = [{ pattern = 'first.weight', shard = 0 }] }";
+    let data = |sharding| format!("[data]\nsharding = '{sharding}'");
+    for (tp, engine, rest) in [
+        (1, "eager", String::new()),
+        (1, "captured", String::new()),
+        (1, "eager", data("gradients")),
+        (1, "captured", data("parameters")),
+        (2, "auto", plan.to_owned()),
+    ] {
+        let ran = launch::threads(2 * tp).run(|rank| {
+            let strategy = format!("dp = 2\ntp = {tp}\nengine = '{engine}'\n{rest}").parse()?;
+            let mut model = own(&case.model).parallelize(&rank, &strategy)?;
+            let rows = if model.replica().0 == 0 { 0..4 } else { 4..4 };
+            model.step((case.input)(0, rows), |model, batch| (case.loss)(model, batch)).map(drop)
+        });
+        let said = ran.unwrap_err().to_string();
+        assert!(said.contains("no rows") && said.contains("`step_micro_batches(None, ..)`"), "{engine} {rest}: {said}");
+    }
+}
+
+/// Loops that leave `join`'s `None` out, and that do not ask `join` at all.
+#[test]
+fn ranks_with_fewer_batches_are_told_of_join() {
+    for joins in [true, false] {
+        let ran = launch::threads(2).run(|rank| {
+            let device = rank.device().autodiff();
+            let model: Linear = LinearConfig::new(2, 1).init(&device);
+            let mut model = model.data_parallel(&rank, DataParallelConfig::new())?;
+            let mine = vec![Tensor::<2>::ones([3, 2], &device); 2 + rank.rank()];
+            let items: Box<dyn Iterator<Item = Result<Option<_>, Error>>> = match joins {
+                true => Box::new(model.join(mine)),
+                false => Box::new(mine.into_iter().map(|batch| Ok(Some(batch)))),
+            };
+            for batch in items {
+                if let Some(batch) = batch? {
+                    model.step(batch, |model, x| model.forward(x).mean())?;
+                }
+            }
+            Ok(())
+        });
+        let said = ran.unwrap_err().to_string();
+        let words = if joins { "take a step for each item, also for a `None`" } else { "there is `join`" };
+        assert!(said.contains(words), "{said}");
+    }
+}
+
 #[test]
 fn a_model_that_is_wrapped_is_not_wrapped_again_in_generic_code() {
     fn wrap<M: Module>(model: M, rank: &Rank) -> Result<Replica<Eager<M>>, Error> {

@@ -19,7 +19,7 @@ use crate::graph::{
 use crate::params::{self, FoundParams, ParamSlice, ShardedIds, SliceSource};
 use crate::sharding::Rows;
 use crate::step::{StepCounters, StepFn};
-use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows};
+use crate::tensor::{PlainTensor, TensorMapper, TensorTree, rows_of_step};
 
 impl<M: Module> StepEngine for Eager<M> {
     type Model = M;
@@ -45,7 +45,7 @@ impl<M: Module> StepEngine for Eager<M> {
         unit: Option<f64>,
         sink: &mut dyn GradientSink,
     ) -> Result<MicroBatchResult, Error> {
-        let (inputs, rows) = rows(inputs)?;
+        let (inputs, rows) = rows_of_step(inputs)?;
         let inputs = inputs.map_tensors(&mut OnDeviceOf::params(params))?;
         let loss = self.forward_gathering(Some(params), || step.call(&self.module, inputs))?;
         self.backward(params, loss, rows, unit, sink)

@@ -253,7 +253,11 @@ fn place<T: Native>(index: T, columns: usize) -> usize {
     let place = number as usize;
     // Larger ones are rounded.
     let about = if number.abs() < f64::from(1 << f32::MANTISSA_DIGITS) { "" } else { "about " };
-    assert!(place < columns && is(&place), "index {about}{number} is not one of a row of {columns}");
+    assert!(
+        place < columns && is(&place),
+        "index {about}{number} is not one of a row of {columns}: an id or a target beyond what there is, or one that stands for \
+         nothing, as -100, and is to be replaced before it is looked up"
+    );
     place
 }
 
