@@ -13,7 +13,8 @@ pub(crate) enum StepPart {
     Update,
 }
 
-/// Marks the numbers of parts; hashes on which ranks agree leave this bit out, and [`Call`](super::Call) uses the one above.
+/// Marks the numbers of parts; hashes on which ranks agree leave this bit out, and [`Call`](super::Call) uses the one
+/// above.
 pub(super) const MARK: u64 = 1 << 62;
 
 /// The lowest bit of the part; those below it are of the step.

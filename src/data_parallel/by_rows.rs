@@ -29,7 +29,7 @@ use crate::graph::{Compared, GradientSink, StepEngine, Updates, found_gradients}
 use crate::params::FoundParams;
 use crate::sharding::Sharding;
 use crate::step::{LossValue, NoNoise, NoiseState, Step, StepFn};
-use crate::tensor::{PlainTensor, TensorTree, rows};
+use crate::tensor::{PlainTensor, TensorTree, rows_of_step};
 
 impl<E: StepEngine> Replica<E> {
     /// A replica of a model that is split or cut. If the replicas divide its parameters, `divide` leaves the engine its
