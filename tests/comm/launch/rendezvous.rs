@@ -190,7 +190,7 @@ fn is_turned_away(port: u16) {
     stream.set_read_timeout(Some(LONG)).unwrap();
     stream.read_exact(&mut [0; 40]).unwrap();
     let numbers = [1u64, 2, 1 << 20].map(u64::to_le_bytes).concat();
-    stream.write_all(&[&b"burnpar3"[..], &[7; 32], &numbers, &[9; 32]].concat()).unwrap();
+    stream.write_all(&[&b"burnpar4"[..], &[7; 32], &numbers, &[9; 32]].concat()).unwrap();
     let mut heard = Vec::new();
     let _ = stream.read_to_end(&mut heard);
     assert_eq!(heard, [0]);
@@ -204,7 +204,7 @@ fn garbage_of_strangers_does_no_harm() {
     let mut held = Vec::new();
     let claim = |len: u64| {
         let numbers = [1u64, 2, len].map(u64::to_le_bytes).concat();
-        [&b"burnpar3"[..], &[7; 32], &numbers, &[9; 64]].concat()
+        [&b"burnpar4"[..], &[7; 32], &numbers, &[9; 64]].concat()
     };
     let says = [b"GET / HTTP/1.1\r\n\r\n".to_vec(), vec![0; 5000], vec![0xff; 200], claim(32), claim(u64::MAX), vec![]];
     for bytes in says {
@@ -234,7 +234,7 @@ fn a_stranger_in_the_place_of_rank_0() {
         for stream in listener.incoming().flatten() {
             let mut stream = stream;
             let word = [&[1u8][..], &9u64.to_le_bytes(), &[1], &0u64.to_le_bytes(), &[0; 32]].concat();
-            let _ = stream.write_all(&[&b"burnpar3"[..], &[0; 32], &word].concat());
+            let _ = stream.write_all(&[&b"burnpar4"[..], &[0; 32], &word].concat());
         }
     });
     fails(&at(1, 2, port, LONG).all_gather(&[]), &["do not share a secret"]);
