@@ -144,10 +144,12 @@ impl Checkpointer {
     /// has come further; the same order says which are [kept](CheckpointConfig::with_keep_last).
     ///
     /// # Errors
-    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be read; the error of a save in the
-    /// background; that of the world.
+    /// On all ranks alike: [`Error::Checkpoint`] if the directory cannot be read, or if a save that was killed has left
+    /// a checkpoint under a hidden name, which might be the latest, and this process may not write there; the error of
+    /// a save in the background; that of the world.
     pub fn latest(&mut self) -> Result<Option<u64>, Error> {
-        Ok(self.found(as_written)?.last().copied())
+        let look = |root: &Path| put_back(root)?.map_or_else(|| as_written(root), Err);
+        Ok(self.found(look)?.last().copied())
     }
 
     /// The steps of all checkpoints, as rank 0 finds them, from the lowest on.
@@ -155,16 +157,15 @@ impl Checkpointer {
     /// # Errors
     /// As [`latest`](Self::latest).
     pub fn steps(&mut self) -> Result<Vec<u64>, Error> {
-        self.found(steps)
+        self.found(|root| put_back(root).and_then(|_| steps(root)))
     }
 
-    /// What rank 0 finds in the directory.
+    /// What rank 0 finds in the directory, in which all that it can put back has its name again: one that another run
+    /// replaces at the moment is there.
     fn found(&mut self, look: fn(&Path) -> Result<Vec<u64>, Error>) -> Result<Vec<u64>, Error> {
         self.wait()?;
         let root = &self.opened.root;
-        // One that another run replaces at the moment is there.
-        let look = || put_back(root).and_then(|()| look(root));
-        let found = if self.group.rank() == 0 { attempt(look) } else { Ok(Vec::new()) };
+        let found = if self.group.rank() == 0 { attempt(|| look(root)) } else { Ok(Vec::new()) };
         let found = together(found, &self.group)?;
         let bytes = self.group.share_bytes(found.iter().flat_map(|step| step.to_le_bytes()).collect(), 0)?;
         Ok(bytes.as_chunks::<8>().0.iter().map(|step| u64::from_le_bytes(*step)).collect())

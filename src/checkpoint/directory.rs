@@ -1,8 +1,8 @@
 //! The directory of all checkpoints: their names, what a killed run left, and what is kept.
 
-use std::fs;
-use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
+use std::{fs, io, thread};
 
 use super::config::CheckpointConfig;
 use super::draft_lock::DraftWriter;
@@ -74,14 +74,20 @@ pub(super) fn steps(root: &Path) -> Result<Vec<u64>, Error> {
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses, or if it is no directory.
 pub fn saved_steps(dir: impl AsRef<Path>) -> Result<Vec<u64>, Error> {
-    let root = dir.as_ref();
-    let mut steps = steps(root)?;
-    for name in names(root)?.iter().filter(|name| is_checkpoint(&root.join(name))) {
-        steps.extend(left(name).filter(|(_, what)| *what == REPLACED).and_then(|(of, _)| step_of(of)));
+    let (root, mut steps) = (dir.as_ref(), Vec::new());
+    // Listed once: while it is replaced, a checkpoint has the one name or the other.
+    for name in names(root)? {
+        steps.extend(checkpoint_of(&root.join(&name)).or_else(|| step_of(aside(root, &name)?)));
     }
     steps.sort_unstable();
     steps.dedup();
     Ok(steps)
+}
+
+/// The name of the checkpoint that a name stands for as long as nothing has that, set aside to be replaced.
+fn aside<'a>(root: &Path, name: &'a str) -> Option<&'a str> {
+    let (of, what) = left(name)?;
+    (what == REPLACED && !root.join(of).exists() && is_checkpoint(&root.join(name))).then_some(of)
 }
 
 /// Of which checkpoint a save, or a removal, has left something under a hidden name while it runs, and what.
@@ -116,8 +122,9 @@ fn somebodys(dir: &Path) -> io::Result<Option<String>> {
     // So systems call what they keep by themselves and nobody misses: NFS and FUSE a file that was removed while
     // somebody had it open, macOS what its Finder remembers of a directory and the attributes of files. They would have
     // checkpoints stay for ever that somebody has looked at.
-    let of_system = |name: &str| [".nfs", ".fuse_hidden", "._", ".DS_Store"].iter().any(|it| name.starts_with(it));
-    let is_made = |name: &str| [INDEX, INDEX_CHECKSUM].contains(&name) || is_file_of_rank(name) || of_system(name);
+    let is_file = |name: &str| [INDEX, INDEX_CHECKSUM, ".DS_Store"].contains(&name) || is_file_of_rank(name);
+    let of_system = |name: &str| [".nfs", ".fuse_hidden"].iter().any(|it| name.starts_with(it));
+    let is_made = |name: &str| is_file(name.strip_prefix("._").unwrap_or(name)) || of_system(name);
     for entry in fs::read_dir(dir)? {
         let name = entry?.file_name().to_string_lossy().into_owned();
         if !is_made(&name) {
@@ -150,27 +157,42 @@ pub(super) fn check_free(root: &Path, step: u64) -> Result<(), Error> {
 }
 
 /// Gives checkpoints their names again that runs which were killed between two renames have left without one. Who may
-/// not write there reads what there is otherwise, which the log says.
+/// not write there can read the others: returned is the error of who wants to know the latest.
 ///
 /// # Errors
 /// [`Error::Checkpoint`] if the system refuses for another reason.
-pub(super) fn put_back(root: &Path) -> Result<(), Error> {
+pub(super) fn put_back(root: &Path) -> Result<Option<Error>, Error> {
+    let mut forbidden = None;
     for name in names(root)? {
-        let Some((of, REPLACED)) = left(&name) else { continue };
+        let Some(of) = aside(root, &name) else { continue };
         let (path, whole) = (root.join(&name), root.join(of));
-        if !whole.exists() && is_checkpoint(&path) {
-            fault::point("puts back");
-            match fs::rename(&path, &whole) {
-                // Another has done so, or the save has gone on.
-                Err(why) if whole.exists() || why.kind() == io::ErrorKind::NotFound => {}
-                Err(why) if is_forbidden(&why) => {
-                    log::warn!("{} is the checkpoint `{of}`, which cannot be called so: {why}", path.display());
+        fault::point("puts back");
+        match fs::rename(&path, &whole) {
+            // Another has done so, or the save has gone on.
+            Err(why) if whole.exists() || why.kind() == io::ErrorKind::NotFound => {}
+            Err(why) if is_forbidden(&why) => {
+                if is_there_soon(&whole) {
+                    continue;
                 }
-                renamed => renamed.map_err(|why| failed(&path, &why))?,
+                let problem = format!(
+                    "is the checkpoint `{of}`, which a save that was ended has left under this name, and cannot be called so: \
+                     {why}; have a process open the directory that may write there, or restore another step by its number"
+                );
+                log::warn!("{} {problem}", path.display());
+                forbidden.get_or_insert(file_problem(&path, problem));
             }
+            renamed => renamed.map_err(|why| failed(&path, &why))?,
         }
     }
-    Ok(())
+    Ok(forbidden)
+}
+
+/// Whether another run, which replaces a checkpoint at the moment, has done so soon.
+fn is_there_soon(whole: &Path) -> bool {
+    (0..20).any(|_| {
+        thread::sleep(Duration::from_millis(10));
+        whole.exists()
+    })
 }
 
 fn is_forbidden(why: &io::Error) -> bool {
@@ -221,8 +243,10 @@ fn remove(path: &Path, removed: &Path) -> Result<(), Error> {
         _ => Ok(()),
     };
     if path != removed {
-        if is_of_a_save(removed) {
-            is_gone(fs::remove_dir_all(removed), removed)?;
+        if is_of_a_save(removed)
+            && let Err(why) = is_gone(fs::remove_dir_all(removed), removed)
+        {
+            log::warn!("{why}");
         }
         is_gone(fs::rename(path, removed), path)?;
         fault::point("removing");
@@ -278,8 +302,11 @@ mod tests {
             fs::write(dir.0.join(name), "").unwrap();
             assert_eq!(somebodys(&dir.0).unwrap(), None, "{name}");
         }
-        fs::write(dir.0.join("notes.txt"), "").unwrap();
-        assert_eq!(somebodys(&dir.0).unwrap().as_deref(), Some("notes.txt"));
+        for name in ["notes.txt", "._notes.txt", ".DS_Store-notes"] {
+            fs::write(dir.0.join(name), "").unwrap();
+            assert_eq!(somebodys(&dir.0).unwrap().as_deref(), Some(name));
+            fs::remove_file(dir.0.join(name)).unwrap();
+        }
         assert!(somebodys(&dir.0.join("none")).is_err());
     }
 

@@ -48,8 +48,8 @@ impl<'a, P: ParallelModule> TrainState<'a, P> {
     }
 
     /// Adds a value of your own: the [place in the data](super::DataPosition), a config, counters. That of rank 0 is
-    /// saved, and restored on all ranks. It becomes JSON, with floats as they are, NaN and infinities among them; what
-    /// the type does not read again is an error when it is saved.
+    /// saved, and restored on all ranks. It becomes JSON, with floats as they are, NaN and infinities among them, but
+    /// for those that are keys of maps; what the type does not read again is an error when it is saved.
     pub fn with_value<T: Serialize + DeserializeOwned>(mut self, name: impl Into<String>, value: &'a mut T) -> Self {
         self.values.push((name.into(), Box::new(ValueSlot { value, read: None })));
         self

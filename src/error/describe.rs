@@ -62,8 +62,16 @@ pub(super) fn advice_on_wait(group: &str, called: &str, log: &CallLog) -> &'stat
 pub(super) fn advice_on_calls(group: &str, calls: &[Call], log: &CallLog) -> &'static str {
     let said: Vec<String> = calls.iter().map(Call::to_string).collect();
     let parts: BTreeSet<u64> = calls.iter().filter_map(Call::step_part).collect();
-    named(&said.join(", "), log).or((parts.len() > 1).then_some(APART)).unwrap_or_else(|| gathering(group, log))
+    let said = said.join(", ");
+    match named(&said, log).or((parts.len() > 1).then_some(APART)).unwrap_or_else(|| gathering(group, log)) {
+        "" if said.contains(BATCH_LEFT) => JOINING,
+        advice => advice,
+    }
 }
+
+/// What to do if some ranks ask whether any has a batch left, and others call something else.
+const JOINING: &str = "; `join` asks before each step whether any rank has a batch left: all ranks loop over it, and take a step for \
+                       each item, also for a `None`, which `step_micro_batches` takes for no micro-batch";
 
 /// What to do if ranks are in different parts of a step.
 const APART: &str = "; ranks that train one model take its steps together: each step is asked for its norm in the same way on all of \
@@ -85,12 +93,6 @@ fn named(called: &str, log: &CallLog) -> Option<&'static str> {
             "; a rank whose optimizer is new, or has a state that was loaded since its last step, compares its moments in \
                 `optimize`, and the others went on with the optimizer that they had, or left `optimize` out: all ranks put a new one \
                 in the place of the old, or load a state into it, after the same step, and call `optimize` after every step",
-        );
-    }
-    if is_called(BATCH_LEFT) {
-        return Some(
-            "; `join` asks before each step whether any rank has a batch left: all ranks loop over it, and take a step for each item, \
-                also for a `None`, which `step_micro_batches` takes for no micro-batch",
         );
     }
     if is_called(ANOTHER_NORM) {
@@ -196,6 +198,9 @@ mod tests {
         let line =
             "rank 0: #3 all_gather (the update of step 3) (waiting for 1.0s) < #2 all_gather (the norm of step 3)";
         let slow = time_out("all_gather (the update of step 3)", &[line, "rank 1: #2 all_gather (the norm of step 3)"]);
+        let joining = format!("all_reduce(Max) of U8 [1] ({BATCH_LEFT})");
+        let saves = time_out(&joining, &[&format!("rank 0: #3 {joining} (waiting for 1.0s)"), "rank 1: #2 barrier"]);
+        assert!(!saves.contains("`None`"), "{saves}");
         let (group, log) = ("world/control".into(), CallLog::new(std::iter::once(line.into())));
         let operation = "all_gather (the update of step 3)".into();
         let lost = Error::RankLost { group, rank: 1, operation, log }.to_string();

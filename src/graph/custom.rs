@@ -81,8 +81,8 @@ impl CustomOps {
     ///
     /// Numbers are those of the operations one by one, but for sums, those of products too, which are added in another
     /// order, and for `exp`, `log`, `tanh` and `erf` in `f32`, which are within 1 unit in the last place of the exact
-    /// value, as burn's are; GELU's share of a normal distribution is within 0.55 times 2^-23. Turn it off to have
-    /// burn's very operations, or to see which of them fails.
+    /// value, as burn's are; GELU's share of a normal distribution is within 0.55 times 2^-23; and a zero may have the
+    /// other sign. Turn it off to have burn's very operations, or to see which of them fails.
     pub fn with_fusion(mut self, fusion: bool) -> Self {
         self.fusion = fusion;
         self

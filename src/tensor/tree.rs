@@ -139,32 +139,41 @@ pub(crate) fn place(path: &[usize]) -> String {
 /// # Errors
 /// Those of [`TensorTree::map_tensors`].
 pub(crate) fn rows<I: TensorTree>(inputs: I) -> Result<(I, Option<usize>), Error> {
-    let mut rows = RowCount(None);
+    let mut rows = RowCount::default();
     let inputs = inputs.map_tensors(&mut rows)?;
-    Ok((inputs, rows.0))
+    Ok((inputs, rows.first))
 }
 
 /// The same of the inputs of a step.
 ///
 /// # Errors
-/// Also [`Error::InvalidArgument`] if they have no rows: many an operation of burn cannot take such, and a mean over
+/// Also [`Error::InvalidArgument`] if none of them has rows: many an operation of burn cannot take such, and a mean over
 /// them is no number.
 pub(crate) fn rows_of_step<I: TensorTree>(inputs: I) -> Result<(I, Option<usize>), Error> {
-    match rows(inputs)? {
-        (_, Some(0)) => {
+    let mut rows = RowCount::default();
+    let inputs = inputs.map_tensors(&mut rows)?;
+    match rows {
+        RowCount { first: Some(0), most: 0 } => {
             let problem = "the inputs have no rows: a rank without data takes part with no micro-batch, as in \
                            `step_micro_batches(None, ..)`, which is what `join` gives it";
             Err(Error::invalid("step", problem))
         }
-        found => Ok(found),
+        rows => Ok((inputs, rows.first)),
     }
 }
 
-struct RowCount(Option<usize>);
+/// The rows of the first tensor, and the most that one has.
+#[derive(Default)]
+struct RowCount {
+    first: Option<usize>,
+    most: usize,
+}
 
 impl TensorMapper for RowCount {
     fn map(&mut self, tensor: DispatchTensor) -> Result<DispatchTensor, Error> {
-        self.0 = self.0.or_else(|| tensor.shape().iter().next().copied());
+        let rows = tensor.shape().iter().next().copied();
+        self.first = self.first.or(rows);
+        self.most = self.most.max(rows.unwrap_or(0));
         Ok(tensor)
     }
 

@@ -495,6 +495,39 @@ fn elements_at_indices() {
     }
 }
 
+/// Rows that are zero but for one element, as in the gradient of a loss by classes, and one element of what is made of
+/// whole rows.
+#[test]
+fn lone_elements_of_rows() {
+    let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, -0.0, 1.5, 2.0, -3.0, 0.25, 4.0, 5.0, -6.0, 7.0];
+    for [rows, columns] in [[3, 4], [4, 3], [12, 1], [1, 12]] {
+        for dtype in [FloatDType::F32, FloatDType::F64, FloatDType::BF16] {
+            let x = Tensor::<1>::from_floats(odd, &Device::flex()).reshape([rows, columns]).cast(dtype);
+            let classes = Numbers(15).classes([rows, 1], columns, &Device::flex());
+            let run = |(x, classes): (Tensor<2>, Tensor<2, Int>)| {
+                let top = x.clone().max_dim(1);
+                let zeros = || Tensor::zeros(x.dims(), (&x.device(), x.dtype()));
+                let add = |to: Tensor<2>, what: Tensor<2>| {
+                    to.scatter(1, classes.clone(), what, burn::tensor::IndexingUpdateOp::Add)
+                };
+                let lone = add(zeros(), top.clone() * 2.0);
+                let other = add(zeros(), top.clone() - 1.0);
+                let less = lone.clone().neg();
+                vec![
+                    less.clone().sum_dim(1),
+                    x.clone() * 2.0 + less.clone(),
+                    less + (x.clone() - 1.0),
+                    lone.clone() + other,
+                    lone * x.clone(),
+                    ((x.clone() - top.clone()) * 3.0).gather(1, classes.clone()),
+                    (x.clone() + 1.0).neg().gather(1, classes.clone()) + add(x.clone() * 0.5, top),
+                ]
+            };
+            assert_eq!(apart(&both((x, classes), run)), 0.0, "{rows} {columns} {dtype:?}");
+        }
+    }
+}
+
 #[test]
 fn indices_beyond_a_row_are_an_error() {
     let model = linear();

@@ -335,5 +335,10 @@ mod tests {
         let found = shares.map(apart).fold(0.0, f64::max) * 2f64.powi(23);
         assert!(found <= 1.09, "the share of a normal distribution: {found} of 2^-23");
         assert!(f32::NAN.twice_normal().is_nan());
+        let at = |function: fn(f32) -> f32, x: &[f32]| x.iter().map(|x| function(*x).to_bits()).collect::<Vec<_>>();
+        let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        let edges = [0.0, -0.0, f32::INFINITY, f32::NEG_INFINITY];
+        assert_eq!(at(Float::erf, &edges), bits(&[0.0, -0.0, 1.0, -1.0]));
+        assert_eq!(at(Float::twice_normal, &edges), bits(&[1.0, 1.0, 2.0, 0.0]));
     }
 }
