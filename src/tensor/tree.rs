@@ -147,8 +147,8 @@ pub(crate) fn rows<I: TensorTree>(inputs: I) -> Result<(I, Option<usize>), Error
 /// The same of the inputs of a step.
 ///
 /// # Errors
-/// Also [`Error::InvalidArgument`] if none of them has rows: many an operation of burn cannot take such, and a mean over
-/// them is no number.
+/// Also [`Error::InvalidArgument`] if none of them has rows: many an operation of burn cannot take such, and a mean
+/// over them is no number.
 pub(crate) fn rows_of_step<I: TensorTree>(inputs: I) -> Result<(I, Option<usize>), Error> {
     let mut rows = RowCount::default();
     let inputs = inputs.map_tensors(&mut rows)?;

@@ -17,9 +17,9 @@
 //! # Numbers
 //! Sums, products, quotients and roots have the bits that burn gives them, but for sums of matrix products, which are
 //! accumulated product by product, and for the signs of zeros that an index leaves. The transcendental functions are
-//! those of [`functions`], within 1 unit in the last place in `f32`, and burn's own in `f64`. Sums along a dim are added
-//! in another order than burn's. Elements of 16 bits are computed in `f32` and rounded after each operation, as burn does.
-//! All results are the same for every number of threads, to the last bit.
+//! those of [`functions`], within 1 unit in the last place in `f32`, and burn's own in `f64`. Sums along a dim are
+//! added in another order than burn's. Elements of 16 bits are computed in `f32` and rounded after each operation, as
+//! burn does. All results are the same for every number of threads, to the last bit.
 //!
 //! On other devices nothing is fused here: burn's own fusion does it.
 
