@@ -54,7 +54,7 @@ pub(super) fn names(root: &Path) -> Result<Vec<String>, Error> {
 /// index would be silent. It gets its name when it is whole: what is called like one and has neither the index nor the
 /// checksum of it is none of ours.
 pub(super) fn checkpoint_of(dir: &Path) -> Option<u64> {
-    step_of(dir.file_name()?.to_str()?).filter(|_| dir.join(INDEX).is_file() || is_checkpoint(dir))
+    step_of(dir.file_name()?.to_str()?).filter(|_| may_be_file(&dir.join(INDEX)) || is_checkpoint(dir))
 }
 
 /// The steps of which there are checkpoints, in order.
@@ -105,7 +105,16 @@ pub(super) fn is_draft(name: &str) -> bool {
 
 /// Whether a directory is a checkpoint that a save has made, whole or damaged: nobody else writes such a file.
 fn is_checkpoint(dir: &Path) -> bool {
-    dir.join(INDEX_CHECKSUM).is_file()
+    may_be_file(&dir.join(INDEX_CHECKSUM))
+}
+
+/// Whether there is a file, or the system does not tell this process: to read it is an error then, and an older
+/// checkpoint in its place would be silent.
+fn may_be_file(path: &Path) -> bool {
+    match path.metadata() {
+        Ok(found) => found.is_file(),
+        Err(why) => why.kind() == io::ErrorKind::PermissionDenied,
+    }
 }
 
 /// Whether there is nothing in a directory but what saves make: a checkpoint, or what a save that was ended has left or

@@ -301,7 +301,8 @@ pub(super) fn index_text(dir: &Path) -> Result<Vec<u8>, Error> {
         file.take(LONGEST).read_to_end(&mut text).map_err(failed)?;
         Ok(text)
     };
-    if let Some(lost) = [INDEX, INDEX_CHECKSUM].into_iter().find(|name| !dir.join(name).exists())
+    let is_lost = |name: &&str| matches!(dir.join(name).try_exists(), Ok(false));
+    if let Some(lost) = [INDEX, INDEX_CHECKSUM].into_iter().find(is_lost)
         && dir.is_dir()
     {
         return Err(file_problem(

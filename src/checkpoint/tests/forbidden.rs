@@ -98,6 +98,27 @@ fn readers_need_not_write(dir: &Path) {
     });
 }
 
+/// What a rank may not look into may be the latest.
+fn what_cannot_be_looked_into_is_not_passed_over(dir: &Path) {
+    alone(|world| {
+        let mut checkpoints = Checkpointer::new(world, dir, CheckpointConfig::new().with_keep_last(2))?;
+        save(world, &mut checkpoints, 1, 1)?;
+        save(world, &mut checkpoints, 2, 2)?;
+        allow(&dir.join(name_of(2)), 0);
+        assert_eq!((checkpoints.latest()?, checkpoints.steps()?, saved_steps(dir)?), (Some(2), vec![1, 2], vec![1, 2]));
+        let mut wrapped = model(100).data_parallel(world, DataParallelConfig::new())?;
+        let said = checkpoints.restore(TrainState::new(&mut wrapped)).unwrap_err().to_string();
+        assert!(said.contains("step-000000002") && said.contains("Permission denied"), "{said}");
+        checkpoints.restore_step(1, TrainState::new(&mut wrapped))?;
+        // Nor is it removed or replaced.
+        let said = save(world, &mut checkpoints, 2, 7).unwrap_err().to_string();
+        assert!(said.contains("step-000000002") && said.contains("cannot be listed"), "{said}");
+        allow(&dir.join(name_of(2)), 0o755);
+        assert_eq!(checkpoints.restore(TrainState::new(&mut wrapped))?.map(|restored| restored.step), Some(2));
+        Ok(())
+    });
+}
+
 /// Run by the test in a process of its own.
 #[test]
 #[ignore = "a helper of the other test"]
@@ -109,7 +130,12 @@ fn as_nobody() {
             assert_eq!(libc::seteuid(65_534), 0);
         }
     }
-    let cases: [fn(&Path); 3] = [replaced_ones_do_not_come_back, what_cannot_be_listed_stays, readers_need_not_write];
+    let cases: [fn(&Path); 4] = [
+        replaced_ones_do_not_come_back,
+        what_cannot_be_listed_stays,
+        readers_need_not_write,
+        what_cannot_be_looked_into_is_not_passed_over,
+    ];
     for (number, case) in cases.into_iter().enumerate() {
         case(&Path::new(&dir).join(number.to_string()));
     }
